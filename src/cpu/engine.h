@@ -1,0 +1,30 @@
+/* An engine advances struct x86. One table entry per engine; everything else of doppel is the same for all of them. */
+#pragma once
+
+#include "cpu/machine.h"
+
+enum run_exit {
+    RUN_OUTSIDE,      /* an event of VCPU_EV_OUTSIDE is set */
+    RUN_HALTED,       /* HLT with nothing deliverable: vcpu.x.activity is X86_HALTED; wait for an event */
+    RUN_SHUTDOWN,     /* triple fault: vcpu.x holds the state before it */
+    RUN_FAILED,       /* host error, err() is set */
+};
+
+struct engine {
+    const char *name;
+    int (*machine_open)(struct machine *m);                        /* 0 or negative errno with err() */
+    void (*machine_close)(struct machine *m);
+    int (*vcpu_open)(struct vcpu *v);                              /* on the vCPU's thread or before it starts */
+    void (*vcpu_close)(struct vcpu *v);
+    enum run_exit (*run)(struct vcpu *v);                          /* vCPU's thread; v->x is live inside the engine until it returns */
+    void (*kick)(struct vcpu *v);                                  /* any thread; v->events is set already. NULL: polling suffices */
+    int (*get)(struct vcpu *v, struct x86 *x);                     /* vCPU's thread, or while it stands still */
+    int (*set)(struct vcpu *v, const struct x86 *x);
+    void (*cpuid_limit)(struct cpuid_policy *p);                   /* takes away the features that this engine cannot carry */
+};
+
+extern const struct engine interp_engine;
+
+/* By name; NULL if there is none. engine_names() is for messages: "interp". */
+const struct engine *engine_find(const char *name);
+const char *engine_names(void);

@@ -1,0 +1,212 @@
+/*
+ * interp, the reference engine: its internal interfaces. One instruction at a time, every mode.
+ *
+ * Guest code is decoded by Zydis into blocks of `struct op`, cached per vCPU by guest-physical address and mode, and compared with the bytes in memory each
+ * time a block is entered: a cached block is right because its bytes are, whoever wrote them (this vCPU, another one, a device). A vCPU's own
+ * stores into pages that hold cached code take the slow path and end the running block, so straight-line self-modification is exact too.
+ *
+ * Semantics come from the host: integer flags by running the same ALU instruction and LAHF/SETO, vector and x87 instructions by running the
+ * guest's own instruction from a generated stub.
+ *
+ * An op's handler returns OP_NEXT or why the block is left. A handler that faults has changed no guest state that the fault must not show
+ * (loads first, then stores, registers and flags last). No longjmp.
+ *
+ * Live state while running: icpu.r[], icpu.rip, icpu.fl, icpu.flags; everything else in icpu.v->x. icpu_store()/icpu_load() move the former to
+ * and from v->x (at run()'s ends, for get/set and traces).
+ */
+#pragma once
+
+#include <Zydis/Zydis.h>
+
+#include "cpu/cpuid.h"
+#include "cpu/engine.h"
+#include "cpu/trap.h"
+#include "mem/mmu.h"
+
+struct icpu;
+struct op;
+
+enum {
+    OP_NEXT = 0,      /* done; the next op of the block follows */
+    OP_JUMP,          /* done; icpu.rip has been set to the next instruction's address */
+    OP_END,           /* done; rip is the next instruction, but the block must be left (mode, TLB, IF or code may have changed) */
+    OP_FAULT,         /* icpu.fault is to be delivered; rip is this instruction */
+    OP_TRAP,          /* icpu.fault (#DB, #BP, #OF, INT n) was handled by the handler itself or is to be delivered with rip already advanced: icpu.rip is set */
+    OP_RESTART,       /* not finished (REP with an event pending): same rip again; registers show the progress */
+    OP_HALT,          /* done, rip advanced; the vCPU is halted */
+    OP_SHUTDOWN,      /* triple fault */
+};
+
+typedef int (*op_fn)(struct icpu *c, const struct op *op);
+
+/* Register numbers in op: 0..15 as in x86.h; byte registers 4..7 without REX mean AH, CH, DH, BH and are marked (OPF_HIGH_*). */
+#define REG_ZERO 16   /* icpu.r[16] is always 0: "no base", "no index" */
+#define REG_RIP  17   /* icpu.r[17] is the RIP of the block's first instruction: RIP-relative operands have disp = off + len + disp32 */
+
+enum op_flag {
+    OPF_LOCK = 1 << 0,
+    OPF_REP = 1 << 1,        /* F3 */
+    OPF_REPNE = 1 << 2,      /* F2 */
+    OPF_HIGH_REG = 1 << 3,   /* op.reg is AH..BH (numbers 0..3) */
+    OPF_HIGH_RM = 1 << 4,    /* op.rm likewise */
+    OPF_MEM = 1 << 5,        /* there is a memory operand; ea fields are valid */
+    OPF_FLAT = 1 << 6,       /* its linear address needs no segment base, no limit check and no 32/16-bit wrap (64-bit mode, ES CS SS DS) */
+    OPF_REX = 1 << 7,
+};
+
+struct op {
+    op_fn fn;
+    s64 disp;                /* of the memory operand */
+    u64 imm;                 /* sign-extended as the instruction wants it; far pointers: offset (selector in aux) */
+    u8 len;                  /* bytes */
+    u8 off;                  /* from the block's first byte */
+    u8 size;                 /* operand size in bytes: 1, 2, 4, 8; for vectors 16, 32, 64 or the memory operand's size */
+    u8 asize;                /* address size in bytes: 2, 4, 8 */
+    u8 reg, rm;              /* ModRM register operand, and register r/m operand (or second register) */
+    u8 base, index, scale;   /* scale is the shift 0..3 */
+    u8 seg;                  /* segment of the memory operand, SEG_* */
+    u16 flags;               /* op_flag */
+    u32 aux;                 /* the family's own: selector, VEX.vvvv register, index into stubs, ... */
+    void *ptr;               /* the family's own, e.g. a generated stub; belongs to the block's arena */
+};
+
+/* Decoder mode: part of a block's key. What makes the same bytes mean something else, or an op be bound to another handler. */
+enum imode { IMODE_REAL16, IMODE_V86, IMODE_PROT16, IMODE_PROT32, IMODE_COMPAT16, IMODE_COMPAT32, IMODE_LONG64 };
+
+struct fault {
+    u8 vector;
+    bool has_error, software;      /* software: INT n, INT3, INTO (DPL check; no error code; rip is the next instruction) */
+    u32 error;
+    u64 cr2;
+};
+
+struct tlb;                        /* tlb.h */
+struct icode;                      /* block cache: code.h */
+
+struct icpu {
+    u64 r[18];                     /* 0..15 GPRs, REG_ZERO, REG_RIP */
+    u64 rip;                       /* of the instruction that runs next, or that faults (handlers: op_rip()) */
+    u32 fl;                        /* CF PF AF ZF SF as LAHF gives them in bits 8..15 (AH), OF in bit 0 (SETO AL) */
+    u32 flags;                     /* the other RFLAGS bits (TF IF DF IOPL NT RF VM AC VIF VIP ID and bit 1) */
+    u8 cpl;
+    u8 mode;                       /* enum imode */
+    bool end_block;                /* the running op wrote code or changed translation: leave the block after it */
+    u8 stack_size;                 /* 2, 4 or 8: from SS.B, or 8 in 64-bit mode */
+    struct fault fault;
+    u64 db_pending;                /* DR6 bits of data breakpoints met by this instruction (#DB after it) */
+    struct vcpu *v;
+    struct x86 *x;                 /* &v->x */
+    struct tlb *tlb;
+    struct icode *code;
+    void *fp;                      /* fp.c's: stub buffer, bounce buffer */
+};
+
+/* ---- flags ---- */
+#define FL_CF 0x100u
+#define FL_PF 0x400u
+#define FL_AF 0x1000u
+#define FL_ZF 0x4000u
+#define FL_SF 0x8000u
+#define FL_OF 0x1u
+static inline u64 icpu_rflags(const struct icpu *c)                /* RFLAGS as the guest sees it */
+{
+    return c->flags | ((c->fl >> 8) & 0xd5) | ((c->fl & 1) << 11) | FLAG_1;
+}
+static inline void icpu_set_rflags(struct icpu *c, u64 f)          /* all bits, unfiltered */
+{
+    c->fl = (u32)((f & 0xd5) << 8) | ((f >> 11) & 1);
+    c->flags = (u32)(f & ~(u64)FLAGS_ARITH) | FLAG_1;
+}
+static inline u64 op_rip(const struct icpu *c, const struct op *op) /* this instruction's own RIP */
+{
+    return c->r[REG_RIP] + op->off;
+}
+static inline u64 op_next_rip(const struct icpu *c, const struct op *op) /* the next one's, not yet cut to the mode's width */
+{
+    return c->r[REG_RIP] + op->off + op->len;
+}
+
+/* ---- raising faults: each returns OP_FAULT ---- */
+int fault_raise(struct icpu *c, unsigned vector);                  /* no error code */
+int fault_raise_error(struct icpu *c, unsigned vector, u32 error);
+int fault_page(struct icpu *c, u64 la, u32 error);
+#define fault_gp(c, e) fault_raise_error(c, VEC_GP, e)
+#define fault_ud(c) fault_raise(c, VEC_UD)
+
+/* ---- memory: access.c. Results 0 (OP_NEXT) or OP_FAULT. ---- */
+/* The linear address of op's memory operand for an access of n bytes: effective address, segment checks (#GP/#SS), canonical check. */
+int mem_linear(struct icpu *c, const struct op *op, unsigned n, enum mmu_access access, u64 *la);
+/* The same for seg:off given directly (string instructions, stack): off must be cut to the address size already. */
+int seg_linear(struct icpu *c, unsigned seg, u64 off, unsigned n, enum mmu_access access, u64 *la);
+/* Loads and stores at a linear address with the current privilege, any alignment, page crossing included; sizes 1, 2, 4, 8. #AC when armed. */
+int lin_load(struct icpu *c, u64 la, unsigned size, u64 *val);
+int lin_store(struct icpu *c, u64 la, unsigned size, u64 val);
+/* Any length up to a page; a store that would fault on its second page changes nothing. */
+int lin_load_bytes(struct icpu *c, u64 la, void *buf, unsigned n);
+int lin_store_bytes(struct icpu *c, u64 la, const void *buf, unsigned n);
+/* Raises what an access would raise, without making it. */
+int lin_probe(struct icpu *c, u64 la, unsigned n, enum mmu_access access);
+/* The host address for a direct access of n bytes inside one page of plain RAM (rights checked, A/D set, no code and no watchpoint in it when written), else
+ * NULL with no fault raised: the caller then uses the functions above. Valid until the op ends. */
+void *lin_host(struct icpu *c, u64 la, unsigned n, enum mmu_access access);
+/* Operand helpers: op's memory operand of op->size or of an explicit size. */
+int mem_load(struct icpu *c, const struct op *op, unsigned size, u64 *val);
+int mem_store(struct icpu *c, const struct op *op, unsigned size, u64 val);
+/* Read-modify-write with the LOCK semantics of the processor when OPF_LOCK is set: XCHG and CMPXCHG families build on it. */
+int mem_cmpxchg(struct icpu *c, u64 la, unsigned size, u64 expected, u64 desired, u64 *old);
+/* Implicit supervisor accesses to GDT, LDT, IDT, TSS (SDM vol. 3A 4.6.1). */
+int sys_load(struct icpu *c, u64 la, unsigned size, u64 *val);
+int sys_store(struct icpu *c, u64 la, unsigned size, u64 val);
+int sys_probe(struct icpu *c, u64 la, unsigned n, enum mmu_access access);
+/* Push and pop of size bytes through SS with the stack's address size; RSP changes only when the access succeeded. */
+int stack_push(struct icpu *c, unsigned size, u64 val);
+int stack_pop(struct icpu *c, unsigned size, u64 *val);
+/* Reads the stack without moving RSP: the value at RSP + off. And moves RSP by delta with the stack's width. */
+int stack_peek(struct icpu *c, unsigned off, unsigned size, u64 *val);
+void stack_move(struct icpu *c, s64 delta);
+
+/* ---- translations: tlb.c; called after the change ---- */
+void tlb_flush_all(struct icpu *c);                                /* global ones too */
+void tlb_flush_nonglobal(struct icpu *c);                          /* MOV CR3 */
+void tlb_flush_page(struct icpu *c, u64 la);                       /* INVLPG: also global ones, all views */
+void tlb_views(struct icpu *c);                                    /* CPL, CR0, CR4, EFER, AC or PKRU changed: select or drop views as needed */
+
+/* ---- state changes ---- */
+void icpu_load(struct icpu *c);                                    /* v->x to the live copies; recomputes mode, cpl, stack size, TLB view */
+void icpu_store(struct icpu *c);                                   /* the live copies to v->x */
+void icpu_mode(struct icpu *c);                                    /* recomputes mode, cpl, stack_size, TLB view after segments or CR0/EFER/VM changed */
+
+/* ---- traps: deliver.c ---- */
+/* Delivers an exception, interrupt or INT n through the IDT (real mode: IVT; task gates too), with double and triple faults. c->rip is the address to save.
+ * Returns OP_JUMP, or OP_SHUTDOWN. Ends with c->rip at the handler. */
+int deliver_fault(struct icpu *c);                                 /* c->fault */
+int deliver_interrupt(struct icpu *c, unsigned vector);            /* external; not NMI */
+int deliver_nmi(struct icpu *c);
+int deliver_software(struct icpu *c, unsigned vector);             /* INT n (with V86/VME and DPL rules); c->rip is the next instruction. OP_JUMP, OP_FAULT or OP_SHUTDOWN */
+
+/* ---- segments: seg.c ---- */
+int seg_load(struct icpu *c, unsigned seg, u16 sel);               /* MOV/POP/LDS.. to a data segment or SS; 0 or OP_FAULT */
+void seg_load_real(struct icpu *c, unsigned seg, u16 sel);         /* real mode and virtual-8086: base = sel << 4, limit kept / 0xffff */
+int task_switch(struct icpu *c, u16 tss_sel, int source, bool has_error, u32 error); /* task.c; source: TASK_JMP, TASK_CALL, TASK_IRET, TASK_GATE */
+enum { TASK_JMP, TASK_CALL, TASK_IRET, TASK_GATE };
+
+/* ---- extended state: fp.c, xsave.c ---- */
+int fp_open(struct icpu *c);
+void fp_close(struct icpu *c);
+void fp_flush_stubs(struct icpu *c);                               /* the block cache is empty again: stubs may be reused */
+
+/* ---- decoding ---- */
+struct decoded {
+    ZydisDecodedInstruction insn;
+    ZydisDecodedOperand opnd[ZYDIS_MAX_OPERAND_COUNT];
+    const u8 *bytes;                                               /* insn.length of them */
+    u8 mode;                                                       /* enum imode */
+};
+/*
+ * One row per mnemonic in insn_int.def, insn_sys.def, insn_fp.def: INSN(MNEMONIC, bind, arg). The decoder has filled op's common fields (len, off, size =
+ * operand size, asize, ea fields, prefixes, reg/rm from ModRM, imm); bind chooses op->fn by operand form and size, and sets what else the handler needs. It
+ * returns 0, or BIND_UD when this form does not exist here (#UD). BIND_LAST: the op ends its block.
+ */
+enum { BIND_OK = 0, BIND_LAST = 1, BIND_UD = -1 };
+typedef int (*bind_fn)(struct icpu *c, const struct decoded *d, struct op *op, unsigned arg);
+int op_ud(struct icpu *c, const struct op *op);                    /* the handler that raises #UD */

@@ -1,0 +1,61 @@
+/* What the processors of one guest share, and the processor as the rest of doppel sees it. Owned by struct vm. */
+#pragma once
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include "base/clock.h"
+#include "base/err.h"
+#include "base/trace.h"
+#include "cpu/x86.h"
+#include "io/bus.h"
+#include "io/irq.h"
+#include "mem/ram.h"
+
+struct engine;
+struct vcpu;
+struct cpuid_policy;
+
+struct machine {
+    struct ram *ram;
+    struct bus *pio, *mmio;
+    struct clock *clock;
+    struct trace *trace;
+    const struct log *log;
+    const struct engine *engine;
+    struct cpuid_policy *cpuid;
+    unsigned vcpus;
+    struct vcpu **vcpu;
+    pthread_mutex_t split_lock;                                    /* LOCK operations that cross a page or reach a device */
+    void *engine_data;                                             /* the engine's, per machine */
+};
+
+/* Why something else wants a vCPU's attention: bits of vcpu.events, set by any thread, seen by the engine at the next block boundary. */
+enum vcpu_event {
+    VCPU_EV_INTR = 1 << 0,    /* ask intc_ops.peek */
+    VCPU_EV_NMI = 1 << 1,
+    VCPU_EV_INIT = 1 << 2,    /* handled outside the engine: run() returns */
+    VCPU_EV_SIPI = 1 << 3,    /* likewise */
+    VCPU_EV_KICK = 1 << 4,    /* likewise: pause, reset, quit, get/set of state */
+    VCPU_EV_CLOCK = 1 << 5,   /* refresh the paravirtual clock page */
+};
+#define VCPU_EV_OUTSIDE (VCPU_EV_INIT | VCPU_EV_SIPI | VCPU_EV_KICK)
+
+struct vcpu {
+    struct machine *m;
+    unsigned id;                                                   /* also the APIC ID */
+    struct x86 x;                                                  /* valid while the engine does not run, or after engine->get() */
+    struct bus *mmio;                                              /* own bus: the local APIC's page; parent m->mmio */
+    struct intc intc;
+    _Atomic u32 events;
+    _Atomic u8 sipi_vector;
+    u64 insns;                                                     /* retired, for statistics; written by the vCPU's thread only */
+    void *engine_data;                                             /* the engine's, per vCPU */
+};
+
+/* Sets event bits and makes the vCPU notice soon: wakes it from HLT, kicks the engine. Any thread, never blocks. Defined in vcpu.c. */
+void vcpu_raise(struct vcpu *v, u32 events);
+
+/* Port and MMIO accesses of a vCPU, traced; all engines use these. Size 1..8. */
+void vcpu_pio(struct vcpu *v, u16 port, unsigned size, bool write, u64 *val);
+void vcpu_mmio(struct vcpu *v, u64 gpa, unsigned size, bool write, u64 *val);

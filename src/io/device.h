@@ -1,0 +1,31 @@
+/*
+ * What every device has: a name, a lock, a reset, and one state function for save, load and digest.
+ *
+ * A device struct begins with `struct device device;`. Constructors are DEV_new(buses, lines, ..., struct DEV **out), return 0 or
+ * a negative errno with err(), and register their regions with &device.lock. board.c keeps the list.
+ */
+#pragma once
+
+#include <pthread.h>
+
+#include "base/stream.h"
+#include "base/types.h"
+
+struct device;
+struct device_ops {
+    const char *name;                                              /* chip, as in its file's name */
+    void (*reset)(struct device *d);                               /* power-on state; vCPUs stand still */
+    void (*quiesce)(struct device *d);                             /* finish or record I/O in flight; bounded in time; may be NULL */
+    void (*state)(struct device *d, struct stream *s);             /* saves or loads; under the device's lock */
+    void (*free)(struct device *d);
+};
+struct device {
+    const struct device_ops *ops;
+    pthread_mutex_t lock;                                          /* taken by the bus around region handlers */
+};
+
+static inline void device_init(struct device *d, const struct device_ops *ops)
+{
+    d->ops = ops;
+    pthread_mutex_init(&d->lock, NULL);
+}
