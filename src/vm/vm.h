@@ -1,0 +1,103 @@
+/*
+ * One virtual machine: its life cycle. Everything of a guest hangs off struct vm; one process may hold many.
+ *
+ * Threads: the caller owns the loop and runs it; every function here is called on the loop's thread (or before the loop runs), except vm_post_*.
+ * vCPUs have a thread each. Devices are built and freed here (by board.c), in the order of the board's table.
+ *
+ *          vm_new            vm_start              vm_pause
+ *   (none) ------> VM_BUILT ---------> VM_RUNNING <=========> VM_PAUSED
+ *                                        |   ^     vm_resume
+ *                     guest or user ends |   | vm_reset, guest reset
+ *                                        v   |
+ *                                      VM_ENDED  -- config.ended() is called once, then vm_free
+ */
+#pragma once
+
+#include "base/clock.h"
+#include "base/err.h"
+#include "base/loop.h"
+#include "base/trace.h"
+#include "cpu/engine.h"
+
+struct chardev;
+struct vport_ops;
+struct vport;
+
+struct vm_disk {
+    const char *path;
+    bool readonly;
+};
+
+/* A named port of the virtio console (dev/virtio_console.h says what the callbacks may do). */
+struct vm_port {
+    const char *name;
+    const struct vport_ops *ops;
+    void *arg;
+};
+
+enum vm_end {
+    VM_END_POWEROFF,      /* the guest powered off (ACPI S5) */
+    VM_END_RESET,         /* the guest reset itself and config.no_reboot is set */
+    VM_END_PANIC,         /* pvpanic */
+    VM_END_TRIPLE_FAULT,  /* the CPU's state is in vm_result.x86 */
+    VM_END_QUIT,          /* vm_quit() */
+    VM_END_HOST_ERROR,    /* vm_result.message says what */
+};
+
+struct vm_result {
+    enum vm_end end;
+    unsigned vcpu;                 /* which one shut down, for VM_END_TRIPLE_FAULT */
+    const struct x86 *x86;         /* its state, else NULL */
+    const char *message;           /* for VM_END_HOST_ERROR, else "" */
+};
+
+struct vm_config {
+    const struct engine *engine;
+    unsigned vcpus;                                                /* 1..VM_VCPUS_MAX */
+    u64 memory_bytes;                                              /* VM_MEMORY_MIN.., multiple of 1 MiB */
+    const char *kernel, *initrd, *cmdline;                         /* initrd and cmdline may be NULL */
+    const struct vm_disk *disk;
+    unsigned disks;                                                /* up to VM_DISKS_MAX */
+    struct chardev *serial;                                        /* COM1; borrowed; NULL: nothing is attached */
+    const struct vm_port *port;
+    unsigned ports;                                                /* of the virtio console; 0: the board has no virtio console */
+    bool no_reboot;
+    struct trace trace;                                            /* clock is filled in by vm_new; mask may be 0 */
+    const struct log *log;
+    struct loop *loop;
+    void (*ended)(void *arg, const struct vm_result *r);           /* loop's thread; all vCPUs stand still, disks are flushed */
+    void *ended_arg;
+};
+
+#define VM_VCPUS_MAX 64
+#define VM_DISKS_MAX 16
+#define VM_MEMORY_MIN (4 * MiB)
+#define VM_MEMORY_MAX (1024 * GiB)
+
+enum vm_state { VM_BUILT, VM_RUNNING, VM_PAUSED, VM_ENDED };
+struct vm;
+
+/* Builds RAM, devices and vCPUs and loads the boot image. 0, or a negative errno with err(): every bad kernel, disk or size ends here. Copies *config
+ * (but borrows the strings, chardevs and ports until vm_free). */
+int vm_new(const struct vm_config *config, struct vm **out);
+void vm_free(struct vm *vm);                                       /* stops the vCPUs first if need be; NULL is fine */
+
+int vm_start(struct vm *vm);
+void vm_pause(struct vm *vm);                                      /* vCPUs stand still, guest time stands still */
+void vm_resume(struct vm *vm);
+int vm_reset(struct vm *vm);                                       /* as the reset button: devices, vCPUs, boot image again */
+void vm_power_button(struct vm *vm);
+void vm_quit(struct vm *vm);                                       /* ends with VM_END_QUIT */
+
+enum vm_state vm_state(const struct vm *vm);
+const char *vm_state_name(enum vm_state s);
+struct trace *vm_trace(struct vm *vm);                             /* the monitor prompt changes its mask and file */
+struct vport *vm_port(struct vm *vm, unsigned n);                  /* config.port[n]'s device end */
+struct clock *vm_clock(struct vm *vm);
+void vm_info(struct vm *vm, FILE *f);                              /* for the monitor prompt: state, memory, devices, vCPUs with registers */
+u64 vm_insns(const struct vm *vm);                                 /* instructions retired by all vCPUs (engines that count them) */
+
+/* From any thread, device locks held or not: the vCPUs are told to stand still at once, the loop's thread does the rest. */
+void vm_post_end(struct vm *vm, enum vm_end end);
+void vm_post_reset(struct vm *vm);
+void vm_post_host_error(struct vm *vm, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
