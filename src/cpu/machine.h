@@ -51,6 +51,7 @@ struct vcpu {
     _Atomic u8 sipi_vector;
     u64 insns;                                                     /* retired, for statistics; written by the vCPU's thread only */
     void *engine_data;                                             /* the engine's, per vCPU */
+    void *thread;                                                  /* vcpu.c's */
 };
 
 /* Sets event bits and makes the vCPU notice soon: wakes it from HLT, kicks the engine. Any thread, never blocks. Defined in vcpu.c. */
