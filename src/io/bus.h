@@ -21,6 +21,7 @@ struct region {
     void *dev;
     pthread_mutex_t *lock;                                         /* the device's; NULL: the handlers lock themselves */
     const char *name;
+    bool overlay;                                                  /* lies over part of another region, and answers accesses that begin in it */
 };
 
 struct bus;
