@@ -12,8 +12,9 @@
  *   doppel.stdin    bytes to the command; doppel.stdout, doppel.stderr bytes from it. With RUN_TTY all output is on doppel.stdout.
  *
  * Ports are not ordered among each other, so every end of a stream is told on doppel.ctl with the count of bytes that belong to it: the receiver
- * takes exactly as many from the port, however late they come. EXITED is sent at once when the command has ended and its counts are known; the
- * guest then waits for nothing from the host: it writes the rest of the output, syncs, unmounts and switches the machine off.
+ * takes exactly as many from the port, however late they come. EXITED is sent when the command has ended and its counts are known, maybe before the
+ * last bytes of output. When the host has taken all of them from the ports (it may discard them), it answers DONE: only then is nothing left in a
+ * queue that would be lost with the guest, which syncs, unmounts and switches the machine off.
  *
  *   guest                                    host
  *   READY                          ------>
@@ -21,6 +22,7 @@
  *                                  <------   WINSIZE, SIGNAL, STDIN_EOF, STDOUT_CLOSED, STDERR_CLOSED   as they happen
  *   STDOUT_EOF, STDERR_EOF, STDIN_CLOSED ->  as they happen
  *   EXITED                         ------>
+ *                                  <------   DONE
  *   (power off)
  *
  * A message is struct msg_head and len bytes of payload. All integers are little-endian, all structs without padding. Unknown types are
@@ -52,6 +54,7 @@ enum msg_type {
     MSG_STDERR_CLOSED = 4,
     MSG_WINSIZE = 5,       /* struct msg_winsize */
     MSG_SIGNAL = 6,        /* struct msg_signal: to the command's process group */
+    MSG_DONE = 7,          /* all output that EXITED counts has arrived; the last message */
     /* guest to host */
     MSG_READY = 64,        /* struct msg_ready: RUN is awaited */
     MSG_STDOUT_EOF = 65,   /* struct msg_count: standard output ended after so many bytes, the command may still run */
