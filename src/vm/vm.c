@@ -1,0 +1,369 @@
+/*
+ * The life cycle of a virtual machine (vm.h). Everything here runs on the loop's thread but the vm_post_* functions and the hooks, which may come from vCPU
+ * threads with device locks held: they freeze the vCPUs, record what happened, and post vm_service() to the loop.
+ */
+#include "vm/vm.h"
+
+#include <errno.h>
+#include <stdarg.h>
+#include <string.h>
+
+#include "cpu/cpuid.h"
+#include "cpu/vcpu.h"
+#include "vm/board.h"
+#include "vm/boot.h"
+
+struct vm {
+    struct vm_config config;
+    struct machine m;
+    struct trace trace;
+    struct board *board;
+    enum vm_state state;
+
+    pthread_mutex_t lock;                                          /* guards the requests below */
+    bool end_wanted, reset_wanted;
+    struct vm_result result;
+    char message[512];
+    struct x86 last;                                               /* of the vCPU that shut down */
+};
+
+/* ---- from any thread ---- */
+
+static void vm_service(void *arg);
+
+static void vm_want(struct vm *vm, bool reset, enum vm_end end)
+{
+    bool first;
+
+    vcpus_freeze(&vm->m);
+    pthread_mutex_lock(&vm->lock);
+    first = !vm->end_wanted && !(reset && vm->reset_wanted);
+    if (first && reset) {
+        vm->reset_wanted = true;
+    } else if (first) {
+        vm->end_wanted = true;
+        vm->result.end = end;
+    }
+    pthread_mutex_unlock(&vm->lock);
+    if (first)
+        loop_post(vm->config.loop, vm_service, vm);
+}
+
+void vm_post_end(struct vm *vm, enum vm_end end)
+{
+    vm_want(vm, false, end);
+}
+
+void vm_post_reset(struct vm *vm)
+{
+    if (vm->config.no_reboot)
+        vm_want(vm, false, VM_END_RESET);
+    else
+        vm_want(vm, true, VM_END_RESET);
+}
+
+void vm_post_host_error(struct vm *vm, const char *fmt, ...)
+{
+    va_list ap;
+
+    pthread_mutex_lock(&vm->lock);
+    if (!vm->message[0]) {
+        va_start(ap, fmt);
+        vsnprintf(vm->message, sizeof vm->message, fmt, ap);
+        va_end(ap);
+    }
+    pthread_mutex_unlock(&vm->lock);
+    vm_want(vm, false, VM_END_HOST_ERROR);
+}
+
+static void on_machine_event(void *arg, enum machine_event what)
+{
+    struct vm *vm = arg;
+
+    switch (what) {
+    case MACHINE_RESET: vm_post_reset(vm); break;
+    case MACHINE_POWEROFF: vm_post_end(vm, VM_END_POWEROFF); break;
+    case MACHINE_PANICKED: vm_post_end(vm, VM_END_PANIC); break;
+    case MACHINE_CRASH_LOADED: log_msg(vm->config.log, LOG_WARN, "the guest's kernel panicked and runs its crash kernel now"); break;
+    }
+}
+
+static void on_vcpu_stopped(void *arg, struct vcpu *v, int why, const char *message)
+{
+    struct vm *vm = arg;
+
+    if (why == RUN_FAILED) {
+        vm_post_host_error(vm, "vCPU %u: %s", v->id, message);
+        return;
+    }
+    pthread_mutex_lock(&vm->lock);
+    if (!vm->end_wanted && !vm->reset_wanted) {
+        vcpu_get(v, &vm->last);
+        vm->result.x86 = &vm->last;
+        vm->result.vcpu = v->id;
+    }
+    pthread_mutex_unlock(&vm->lock);
+    vm_post_end(vm, VM_END_TRIPLE_FAULT);
+}
+
+/* ---- on the loop's thread ---- */
+
+/* Puts the machine into its state at power-on, with the kernel loaded; vCPUs are held. */
+static int vm_boot(struct vm *vm)
+{
+    struct boot_config boot = {
+        .kernel = vm->config.kernel, .initrd = vm->config.initrd, .cmdline = vm->config.cmdline, .map = board_map(vm->board),
+    };
+    struct x86 *x;
+    int r = 0;
+
+    board_reset(vm->board);
+    x = aligned_alloc(64, ALIGN_UP(sizeof *x, 64));
+    if (!x)
+        return err(-ENOMEM, "out of memory");
+    for (unsigned i = 0; r == 0 && i < vm->m.vcpus; i++) {
+        x86_reset(x, i == 0);
+        if (i == 0 && (r = board_acpi(vm->board, &boot.rsdp_gpa)) == 0)
+            r = boot_load(vm->m.ram, &boot, x);
+        if (r == 0)
+            r = vcpu_set(vm->m.vcpu[i], x);
+    }
+    free(x);
+    return r;
+}
+
+static void vm_end(struct vm *vm)
+{
+    vm->state = VM_ENDED;
+    board_quiesce(vm->board);
+    vm->result.message = vm->message;
+    vm->config.ended(vm->config.ended_arg, &vm->result);
+}
+
+/* Does what vm_want() recorded. */
+static void vm_service(void *arg)
+{
+    struct vm *vm = arg;
+    bool reset, end;
+
+    pthread_mutex_lock(&vm->lock);
+    reset = vm->reset_wanted;
+    end = vm->end_wanted;
+    vm->reset_wanted = false;
+    pthread_mutex_unlock(&vm->lock);
+    if (vm->state == VM_ENDED || (!reset && !end))
+        return;
+    vcpus_hold(&vm->m);
+    if (end) {
+        vm_end(vm);
+        return;
+    }
+    if (vm_reset(vm) < 0) {
+        vm_post_host_error(vm, "cannot boot again after a reset: %s", err_last());
+        return;
+    }
+}
+
+static int vm_machine_open(struct vm *vm)
+{
+    struct machine *m = &vm->m;
+    const struct vm_config *c = &vm->config;
+    struct vcpu_hooks hooks = { .stopped = on_vcpu_stopped, .arg = vm };
+    int r;
+
+    m->engine = c->engine;
+    m->log = c->log;
+    m->trace = &vm->trace;
+    pthread_mutex_init(&m->split_lock, NULL);
+    r = clock_new(c->loop, &m->clock);
+    if (r < 0)
+        return r;
+    clock_pause(m->clock);
+    vm->trace = c->trace;
+    vm->trace.clock = m->clock;
+    r = cpuid_policy_new(c->vcpus, clock_tsc_khz(m->clock), &m->cpuid);
+    if (r < 0)
+        return r;
+    if (c->engine->cpuid_limit)
+        c->engine->cpuid_limit(m->cpuid);
+    r = board_new(c, m, (struct machine_hook){ on_machine_event, vm }, &vm->board);
+    if (r < 0)
+        return r;
+    r = c->engine->machine_open(m);
+    if (r < 0)
+        return r;
+    m->vcpu = calloc(c->vcpus, sizeof *m->vcpu);
+    if (!m->vcpu)
+        return err(-ENOMEM, "out of memory");
+    for (unsigned i = 0; i < c->vcpus; i++) {
+        r = vcpu_new(m, i, &hooks, &m->vcpu[i]);
+        if (r < 0)
+            return r;
+        m->vcpus = i + 1;
+    }
+    return board_connect_cpus(vm->board);
+}
+
+int vm_new(const struct vm_config *config, struct vm **out)
+{
+    struct vm *vm;
+    int r;
+
+    bug_on(config->vcpus < 1 || config->vcpus > VM_VCPUS_MAX || config->disks > VM_DISKS_MAX);
+    vm = aligned_alloc(64, ALIGN_UP(sizeof *vm, 64));
+    if (!vm)
+        return err(-ENOMEM, "out of memory");
+    memset(vm, 0, sizeof *vm);
+    vm->config = *config;
+    pthread_mutex_init(&vm->lock, NULL);
+    r = vm_machine_open(vm);
+    if (r == 0)
+        r = vm_boot(vm);
+    if (r < 0) {
+        vm_free(vm);
+        return r;
+    }
+    *out = vm;
+    return 0;
+}
+
+void vm_free(struct vm *vm)
+{
+    struct machine *m;
+
+    if (!vm)
+        return;
+    m = &vm->m;
+    if (vm->board && vm->state != VM_ENDED && vm->state != VM_BUILT) {
+        vcpus_hold(m);
+        board_quiesce(vm->board);
+    }
+    board_free(vm->board);                                         /* devices first: they signal vCPUs */
+    for (unsigned i = 0; i < m->vcpus; i++)
+        vcpu_free(m->vcpu[i]);
+    if (m->vcpu && m->engine->machine_close)
+        m->engine->machine_close(m);
+    free(m->vcpu);
+    cpuid_policy_free(m->cpuid);
+    clock_free(m->clock);
+    pthread_mutex_destroy(&m->split_lock);
+    pthread_mutex_destroy(&vm->lock);
+    free(vm);
+}
+
+int vm_start(struct vm *vm)
+{
+    for (unsigned i = 0; i < vm->m.vcpus; i++) {
+        int r = vcpu_start(vm->m.vcpu[i]);
+
+        if (r < 0)
+            return r;
+    }
+    vm->state = VM_PAUSED;
+    vm_resume(vm);
+    return 0;
+}
+
+void vm_pause(struct vm *vm)
+{
+    if (vm->state != VM_RUNNING)
+        return;
+    vcpus_hold(&vm->m);
+    clock_pause(vm->m.clock);
+    vm->state = VM_PAUSED;
+}
+
+void vm_resume(struct vm *vm)
+{
+    if (vm->state != VM_PAUSED)
+        return;
+    clock_resume(vm->m.clock);
+    vm->state = VM_RUNNING;
+    for (unsigned i = 0; i < vm->m.vcpus; i++)
+        vcpu_raise(vm->m.vcpu[i], VCPU_EV_CLOCK);
+    vcpus_release(&vm->m);
+}
+
+int vm_reset(struct vm *vm)
+{
+    int r;
+
+    if (vm->state != VM_RUNNING && vm->state != VM_PAUSED)
+        return 0;
+    vcpus_hold(&vm->m);
+    board_quiesce(vm->board);
+    r = vm_boot(vm);
+    if (r < 0)
+        return r;
+    if (vm->state == VM_RUNNING)
+        vcpus_release(&vm->m);
+    return 0;
+}
+
+void vm_power_button(struct vm *vm)
+{
+    board_power_button(vm->board);
+}
+
+void vm_quit(struct vm *vm)
+{
+    vm_post_end(vm, VM_END_QUIT);
+}
+
+enum vm_state vm_state(const struct vm *vm)
+{
+    return vm->state;
+}
+
+const char *vm_state_name(enum vm_state s)
+{
+    static const char *const name[] = { [VM_BUILT] = "built", [VM_RUNNING] = "running", [VM_PAUSED] = "paused", [VM_ENDED] = "ended" };
+
+    return name[s];
+}
+
+struct trace *vm_trace(struct vm *vm)
+{
+    return &vm->trace;
+}
+
+struct vport *vm_port(struct vm *vm, unsigned n)
+{
+    return board_port(vm->board, n);
+}
+
+struct clock *vm_clock(struct vm *vm)
+{
+    return vm->m.clock;
+}
+
+u64 vm_insns(const struct vm *vm)
+{
+    u64 n = 0;
+
+    for (unsigned i = 0; i < vm->m.vcpus; i++)
+        n += *(volatile const u64 *)&vm->m.vcpu[i]->insns;
+    return n;
+}
+
+void vm_info(struct vm *vm, FILE *f)
+{
+    bool running = vm->state == VM_RUNNING;
+    struct x86 *x = aligned_alloc(64, ALIGN_UP(sizeof *x, 64));
+    u64 ns = clock_ns(vm->m.clock);
+
+    fprintf(f, "state: %s, engine %s, %u vCPU%s, %llu MiB, guest time %llu.%03llu s, %llu million instructions\n", vm_state_name(vm->state),
+            vm->m.engine->name, vm->m.vcpus, vm->m.vcpus == 1 ? "" : "s", (unsigned long long)(vm->m.ram->size / MiB),
+            (unsigned long long)(ns / 1000000000), (unsigned long long)(ns / 1000000 % 1000), (unsigned long long)(vm_insns(vm) / 1000000));
+    board_info(vm->board, f);
+    if (running)
+        vcpus_hold(&vm->m);
+    for (unsigned i = 0; x && i < vm->m.vcpus; i++) {
+        fprintf(f, "vcpu %u:\n", i);
+        if (vcpu_get(vm->m.vcpu[i], x) == 0)
+            x86_print(x, f);
+    }
+    if (running)
+        vcpus_release(&vm->m);
+    free(x);
+}
