@@ -1,0 +1,17 @@
+/*
+ * virtio block device (virtio 1.2, 5.2). A struct virtio_blk begins with struct virtio (and so with its struct device).
+ */
+#pragma once
+
+#include "back/block.h"
+#include "io/virtio.h"
+
+#define VIRTIO_BLK_SERIAL_MAX 20
+
+struct virtio_blk;
+
+/* block: the host end, owned by the device from here on (closed with it), also when an error is returned. serial: up to 20 characters, what
+ * /sys/block/vda/serial shows. log: for host errors of the disk. */
+int virtio_blk_new(struct ram *ram, const struct log *log, struct block *block, const char *serial, struct virtio_blk **out);
+/* The host's file has changed its size: tells the driver. Any thread. 0, or a negative errno with err(). */
+int virtio_blk_resize(struct virtio_blk *b);

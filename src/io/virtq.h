@@ -1,0 +1,84 @@
+/*
+ * The one ring reader: split virtqueues (virtio 1.2, 2.7) with indirect descriptors and event index.
+ *
+ * virtq_pop() takes a descriptor chain from the ring, copies each descriptor once, checks it, and shows the device two lists of host pieces:
+ * what it may read (out) and what it may write (in). Nothing else of doppel looks at descriptors, so nothing else needs to distrust them.
+ * A ring that breaks the rules makes its queue `broken`; the device then asks the driver for a reset (virtio.h) and leaves the ring alone.
+ *
+ * From pop to push (or drop), the writable pieces stand between ram_begin_write() and ram_end_write().
+ *
+ * Packed rings are not offered; they would be a second reader behind virtq_pop() and virtq_push(). Threads: under the device's lock.
+ */
+#pragma once
+
+#include "base/stream.h"
+#include "mem/ram.h"
+
+#define VIRTQ_SIZE_MAX 1024
+#define VIRTQ_DESCS_MAX 1024           /* in one chain, indirect ones included */
+#define VIRTQ_PIECES_MAX 16384         /* host pieces of one chain */
+
+struct virtq {
+    struct ram *ram;
+    u16 size_max;                                                  /* what the device offers */
+    u16 size;                                                      /* what the driver chose: a power of two */
+    u64 desc, avail, used;                                         /* gpa of the three areas */
+    bool enabled;
+    bool broken;                                                   /* until reset */
+    bool event_idx, indirect;                                      /* negotiated */
+    u16 avail_idx;                                                 /* next entry of the available ring to take */
+    u16 used_idx;                                                  /* next entry of the used ring to fill */
+    u16 signalled;                                                 /* used_idx at the last look whether to interrupt */
+    bool signalled_valid;
+    u16 vector;                                                    /* the transport's: MSI-X vector */
+};
+
+struct virtq_part {
+    u64 gpa;
+    u32 len;
+};
+
+/* Belongs to the device's request and is used again and again; all zero at first. Pieces and counts shrink as the device consumes them. */
+struct virtq_chain {
+    u16 head;
+    struct iovec *out, *in;                                        /* host pieces left: readable, writable */
+    unsigned outs, ins;
+    u64 out_len, in_len;                                           /* bytes left in them */
+    u64 out_total, in_total;                                       /* bytes in the whole chain */
+    /* the reader's own */
+    struct iovec *iov;
+    unsigned iov_cap;
+    struct virtq_part *part;                                       /* guest ranges of the writable descriptors */
+    unsigned parts, part_cap;
+};
+
+void virtq_init(struct virtq *q, struct ram *ram, u16 size_max);
+void virtq_reset(struct virtq *q);
+/* The driver enables the queue: are the areas aligned and in RAM? Otherwise the queue is broken. */
+void virtq_enable(struct virtq *q);
+void virtq_state(struct virtq *q, struct stream *s);
+
+/* Takes the next chain: 1, or 0 when the ring is empty, or -EPROTO when it is broken. Errors leave nothing to release. */
+int virtq_pop(struct virtq *q, struct virtq_chain *c);
+/* Takes the chain that begins at head again, after its owner's state was loaded. 1 or -EPROTO. */
+int virtq_take(struct virtq *q, u16 head, struct virtq_chain *c);
+/* Gives the chain back; len bytes at least were written, from the beginning of its writable part. */
+void virtq_push(struct virtq *q, struct virtq_chain *c, u32 len);
+void virtq_drop(struct virtq *q, struct virtq_chain *c);           /* forgets it: the queue was reset */
+/* Puts the chain just popped back: the next pop finds it again. */
+void virtq_unpop(struct virtq *q, struct virtq_chain *c);
+void virtq_chain_free(struct virtq_chain *c);
+
+bool virtq_empty(struct virtq *q);                                 /* a hint: more may come at any time */
+/* Whether the driver wants an interrupt for what was pushed since the last call. Once per batch. */
+bool virtq_wants_interrupt(struct virtq *q);
+/* Asks the driver not to, or again to, notify us. virtq_listen() returns true when chains came meanwhile: look again. */
+void virtq_ignore(struct virtq *q);
+bool virtq_listen(struct virtq *q);
+
+/* Copy between the chain and a buffer, consuming the chain; the number of bytes copied (less than len at its end). */
+size_t virtq_read(struct virtq_chain *c, void *buf, size_t len);
+size_t virtq_write(struct virtq_chain *c, const void *buf, size_t len);
+void virtq_skip_out(struct virtq_chain *c, u64 len);               /* consumes without copying; len <= out_len */
+void virtq_skip_in(struct virtq_chain *c, u64 len);
+u8 *virtq_take_last_in(struct virtq_chain *c);                     /* cuts off and returns the last writable byte; NULL if there is none */
