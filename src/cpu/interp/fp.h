@@ -1,0 +1,184 @@
+/*
+ * Extended state in interp: x87, MMX, SSE, AVX, AVX-512, and the XSAVE family (Intel SDM vol. 1 chapters 8 to 15).
+ *
+ * Arithmetic is never modelled: a stub, generated once per distinct instruction, loads from `struct fp` the registers that the instruction reads, executes the
+ * guest's own instruction with its memory operand redirected to a host address, and stores what it wrote. Only control and state instructions are C.
+ *
+ * The guest's vector registers live here as flat 64-byte rows, not in XSAVE's split layout; fp_load() and fp_store() convert from and to x86.xsave when
+ * the interpreter is entered and left. All of it belongs to the vCPU's thread.
+ *
+ *     fp.c        binding, #UD/#NM/#XM rules, handlers of MMX/SSE/AVX instructions
+ *     fp_stub.c   the stub generator, its code arena, the signal handler for faults inside stubs
+ *     fp_mask.c   accesses by elements: masked loads and stores, compress and expand, gather and scatter, MASKMOVDQU
+ *     fp_x87.c    x87, EMMS
+ *     xsave.c     FXSAVE and XSAVE families, MXCSR, XCR0, PKRU; fp_load, fp_store
+ */
+#pragma once
+
+#include "cpu/interp/interp.h"
+
+/* ---- for the core ---- */
+
+/* Binds any instruction of these extensions that has no row in the table; BIND_UD for what it does not know or the guest's CPUID does not show. */
+int fp_bind(struct icpu *c, const struct decoded *d, struct op *op, unsigned arg);
+
+/* Nearly no room for further stubs: the block cache must be emptied (which calls fp_flush_stubs) before the next block is decoded. */
+bool fp_full(const struct icpu *c);
+
+/* x86.xsave to the live registers and back: icpu_load() and icpu_store() call these. */
+void fp_load(struct icpu *c);
+void fp_store(struct icpu *c);
+
+/* Binds of rows in insn_fp.def, and their arguments. */
+enum { X87_NINIT, X87_NCLEX, X87_NSTCW, X87_LDCW, X87_NSTSW, X87_NSTENV, X87_LDENV, X87_NSAVE, X87_RSTOR, X87_WAIT, X87_NOP, X87_NONE, X87_EMMS };
+enum {
+    XS_FXSAVE, XS_FXSAVE64, XS_FXRSTOR, XS_FXRSTOR64, XS_XSAVE, XS_XSAVE64, XS_XSAVEOPT, XS_XSAVEOPT64, XS_XSAVEC, XS_XSAVEC64, XS_XSAVES, XS_XSAVES64,
+    XS_XRSTOR, XS_XRSTOR64, XS_XRSTORS, XS_XRSTORS64, XS_LDMXCSR, XS_VLDMXCSR, XS_STMXCSR, XS_VSTMXCSR, XS_XGETBV, XS_XSETBV, XS_RDPKRU, XS_WRPKRU,
+};
+int fp_bind_x87_control(struct icpu *c, const struct decoded *d, struct op *op, unsigned arg);
+int fp_bind_xsave(struct icpu *c, const struct decoded *d, struct op *op, unsigned arg);
+int fp_bind_vzero(struct icpu *c, const struct decoded *d, struct op *op, unsigned arg);
+int fp_bind_maskmov(struct icpu *c, const struct decoded *d, struct op *op, unsigned arg);
+
+/* ---- inside fp*.c and xsave.c ---- */
+
+#define FP_STUB_PAGE 4096u
+#define MXCSR_RESET 0x1f80u
+
+/* The legacy region of an XSAVE image (SDM vol. 1 table 10-2), as much of it as x87 and MMX use, and the header that XSAVE needs behind it. */
+struct fp_legacy {
+    u16 fcw, fsw;
+    u8 ftw, rsvd;                                                  /* abridged: bit n set means that physical register n is not empty */
+    u16 fop;
+    u64 fip, fdp;
+    u32 mxcsr, mxcsr_mask;
+    struct {
+        u64 mant;
+        u16 exp, pad[3];
+    } st[8];                                                       /* relative to TOP, not physical */
+    u8 xmm[256], unused[96];
+    u64 xstate_bv, xcomp_bv, header[6];
+} __attribute__((aligned(64)));
+
+/* How an op's memory operand is reached when it is not one plain run of bytes. */
+enum fp_mask_kind {
+    FP_PLAIN,
+    FP_MASK_K,         /* EVEX {k}: elements by mask register */
+    FP_MASK_K_BCAST,   /* one element, read if any mask bit is set */
+    FP_MASK_K_PACKED,  /* compress and expand: as many elements as mask bits, without gaps */
+    FP_MASK_V,         /* VMASKMOV, VPMASKMOV: sign bits of a vector register */
+};
+
+enum fp_class { FP_SSE, FP_AVX, FP_AVX512, FP_MMX, FP_X87 };
+
+struct fp;
+
+/* A stub and what its handlers must know: shared by all ops whose instructions differ only in the memory operand's address. */
+struct fp_insn {
+    /* Returns 0, or vector | MXCSR << 32 when the instruction faulted. */
+    u64 (*code)(struct fp *f, struct icpu *c, void *mem);
+    struct fp_insn *next;                                          /* in its hash bucket */
+    u16 bytes;                                                     /* of the memory operand; 0: none */
+    u8 access;                                                     /* enum mmu_access; a read-modify-write is MMU_WRITE with reads set */
+    bool reads;                                                    /* the memory operand is read */
+    u8 cls;                                                        /* enum fp_class */
+    u8 align;                                                      /* legacy SSE: memory operand must be aligned to this, else 1 */
+    u8 kind;                                                       /* enum fp_mask_kind */
+    u8 esize;                                                      /* bytes of an element, where masked */
+    u8 elements;                                                   /* that the mask governs */
+    u8 mask;                                                       /* mask register, or vector register with FP_MASK_V */
+    u8 key_len;
+    u8 key[17];                                                    /* class, then the instruction with its memory operand as [M] */
+};
+
+struct fp {
+    u8 v[32][64] __attribute__((aligned(64)));
+    u64 k[8];
+    u32 mxcsr, host_mxcsr;
+    u32 pkru;
+    struct fp_legacy x87;                                          /* mxcsr and xmm in it are not the guest's */
+    u8 bounce[64 + 192] __attribute__((aligned(64)));              /* memory operands that lie across pages, in devices, in code */
+    u16 fcs, fds;                                                  /* selectors that belong to x87.fip and x87.fdp (32-bit formats) */
+
+    /* facts about host and guest, fixed at fp_open() */
+    bool avx, avx512, avx512bw, xsave, xsave_erptr;
+    bool intel_ptrs;                                               /* FOP, FIP, FDP change only ... see fp_x87.c */
+    u32 mxcsr_mask;
+    u32 xs_size[16], xs_off[16];                                   /* components of the standard XSAVE format; size 0: absent */
+    u32 xs_align64;                                                /* bit n: component n is aligned to 64 in the compacted format */
+    u64 xcr0_mask;
+    bool isa[ZYDIS_ISA_SET_MAX_VALUE + 1];                         /* instruction sets that the guest's CPUID shows */
+
+    /* stubs */
+    u8 *arena_rw;                                                  /* the same pages twice: writable here, executable there */
+    u8 *arena_rx;
+    size_t arena_used;
+    u8 *fault_exit;                                                /* where the signal handler sends a stub that faulted */
+    struct fp_insn *insn;                                          /* FP_INSNS of them */
+    unsigned insns;
+    struct fp_insn *hash[4096];
+};
+
+static inline struct fp *icpu_fp(const struct icpu *c)
+{
+    return c->fp;
+}
+
+/* The offset part of op's memory operand, cut to the address size. */
+static inline u64 fp_ea(const struct icpu *c, const struct op *op)
+{
+    u64 ea = c->r[op->base] + (c->r[op->index] << op->scale) + (u64)op->disp;
+
+    return op->asize == 8 ? ea : op->asize == 4 ? (u32)ea : (u16)ea;
+}
+
+/* The rules by which an instruction of a class is #UD or #NM now: 0 or OP_FAULT. */
+int fp_deny(struct icpu *c, enum fp_class cls);
+static inline int fp_check_sse(struct icpu *c)
+{
+    const struct x86 *x = c->x;
+
+    if (unlikely((x->cr0 & (CR0_EM | CR0_TS)) | (~x->cr4 & CR4_OSFXSR)))
+        return fp_deny(c, FP_SSE);
+    return 0;
+}
+static inline int fp_check_avx(struct icpu *c, u64 xcr0)
+{
+    const struct x86 *x = c->x;
+
+    if (unlikely((x->cr0 & CR0_TS) | (~x->cr4 & CR4_OSXSAVE) | (~x->xcr0 & xcr0)))
+        return fp_deny(c, xcr0 & XSTATE_AVX512 ? FP_AVX512 : FP_AVX);
+    return 0;
+}
+#define XCR0_AVX (XSTATE_SSE | XSTATE_AVX)
+#define XCR0_AVX512 (XCR0_AVX | XSTATE_AVX512)
+static inline int fp_check(struct icpu *c, enum fp_class cls)
+{
+    return cls == FP_SSE ? fp_check_sse(c) : cls == FP_AVX ? fp_check_avx(c, XCR0_AVX) : cls == FP_AVX512 ? fp_check_avx(c, XCR0_AVX512) : fp_deny(c, cls);
+}
+
+/* What comes of a stub's nonzero result: OP_FAULT. */
+int fp_stub_fault(struct icpu *c, u64 result);
+
+/* fp_stub.c */
+int fp_stub_open(struct fp *f);
+void fp_stub_close(struct fp *f);
+void fp_stub_reset(struct fp *f);
+struct fp_insn *fp_stub_make(struct fp *f, const struct decoded *d, enum fp_class cls);
+u64 fp_stub_call(struct fp *f, struct icpu *c, const struct fp_insn *i, void *mem);
+
+/* fp_mask.c: handler of ops with a masked memory operand, and the binder of gathers and scatters */
+int fp_op_masked(struct icpu *c, const struct op *op);
+int fp_bind_vsib(struct icpu *c, const struct decoded *d, struct op *op);
+
+/* fp_x87.c */
+int fp_bind_x87(struct icpu *c, const struct decoded *d, struct op *op);
+/* #UD, #NM or #MF before a waiting x87 or MMX instruction: 0 or OP_FAULT. */
+int fp_x87_ready(struct icpu *c);
+/* MMX instructions address registers by number: makes TOP zero and all registers valid, as each of them does. */
+void fp_mmx_enter(struct fp *f);
+/* FSW.ES and FSW.B follow from the flags and masks. */
+void fp_x87_summary(struct fp_legacy *l);
+
+/* xsave.c */
+void fp_xsave_open(struct icpu *c, struct fp *f);
