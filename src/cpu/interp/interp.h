@@ -35,6 +35,8 @@ enum {
     OP_RESTART,       /* not finished (REP with an event pending): same rip again; registers show the progress */
     OP_HALT,          /* done, rip advanced; the vCPU is halted */
     OP_SHUTDOWN,      /* triple fault */
+    OP_NEAR,          /* as OP_JUMP, but nothing else than rip has changed (near branches): pending traps and IF need not be looked at */
+    OP_FALL,          /* the block's end or a block overwritten while it ran: not an instruction; icpu.rip has been set */
 };
 
 typedef int (*op_fn)(struct icpu *c, const struct op *op);
@@ -81,6 +83,8 @@ struct fault {
 };
 
 struct tlb;                        /* tlb.h */
+struct tlb_entry;
+struct block;
 struct icode;                      /* block cache: code.h */
 
 struct icpu {
@@ -90,14 +94,23 @@ struct icpu {
     u32 flags;                     /* the other RFLAGS bits (TF IF DF IOPL NT RF VM AC VIF VIP ID and bit 1) */
     u8 cpl;
     u8 mode;                       /* enum imode */
-    bool end_block;                /* the running op wrote code or changed translation: leave the block after it */
+    bool end_block;                /* changed translation or mode in a way that the block must be left after this op: return OP_END (stores into code need nothing, code.h) */
     u8 stack_size;                 /* 2, 4 or 8: from SS.B, or 8 in 64-bit mode */
     struct fault fault;
     u64 db_pending;                /* DR6 bits of data breakpoints met by this instruction (#DB after it) */
     struct vcpu *v;
     struct x86 *x;                 /* &v->x */
     struct tlb *tlb;
+    struct tlb_entry *view;        /* data accesses of the current privilege look here first: tlb.h */
     struct icode *code;
+    const struct block *block;     /* that runs now */
+    u64 rip_mask;                  /* ~0 in 64-bit mode, else 0xffffffff */
+    u64 rip_limit;                 /* ~0 in 64-bit mode, else CS.limit */
+    u64 cs_base;                   /* 0 in 64-bit mode */
+    u64 code_tag;                  /* translation generation, mode and privilege: what a jump cache entry must match (code.h) */
+    u32 pkru;                      /* the register; who changes it calls tlb_views() */
+    bool step;                     /* one instruction at a time: repeated string instructions return OP_RESTART after each iteration */
+    bool irq_wait;                 /* the local APIC had an interrupt when IF or the shadow forbade it: look again */
     void *fp;                      /* fp.c's: stub buffer, bounce buffer */
 };
 

@@ -1,0 +1,87 @@
+/*
+ * The code cache: decoded blocks, one cache per vCPU.
+ *
+ * A block is a run of instructions from one page: up to BLOCK_OPS of them in up to BLOCK_BYTES, ending after a jump, call, return, or instruction
+ * that changes how the next ones are to be read. Conditional branches do not end it: taken, they leave it. A block is found by
+ *   1. the jump cache: linear address and code_tag (translation generation, mode, privilege) to block and host address of its bytes;
+ *   2. a hash of guest-physical address and mode, after a translation for execution;
+ *   3. decoding.
+ * In every case its bytes are compared with memory before it runs, so nobody has to tell the cache of writes, with one exception: a store by this vCPU into
+ * the block that is running. Pages with cached code have no fast write tag in the TLB, the slow path calls code_written(), and that
+ * makes the rest of a running block leave it (its ops are overwritten) and forgets it. A page that is written often loses its blocks,
+ * and its stores are fast again.
+ *
+ * An instruction that crosses into the next page is a block of its own with two host addresses, never in the jump cache. Code outside RAM is
+ * decoded each time it runs. Memory for blocks comes from an arena; when that is full everything is dropped (code_flush), between blocks only.
+ */
+#pragma once
+
+#include "cpu/interp/interp.h"
+
+#define BLOCK_OPS 32
+#define BLOCK_BYTES 64
+
+struct block {
+    u8 bytes[BLOCK_BYTES] __attribute__((aligned(16)));            /* as decoded; zeroed beyond len */
+    u64 gpa;                           /* of the first byte; ~0 when the block is dead */
+    u64 gpa2;                          /* page of the second part of a crossing instruction, else ~0 */
+    u16 len, n;                        /* bytes, instructions */
+    u16 chunks;                        /* comparison in 16-byte steps; 0: too close to the page's end, bytewise */
+    u8 mode, first;                    /* first: bytes in the first page (== len unless crossing) */
+    struct block *hash_next, *page_next;
+    struct op op[];                    /* n, and one more that leaves the block */
+};
+
+struct jump_entry {
+    u64 la, tag;
+    struct block *block;
+    const u8 *host;
+};
+#define JUMP_BITS 12
+
+struct icode {
+    struct jump_entry jump[1u << JUMP_BITS];
+    struct block **hash, **page_hash;
+    u8 *arena;
+    size_t used;
+    u8 *page_state;                    /* per page of RAM: 0 no cached code, else 1 + slow stores so far */
+    u64 pages;
+    bool flush_wanted;
+    ZydisDecoder decoder[3];           /* 16, 32, 64 bit */
+    struct block *scratch;             /* room for one instruction that is not cached */
+};
+
+int code_open(struct icpu *c);
+void code_close(struct icpu *c);
+/* The block at c->rip, ready to run, or NULL with c->fault raised (the fetch's #PF, #GP). */
+struct block *code_find(struct icpu *c);
+/* Everything is dropped before the next block is looked up; for whoever runs out of memory that blocks refer to (fp.c's stubs). */
+void code_flush_later(struct icpu *c);
+/* A store of this vCPU to a page with cached code. */
+void code_written(struct icpu *c, u64 gpa, unsigned n);
+/* The RAM table has changed. */
+int code_ram_changed(struct icpu *c);
+/* Recomputes code_tag; after changes of mode, privilege or translation. */
+void code_retag(struct icpu *c);
+
+static inline bool code_in_page(const struct icode *k, u64 gpa)
+{
+    return gpa >> PAGE_SHIFT < k->pages && k->page_state[gpa >> PAGE_SHIFT];
+}
+
+/*
+ * decode.c: one instruction. n bytes are there. Fills *op (off is the caller's) and returns BIND_OK or BIND_LAST, or DECODE_MORE when the instruction
+ * needs more bytes than there are. What does not decode becomes an op that raises #UD or #GP.
+ */
+enum { DECODE_MORE = -2 };
+void decode_init(struct icpu *c);
+int decode_one(struct icpu *c, const u8 *bytes, unsigned n, unsigned off, struct op *op);
+/* Register operand: its number 0..15, and *high for AH..BH. */
+unsigned decode_gpr(ZydisRegister reg, bool *high);
+
+/* insn_table.c */
+struct insn {
+    bind_fn bind;
+    u32 arg;
+};
+const struct insn *insn_row(ZydisMnemonic m);                      /* bind is NULL where no row exists */
