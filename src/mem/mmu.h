@@ -33,7 +33,10 @@ struct mmu_map {
 #define MMU_FAULT 0x80000000u
 u32 mmu_walk(struct ram *ram, const struct mmu_ctx *ctx, u64 gva, enum mmu_access access, struct mmu_map *out);
 
-/* The same for looking only (debugger, monitor): sets no bits, ignores rights. 0 or -EFAULT. */
+/* May ctx make this access by the translation that a walk found? 0, or the page-fault error code | MMU_FAULT. Does not look at the dirty bit. */
+u32 mmu_allows(const struct mmu_ctx *ctx, const struct mmu_map *map, enum mmu_access access);
+
+/* A walk for looking only (debugger, monitor): sets no bits, ignores rights. 0 or -EFAULT. */
 int mmu_peek(const struct ram *ram, const struct mmu_ctx *ctx, u64 gva, u64 *gpa);
 
 /* Loads the four PAE page-directory-pointer entries that cr3 points to; false if a reserved bit is set in a present one (#GP). */

@@ -1,0 +1,211 @@
+/*
+ * Guest-physical memory: the table of runs. Each run is a memfd of its own, mapped whole; where it lies in the host is nobody's business
+ * but this file's. Locking: none; the table changes only while all vCPUs and devices stand still.
+ */
+#define _GNU_SOURCE
+#include "mem/ram.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "base/err.h"
+
+int ram_init(struct ram *r)
+{
+    memset(r, 0, sizeof *r);
+    return 0;
+}
+
+static void run_close(struct ram_run *run)
+{
+    if (run->hva)
+        munmap(run->hva, run->size);
+    if (run->fd >= 0)
+        close(run->fd);
+}
+
+void ram_close(struct ram *r)
+{
+    for (unsigned i = 0; i < r->runs; i++)
+        run_close(&r->run[i]);
+    free(r->run);
+    memset(r, 0, sizeof *r);
+}
+
+static int run_open(struct ram_run *run)
+{
+    run->fd = memfd_create("doppel-ram", MFD_CLOEXEC);
+    if (run->fd < 0)
+        return err(-errno, "guest memory: memfd_create: %s", strerror(errno));
+    if (ftruncate(run->fd, (off_t)run->size) < 0) {
+        int e = errno;
+        close(run->fd);
+        return err(-e, "guest memory: cannot reserve %llu MiB: %s; choose a smaller --memory",
+                   (unsigned long long)(run->size / MiB), strerror(e));
+    }
+    void *p = mmap(NULL, run->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, run->fd, 0);
+    if (p == MAP_FAILED) {
+        int e = errno;
+        close(run->fd);
+        return err(-e, "guest memory: cannot map %llu MiB: %s; choose a smaller --memory",
+                   (unsigned long long)(run->size / MiB), strerror(e));
+    }
+    madvise(p, run->size, MADV_HUGEPAGE);                          /* a hint: where shared memory has no huge pages it fails */
+    run->hva = p;
+    run->state = RAM_SHARED;
+    return 0;
+}
+
+/* The index of the first run that ends beyond gpa. */
+static unsigned run_index(const struct ram *r, u64 gpa)
+{
+    unsigned lo = 0, hi = r->runs;
+    while (lo < hi) {
+        unsigned mid = (lo + hi) / 2;
+        if (gpa - r->run[mid].gpa < r->run[mid].size || gpa < r->run[mid].gpa)
+            hi = mid;
+        else
+            lo = mid + 1;
+    }
+    return lo;
+}
+
+int ram_add(struct ram *r, u64 gpa, u64 size)
+{
+    if (!size || (gpa | size) & ~PAGE_MASK || gpa + size < gpa)
+        return err(-EINVAL, "guest memory: bad range 0x%llx + 0x%llx", (unsigned long long)gpa, (unsigned long long)size);
+    unsigned i = run_index(r, gpa);
+    if (i < r->runs && r->run[i].gpa < gpa + size)
+        return err(-EINVAL, "guest memory: range at 0x%llx overlaps another", (unsigned long long)gpa);
+    struct ram_run run = { .gpa = gpa, .size = size };
+    struct ram_run *table = realloc(r->run, (r->runs + 1) * sizeof *table);
+    if (!table)
+        return err(-ENOMEM, "guest memory: out of host memory");
+    r->run = table;
+    int e = run_open(&run);
+    if (e)
+        return e;
+    memmove(&table[i + 1], &table[i], (r->runs - i) * sizeof *table);
+    table[i] = run;
+    r->runs++;
+    r->size += size;
+    r->epoch++;
+    return 0;
+}
+
+void ram_clear(struct ram *r)
+{
+    for (unsigned i = 0; i < r->runs; i++) {
+        struct ram_run *run = &r->run[i];
+        if (run->state == RAM_ABSENT)
+            continue;
+        if (fallocate(run->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)run->offset, (off_t)run->size) < 0)
+            memset(run->hva, 0, run->size);
+    }
+}
+
+static const struct ram_run *run_find(const struct ram *r, u64 gpa)
+{
+    /* Nearly always one of the first two: below and above the PCI hole. */
+    for (unsigned i = 0; i < r->runs && i < 2; i++)
+        if (gpa - r->run[i].gpa < r->run[i].size)
+            return r->run[i].hva ? &r->run[i] : NULL;
+    if (r->runs <= 2)
+        return NULL;
+    unsigned i = run_index(r, gpa);
+    return i < r->runs && gpa >= r->run[i].gpa && r->run[i].hva ? &r->run[i] : NULL;
+}
+
+u8 *ram_hva(const struct ram *r, u64 gpa)
+{
+    const struct ram_run *run = run_find(r, gpa);
+    return run ? run->hva + (gpa - run->gpa) : NULL;
+}
+
+/* Host address of gpa and, in *n, how many of len bytes are there without a break. */
+static u8 *ram_piece(const struct ram *r, u64 gpa, u64 len, u64 *n)
+{
+    const struct ram_run *run = run_find(r, gpa);
+    if (!run)
+        return NULL;
+    *n = MIN(len, run->size - (gpa - run->gpa));
+    return run->hva + (gpa - run->gpa);
+}
+
+u8 *ram_range(const struct ram *r, u64 gpa, u64 len)
+{
+    u64 n;
+    u8 *start = ram_piece(r, gpa, len, &n);
+    if (!start)
+        return NULL;
+    for (u64 done = n; done < len; done += n) {
+        u8 *p = gpa + done < gpa ? NULL : ram_piece(r, gpa + done, len - done, &n);
+        if (p != start + done)
+            return NULL;
+    }
+    return start;
+}
+
+bool ram_has(const struct ram *r, u64 gpa, u64 len)
+{
+    u64 n;
+    for (u64 done = 0; done < len; done += n)
+        if (gpa + done < gpa || !ram_piece(r, gpa + done, len - done, &n))
+            return false;
+    return true;
+}
+
+int ram_read(const struct ram *r, u64 gpa, void *buf, u64 len)
+{
+    if (!ram_has(r, gpa, len))
+        return -EFAULT;
+    u64 n;
+    for (u64 done = 0; done < len; done += n)
+        memcpy((u8 *)buf + done, ram_piece(r, gpa + done, len - done, &n), n);
+    return 0;
+}
+
+int ram_write(struct ram *r, u64 gpa, const void *buf, u64 len)
+{
+    if (!ram_has(r, gpa, len))
+        return -EFAULT;
+    ram_begin_write(r, gpa, len);
+    u64 n;
+    for (u64 done = 0; done < len; done += n) {
+        u8 *p = ram_piece(r, gpa + done, len - done, &n);
+        memcpy(p, (const u8 *)buf + done, n);
+    }
+    ram_end_write(r, gpa, len);
+    return 0;
+}
+
+int ram_iov(const struct ram *r, u64 gpa, u64 len, struct iovec *iov, unsigned *n, unsigned max)
+{
+    unsigned i = *n;
+    u64 piece;
+    for (u64 done = 0; done < len; done += piece) {
+        u8 *p = gpa + done < gpa ? NULL : ram_piece(r, gpa + done, len - done, &piece);
+        if (!p)
+            return -EFAULT;
+        if (i == max)
+            return -E2BIG;
+        iov[i++] = (struct iovec){ p, piece };
+    }
+    *n = i;
+    return 0;
+}
+
+void ram_begin_write(struct ram *r, u64 gpa, u64 len)
+{
+    if (r->on_begin_write)
+        r->on_begin_write(r->on_write_arg, gpa, len);
+}
+
+void ram_end_write(struct ram *r, u64 gpa, u64 len)
+{
+    if (r->on_end_write)
+        r->on_end_write(r->on_write_arg, gpa, len);
+}
