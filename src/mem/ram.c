@@ -162,9 +162,11 @@ int ram_read(const struct ram *r, u64 gpa, void *buf, u64 len)
 {
     if (!ram_has(r, gpa, len))
         return -EFAULT;
-    u64 n;
-    for (u64 done = 0; done < len; done += n)
-        memcpy((u8 *)buf + done, ram_piece(r, gpa + done, len - done, &n), n);
+    u64 n = 0;
+    for (u64 done = 0; done < len; done += n) {
+        const u8 *p = ram_piece(r, gpa + done, len - done, &n);
+        memcpy((u8 *)buf + done, p, n);
+    }
     return 0;
 }
 
@@ -173,7 +175,7 @@ int ram_write(struct ram *r, u64 gpa, const void *buf, u64 len)
     if (!ram_has(r, gpa, len))
         return -EFAULT;
     ram_begin_write(r, gpa, len);
-    u64 n;
+    u64 n = 0;
     for (u64 done = 0; done < len; done += n) {
         u8 *p = ram_piece(r, gpa + done, len - done, &n);
         memcpy(p, (const u8 *)buf + done, n);
