@@ -5,6 +5,10 @@
  * its local APIC page; its parent is the system's). Accesses of widths that a region does not take are split or widened: parts that are unmapped
  * read as all ones, writes to them vanish. A region's handlers run under the region's lock, so device code reads single-threaded.
  *
+ * An access belongs to the region that holds its first byte, as far as that region reaches; the rest is an access of its own. Handlers see
+ * powers of two between min and max, aligned to their size within the region, and inside it. What is narrower than min is cut out of a read of min bytes, or
+ * merged into it for a write.
+ *
  * Threads: bus_access from any. Adding, moving, removing regions from any; an access that began before a move may still reach the old place.
  */
 #pragma once
