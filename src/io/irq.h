@@ -42,6 +42,7 @@ struct intc_ops {
     int (*msr_write)(void *intc, u32 msr, u64 val);
     u8 (*tpr_get)(void *intc);                                     /* CR8: TPR bits 7..4 */
     void (*tpr_set)(void *intc, u8 cr8);
+    void (*tsc_adjust)(void *intc, s64 adjust);                    /* the vCPU's TSC moved against clock_tsc(): a TSC deadline moves with it; may be NULL */
     void (*init)(void *intc);                                      /* INIT: all but the ID is reset (SDM vol. 3A 11.4.7.3) */
 };
 struct intc {

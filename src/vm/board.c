@@ -1,0 +1,422 @@
+/*
+ * The board: every address and every interrupt of the machine stands on this page.
+ *
+ *   physical memory                                           ports
+ *   0x00000000  RAM                                           0x0020 0x00a0 0x04d0  i8259 pair, ELCR
+ *   0x000a0000  legacy video memory                           0x0040 0x0061         i8254, speaker
+ *   0x000c0000  RAM, reserved from 0xe0000 (ACPI tables)      0x0060 0x0064         i8042
+ *   0x00100000  RAM up to 3 GiB                               0x0070 0x0071         mc146818
+ *   0xc0000000  PCI memory window                             0x0080 0x0092 0x00ed  POST and delay ports, fast reset
+ *   0xe0000000  PCI configuration (ECAM), bus 0               0x02f8 0x03f8         ns16550 COM2, COM1
+ *   0xfec00000  I/O APIC                                      0x03b0 to 0x03df      VGA registers
+ *   0xfee00000  local APIC (each vCPU's own), MSI             0x0505                pvpanic
+ *   0x100000000 the rest of RAM                               0x0600 to 0x063f      ACPI power management
+ *                                                             0x0cf8 0x0cfc 0x0cf9  PCI configuration, reset control
+ *                                                             0xc000 to 0xffff      PCI I/O window
+ *
+ *   interrupts  0 i8254 (I/O APIC pin 2)   1 keyboard   3 COM2   4 COM1   8 mc146818   9 ACPI   12 mouse
+ *               16 to 19 PCI INTA to INTD on the I/O APIC; in i8259 mode 10 (INTA, INTC) and 11 (INTB, INTD)
+ *
+ * Locking: the wires have a lock of their own, taken after a device's and before a chip's.
+ */
+#include "vm/board.h"
+
+#include <errno.h>
+#include <string.h>
+
+#include "cpu/cpuid.h"
+#include "cpu/vcpu.h"
+#include "dev/acpi_pm.h"
+#include "dev/i8042.h"
+#include "dev/i8254.h"
+#include "dev/i8259.h"
+#include "dev/ioapic.h"
+#include "dev/lapic.h"
+#include "dev/mc146818.h"
+#include "dev/ns16550.h"
+#include "dev/pci_host.h"
+#include "dev/port80.h"
+#include "dev/port92.h"
+#include "dev/pvpanic.h"
+#include "dev/rst_cnt.h"
+#include "dev/vga_mem.h"
+#include "dev/virtio_blk.h"
+#include "dev/virtio_console.h"
+#include "dev/virtio_rng.h"
+#include "io/virtio_pci.h"
+
+#define RAM_LOW_TOP   0xc0000000ull    /* 3 GiB */
+#define RAM_HIGH_BASE 0x100000000ull
+#define VIDEO_BASE    0x000a0000ull
+#define VIDEO_END     0x000c0000ull
+#define EBDA_BASE     0x0009f000ull    /* reserved, as where an extended BIOS data area would be */
+#define PCI_MEM_BASE  0xc0000000ull
+#define PCI_MEM_SIZE  0x20000000ull
+#define ECAM_BASE     0xe0000000ull
+#define ECAM_BUSES    1
+#define PCI_IO_BASE   0xc000u
+#define PCI_IO_SIZE   0x4000u
+#define ACPI_PM_BASE  0x600u
+#define COM1_PORT     0x3f8u
+#define COM2_PORT     0x2f8u
+
+enum { IRQ_PIT = 0, IRQ_KEYBOARD = 1, IRQ_COM2 = 3, IRQ_COM1 = 4, IRQ_RTC = 8, IRQ_SCI = 9, IRQ_MOUSE = 12 };
+static const u8 pci_gsi[4] = { 16, 17, 18, 19 };                   /* INTA..D on the I/O APIC */
+static const u8 pci_isa[4] = { 10, 11, 10, 11 };                   /* the same on the i8259 pair */
+#define ELCR_SLAVE 0x0e                                            /* IRQ 9, 10, 11 are level-triggered */
+
+enum { SLOT_HOST = 0, SLOT_CONSOLE = 1, SLOT_RNG = 2, SLOT_DISK = 3 };
+
+#define DEVICES_MAX (32 + VM_DISKS_MAX + VM_VCPUS_MAX)
+
+struct board {
+    struct machine *m;
+    struct ram ram;
+    struct e820 map;
+    const struct vm_config *config;
+
+    struct device *device[DEVICES_MAX];                            /* in the order they are built and reset */
+    unsigned devices;
+    struct pci_bus *pci;
+    struct lapic_bus *lapics;
+    struct lapic *bsp;
+    struct i8259 *pic;
+    struct ioapic *ioapic;
+    struct acpi_pm *pm;
+    struct virtio_console *console;
+
+    pthread_mutex_t wire_lock;
+    u32 wire[4];                                                   /* devices that pull INTA..D */
+};
+
+static void board_add(struct board *b, void *device)
+{
+    bug_on(b->devices == DEVICES_MAX);
+    b->device[b->devices++] = device;
+}
+
+/* ---- wires ---- */
+
+/* An ISA interrupt goes to both interrupt controllers; the guest unmasks one of them. */
+static void isa_set(void *chip, int n, int level)
+{
+    struct board *b = chip;
+    struct irq_line pic = i8259_irq(b->pic, n), io = ioapic_irq(b->ioapic, n == IRQ_PIT ? 2 : n);
+
+    irq_set(&pic, level);
+    irq_set(&io, level);
+}
+
+static struct irq_line isa_irq(struct board *b, int n)
+{
+    return (struct irq_line){ isa_set, b, n };
+}
+
+/* INTA# of PCI device n, swizzled: device d pulls wire d % 4, together with others. */
+static void pci_wire_set(void *chip, int n, int level)
+{
+    struct board *b = chip;
+    unsigned w = (unsigned)n % 4, other = (w + 2) % 4;
+    struct irq_line io = ioapic_irq(b->ioapic, pci_gsi[w]), pic = i8259_irq(b->pic, pci_isa[w]);
+
+    pthread_mutex_lock(&b->wire_lock);
+    if (level)
+        b->wire[w] |= 1u << n;
+    else
+        b->wire[w] &= ~(1u << n);
+    irq_set(&io, b->wire[w] != 0);
+    irq_set(&pic, (b->wire[w] | b->wire[other]) != 0);
+    pthread_mutex_unlock(&b->wire_lock);
+}
+
+static int attach_virtio(struct board *b, unsigned slot, void *device)
+{
+    board_add(b, device);
+    return virtio_pci_attach(b->pci, slot, (struct irq_line){ pci_wire_set, b, (int)slot }, pci_isa[slot % 4], device);
+}
+
+/* ---- memory ---- */
+
+static int build_ram(struct board *b, u64 size)
+{
+    static const struct e820_entry reserved[] = {
+        { EBDA_BASE, VIDEO_BASE - EBDA_BASE, E820_RESERVED },
+        { VIDEO_BASE, VIDEO_END - VIDEO_BASE, E820_RESERVED },
+        { ACPI_BASE, ACPI_SIZE, E820_RESERVED },
+        { ECAM_BASE, ECAM_BUSES * PCI_ECAM_BUS_SIZE, E820_RESERVED },
+    };
+    u64 low = MIN(size, RAM_LOW_TOP);
+    int r = ram_init(&b->ram);
+
+    if (r == 0)
+        r = ram_add(&b->ram, 0, VIDEO_BASE);
+    if (r == 0)
+        r = ram_add(&b->ram, VIDEO_END, low - VIDEO_END);
+    if (r == 0 && size > low)
+        r = ram_add(&b->ram, RAM_HIGH_BASE, size - low);
+    if (r == 0)
+        r = e820_build(&b->map, &b->ram, reserved, ARRAY_SIZE(reserved));
+    return r;
+}
+
+/* ---- devices ---- */
+
+/* Makes one device and puts it into the table; leaves build_* with the error otherwise. */
+#define BUILD(var, call)                                                                                                             \
+    do {                                                                                                                             \
+        int r_ = (call);                                                                                                             \
+        if (r_ < 0)                                                                                                                  \
+            return r_;                                                                                                               \
+        board_add(b, var);                                                                                                           \
+    } while (0)
+
+static int build_interrupts(struct board *b)
+{
+    const struct cpuid_policy *p = b->m->cpuid;
+    struct lapic_config cfg = { .clock = b->m->clock, .phys_bits = cpuid_phys_bits(p), .x2apic = cpuid_has(p, CPU_X2APIC),
+                                .tsc_deadline = cpuid_has(p, CPU_TSC_DEADLINE) };
+    int r = lapic_bus_new(&cfg, &b->lapics);
+
+    if (r < 0)
+        return r;
+    BUILD(b->pic, i8259_new(b->m->pio, lapic_bus_pic_line(b->lapics), &b->pic));
+    lapic_bus_set_pic(b->lapics, b->pic);
+    BUILD(b->ioapic, ioapic_new(b->m->mmio, IOAPIC_BASE, (u8)b->config->vcpus, b->lapics, &b->ioapic));
+    return 0;
+}
+
+static int build_legacy(struct board *b, struct machine_hook hook)
+{
+    struct bus *pio = b->m->pio;
+    struct clock *clock = b->m->clock;
+    u64 low = MIN(b->config->memory_bytes, RAM_LOW_TOP);
+    struct i8254 *pit;
+    struct mc146818 *rtc;
+    struct ns16550 *com1, *com2;
+    struct i8042 *kbc;
+    struct port80 *p80;
+    struct port92 *p92;
+    struct pvpanic *panic;
+    struct vga_mem *vga;
+
+    BUILD(pit, i8254_new(pio, clock, isa_irq(b, IRQ_PIT), &pit));
+    BUILD(rtc, mc146818_new(pio, clock, isa_irq(b, IRQ_RTC), low, b->config->memory_bytes - low, &rtc));
+    BUILD(com1, ns16550_new(pio, COM1_PORT, "com1", clock, isa_irq(b, IRQ_COM1), b->config->serial, &com1));
+    BUILD(com2, ns16550_new(pio, COM2_PORT, "com2", clock, isa_irq(b, IRQ_COM2), NULL, &com2));
+    BUILD(kbc, i8042_new(pio, isa_irq(b, IRQ_KEYBOARD), isa_irq(b, IRQ_MOUSE), hook, &kbc));
+    BUILD(p80, port80_new(pio, &p80));
+    BUILD(p92, port92_new(pio, hook, &p92));
+    BUILD(panic, pvpanic_new(pio, PVPANIC_PORT, hook, &panic));
+    BUILD(vga, vga_mem_new(pio, b->m->mmio, clock, &vga));
+    BUILD(b->pm, acpi_pm_new(pio, ACPI_PM_BASE, clock, isa_irq(b, IRQ_SCI), hook, &b->pm));
+    return 0;
+}
+
+static int build_pci(struct board *b, struct machine_hook hook)
+{
+    struct pci_config cfg = { .pio = b->m->pio, .mmio = b->m->mmio, .msi = lapic_bus_msi(b->lapics), .io = { PCI_IO_BASE, PCI_IO_SIZE },
+                              .mem = { PCI_MEM_BASE, PCI_MEM_SIZE } };
+    struct pci_host *host;
+    struct rst_cnt *rst;
+    int r = pci_bus_new(&cfg, &b->pci);
+
+    if (r < 0)
+        return r;
+    BUILD(host, pci_host_new(b->pci, b->m->pio, b->m->mmio, ECAM_BASE, ECAM_BUSES, &host));
+    BUILD(rst, rst_cnt_new(b->m->pio, hook, &rst));
+    return 0;
+}
+
+static int build_console(struct board *b)
+{
+    struct vport_config port[VIRTIO_CONSOLE_PORTS_MAX] = { 0 };
+    const struct vm_config *c = b->config;
+    int r;
+
+    if (c->ports == 0)
+        return 0;
+    bug_on(c->ports > VIRTIO_CONSOLE_PORTS_MAX);
+    for (unsigned i = 0; i < c->ports; i++)
+        port[i] = (struct vport_config){ .name = c->port[i].name, .ops = c->port[i].ops, .arg = c->port[i].arg };
+    r = virtio_console_new(&b->ram, c->log, c->loop, port, c->ports, &b->console);
+    return r < 0 ? r : attach_virtio(b, SLOT_CONSOLE, b->console);
+}
+
+static int build_virtio(struct board *b)
+{
+    const struct vm_config *c = b->config;
+    struct virtio_rng *rng;
+    int r = build_console(b);
+
+    if (r == 0)
+        r = virtio_rng_new(&b->ram, c->log, &rng);
+    if (r == 0)
+        r = attach_virtio(b, SLOT_RNG, rng);
+    for (unsigned i = 0; r == 0 && i < c->disks; i++) {
+        struct virtio_blk *blk;
+        struct block *block;
+        char serial[VIRTIO_BLK_SERIAL_MAX + 1];
+
+        snprintf(serial, sizeof serial, "disk%u", i);
+        r = block_open(c->disk[i].path, c->disk[i].readonly, &block);
+        if (r == 0)
+            r = virtio_blk_new(&b->ram, c->log, block, serial, &blk);
+        if (r == 0)
+            r = attach_virtio(b, SLOT_DISK + i, blk);
+    }
+    return r;
+}
+
+int board_new(const struct vm_config *config, struct machine *m, struct machine_hook hook, struct board **out)
+{
+    struct board *b = calloc(1, sizeof *b);
+    int r;
+
+    if (!b)
+        return err(-ENOMEM, "out of memory");
+    b->config = config;
+    b->m = m;
+    pthread_mutex_init(&b->wire_lock, NULL);
+    *out = b;                                                      /* freed by the caller, also when half built */
+    r = build_ram(b, config->memory_bytes);
+    m->ram = &b->ram;
+    if (r == 0)
+        r = bus_new(NULL, &m->pio);
+    if (r == 0)
+        r = bus_new(NULL, &m->mmio);
+    if (r == 0)
+        r = build_interrupts(b);
+    if (r == 0)
+        r = build_legacy(b, hook);
+    if (r == 0)
+        r = build_pci(b, hook);
+    if (r == 0)
+        r = build_virtio(b);
+    return r;
+}
+
+int board_connect_cpus(struct board *b)
+{
+    for (unsigned i = 0; i < b->m->vcpus; i++) {
+        struct vcpu *v = b->m->vcpu[i];
+        struct lapic *l;
+
+        BUILD(l, lapic_new(b->lapics, v->mmio, v->id, i == 0, (struct cpu_port){ vcpu_signal, v }, &l));
+        v->intc = lapic_intc(l);
+        if (i == 0)
+            b->bsp = l;
+    }
+    return 0;
+}
+
+void board_free(struct board *b)
+{
+    if (!b)
+        return;
+    while (b->devices) {
+        struct device *d = b->device[--b->devices];
+
+        d->ops->free(d);
+    }
+    if (b->lapics)
+        lapic_bus_free(b->lapics);
+    if (b->pci)
+        pci_bus_free(b->pci);
+    bus_free(b->m->mmio);
+    bus_free(b->m->pio);
+    ram_close(&b->ram);
+    pthread_mutex_destroy(&b->wire_lock);
+    free(b);
+}
+
+/* ---- the whole board ---- */
+
+void board_reset(struct board *b)
+{
+    for (unsigned i = 0; i < b->devices; i++)
+        b->device[i]->ops->reset(b->device[i]);
+    /* What firmware would have left behind. */
+    lapic_virtual_wire(b->bsp);
+    bus_write(b->m->pio, 0x4d1, ELCR_SLAVE, 1);
+}
+
+void board_quiesce(struct board *b)
+{
+    for (unsigned i = 0; i < b->devices; i++)
+        if (b->device[i]->ops->quiesce)
+            b->device[i]->ops->quiesce(b->device[i]);
+}
+
+void board_state(struct board *b, struct stream *s)
+{
+    for (unsigned i = 0; i < b->devices; i++) {
+        pthread_mutex_lock(&b->device[i]->lock);
+        b->device[i]->ops->state(b->device[i], s);
+        pthread_mutex_unlock(&b->device[i]->lock);
+    }
+}
+
+int board_acpi(struct board *b, u64 *rsdp_gpa)
+{
+    struct acpi_config c = {
+        .vcpus = b->m->vcpus,
+        .lapic_base = LAPIC_BASE,
+        .ioapic_base = IOAPIC_BASE,
+        .ioapic_id = (u8)b->config->vcpus,
+        .sci_irq = IRQ_SCI,
+        .pm1_evt = ACPI_PM_BASE + ACPI_PM_EVT,
+        .pm1_cnt = ACPI_PM_BASE + ACPI_PM_CNT,
+        .pm_timer = ACPI_PM_BASE + ACPI_PM_TMR,
+        .pm_timer_32bit = true,
+        .gpe0 = ACPI_PM_BASE + ACPI_PM_GPE0,
+        .gpe0_len = ACPI_PM_GPE0_LEN,
+        .s5_typ = ACPI_SLP_TYP_S5,
+        .reset_port = RST_CNT_PORT,
+        .reset_value = RST_CNT_FULL,
+        .rtc_century = RTC_CENTURY,
+        .i8042 = true,
+        .vga = false,
+        .ecam_base = ECAM_BASE,
+        .buses = ECAM_BUSES,
+        .pci_io = { { PCI_IO_BASE, PCI_IO_SIZE } },
+        .pci_mem32 = { PCI_MEM_BASE, PCI_MEM_SIZE },
+        .serial = { { COM1_PORT, IRQ_COM1 }, { COM2_PORT, IRQ_COM2 } },
+        .pvpanic_port = PVPANIC_PORT,
+        .rtc = true,
+        .pit = true,
+    };
+
+    for (unsigned i = 0; i < 4; i++) {
+        c.pci_gsi[i] = pci_gsi[i];
+        c.pci_irq[i] = pci_isa[i];
+    }
+    return acpi_write(&b->ram, &c, rsdp_gpa);
+}
+
+const struct e820 *board_map(const struct board *b)
+{
+    return &b->map;
+}
+
+void board_power_button(struct board *b)
+{
+    acpi_pm_power_button(b->pm);
+}
+
+struct vport *board_port(struct board *b, unsigned n)
+{
+    return b->console && n < b->config->ports ? virtio_console_port(b->console, n) : NULL;
+}
+
+void board_info(struct board *b, FILE *f)
+{
+    fprintf(f, "devices:");
+    for (unsigned i = 0; i < b->devices; i++)
+        fprintf(f, " %s", b->device[i]->ops->name);
+    fputc('\n', f);
+    for (unsigned i = 0; i < b->ram.runs; i++)
+        fprintf(f, "ram: 0x%llx to 0x%llx\n", (unsigned long long)b->ram.run[i].gpa,
+                (unsigned long long)(b->ram.run[i].gpa + b->ram.run[i].size - 1));
+    for (unsigned i = 0; i < b->config->disks; i++)
+        fprintf(f, "disk %u: %s%s\n", i, b->config->disk[i].path, b->config->disk[i].readonly ? " (read-only)" : "");
+}
