@@ -30,6 +30,7 @@
 
 struct pci_window {
     u64 base, size;                                                /* size 0: none */
+    u64 used;                                                      /* pci.c's: bytes given out from base on */
 };
 struct pci_config {
     struct bus *pio, *mmio;
@@ -69,8 +70,9 @@ struct pci_bar {
     enum pci_bar_kind kind;
     unsigned n;
     u64 size;                                                      /* a power of two */
-    u64 initial;                                                   /* the address given while the board was built */
     int region;                                                    /* handle on its bus */
+    bool mapped;
+    u64 mapped_at;
 };
 
 struct pci_msix_entry {

@@ -1,0 +1,414 @@
+/*
+ * Split virtqueues (see virtq.h; virtio 1.2, 2.7 "Split Virtqueues").
+ *
+ * The driver may write to rings and descriptors at any time, so every index and every descriptor is loaded once, into a local copy, and checked there.
+ * Indices of rings are naturally aligned and so never cross a page: they are accessed atomically in place. Wider fields are copied.
+ *
+ * Ordering, against a driver on another processor:
+ *   - the available index is loaded with acquire, before the entries that it announces;
+ *   - the used index is stored with release, after the entries and after the data (2.7.13, 2.7.8.2);
+ *   - a full fence stands between our store (used index, or our wish for notifications) and the load that decides whether the driver saw it.
+ */
+#include "io/virtq.h"
+
+#include <errno.h>
+#include <linux/virtio_ring.h>
+#include <string.h>
+
+#include "base/err.h"
+
+#define AVAIL_FLAGS 0
+#define AVAIL_IDX 2
+#define AVAIL_RING 4
+#define USED_FLAGS 0
+#define USED_IDX 2
+#define USED_RING 4
+
+struct desc {
+    u64 addr;
+    u32 len;
+    u16 flags, next;
+};
+_Static_assert(sizeof(struct desc) == 16, "as in 2.7.5");
+
+void virtq_init(struct virtq *q, struct ram *ram, u16 size_max)
+{
+    bug_on(!size_max || size_max > VIRTQ_SIZE_MAX || (size_max & (size_max - 1)));
+    *q = (struct virtq){ .ram = ram, .size_max = size_max, .size = size_max };
+}
+
+void virtq_reset(struct virtq *q)
+{
+    u16 vector = q->vector;
+
+    virtq_init(q, q->ram, q->size_max);
+    q->vector = vector;
+}
+
+static u64 avail_size(const struct virtq *q)
+{
+    return AVAIL_RING + 2ull * q->size + 2;
+}
+
+static u64 used_size(const struct virtq *q)
+{
+    return USED_RING + 8ull * q->size + 2;
+}
+
+static bool areas_valid(const struct virtq *q)
+{
+    return q->size && q->size <= q->size_max && !(q->size & (q->size - 1)) &&
+           !(q->desc % 16) && !(q->avail % 2) && !(q->used % 4) &&
+           ram_has(q->ram, q->desc, sizeof(struct desc) * q->size) && ram_has(q->ram, q->avail, avail_size(q)) &&
+           ram_has(q->ram, q->used, used_size(q));
+}
+
+void virtq_enable(struct virtq *q)
+{
+    q->enabled = true;
+    q->broken = !areas_valid(q);
+}
+
+void virtq_state(struct virtq *q, struct stream *s)
+{
+    stream_u16(s, &q->size);
+    stream_u64(s, &q->desc);
+    stream_u64(s, &q->avail);
+    stream_u64(s, &q->used);
+    stream_bool(s, &q->enabled);
+    stream_bool(s, &q->broken);
+    stream_bool(s, &q->event_idx);
+    stream_bool(s, &q->indirect);
+    stream_u16(s, &q->avail_idx);
+    stream_u16(s, &q->used_idx);
+    stream_u16(s, &q->signalled);
+    stream_bool(s, &q->signalled_valid);
+    stream_u16(s, &q->vector);
+    if (s->load && !s->error && q->enabled && !q->broken && !areas_valid(q))
+        stream_bad(s, "a virtqueue lies outside of memory");
+}
+
+/* --- fields of the rings --- */
+
+/* gpa is even: one that is no RAM (any more: runs may become absent) reads as 0 and swallows stores, and the queue breaks. */
+static u16 load16(struct virtq *q, u64 gpa, int order)
+{
+    u16 *p = (u16 *)(void *)ram_hva(q->ram, gpa);
+
+    if (unlikely(!p)) {
+        q->broken = true;
+        return 0;
+    }
+    return order == __ATOMIC_ACQUIRE ? __atomic_load_n(p, __ATOMIC_ACQUIRE) : __atomic_load_n(p, __ATOMIC_RELAXED);
+}
+
+static void store16(struct virtq *q, u64 gpa, u16 val)
+{
+    u16 *p;
+
+    ram_begin_write(q->ram, gpa, 2);
+    p = (u16 *)(void *)ram_hva(q->ram, gpa);
+    if (likely(p))
+        __atomic_store_n(p, val, __ATOMIC_RELEASE);
+    else
+        q->broken = true;
+    ram_end_write(q->ram, gpa, 2);
+}
+
+static u64 used_event(const struct virtq *q)
+{
+    return q->avail + AVAIL_RING + 2ull * q->size;
+}
+
+static u64 avail_event(const struct virtq *q)
+{
+    return q->used + USED_RING + 8ull * q->size;
+}
+
+/* --- chains --- */
+
+static bool grow(void **array, unsigned *cap, unsigned need, unsigned max, size_t item)
+{
+    unsigned n = *cap ? *cap : 16;
+    void *p;
+
+    if (need <= *cap)
+        return true;
+    if (need > max)
+        return false;
+    while (n < need)
+        n *= 2;
+    p = realloc(*array, n * item);
+    if (!p)
+        return false;
+    *array = p;
+    *cap = n;
+    return true;
+}
+
+/* Appends the host pieces of one descriptor's buffer. A run of RAM is one piece at most, so more space is seldom needed. */
+static bool add_pieces(struct virtq *q, struct virtq_chain *c, const struct desc *d, unsigned *n)
+{
+    unsigned want = *n + 4, before = *n;
+    int r;
+
+    for (;;) {
+        if (!grow((void **)&c->iov, &c->iov_cap, MIN(want, VIRTQ_PIECES_MAX), VIRTQ_PIECES_MAX, sizeof(*c->iov)))
+            return false;
+        *n = before;
+        r = ram_iov(q->ram, d->addr, d->len, c->iov, n, c->iov_cap);
+        if (r != -E2BIG)
+            return r == 0;
+        if (c->iov_cap >= VIRTQ_PIECES_MAX)
+            return false;
+        want = c->iov_cap * 2;
+    }
+}
+
+/* One buffer: non-empty, in RAM, and all readable ones come before the writable ones (2.7.4.2). pieces counts those of both halves. */
+static bool add_buffer(struct virtq *q, struct virtq_chain *c, const struct desc *d, unsigned *pieces)
+{
+    bool writable = d->flags & VRING_DESC_F_WRITE;
+
+    if (!d->len || c->out_total + c->in_total + d->len > UINT32_MAX || (!writable && c->in_total))
+        return false;
+    if (!add_pieces(q, c, d, pieces))
+        return false;
+    if (!writable) {
+        c->out_total += d->len;
+        c->outs = *pieces;
+        return true;
+    }
+    if (!grow((void **)&c->part, &c->part_cap, c->parts + 1, VIRTQ_DESCS_MAX, sizeof(*c->part)))
+        return false;
+    c->part[c->parts++] = (struct virtq_part){ .gpa = d->addr, .len = d->len };
+    c->in_total += d->len;
+    return true;
+}
+
+/*
+ * Walks the chain. table is where `next` indexes now: the ring's descriptor area or, after a descriptor that says so, an indirect table, which is the
+ * end of the chain (2.7.5.3: no next beside it, no second table inside). Each descriptor of a table of n can be used once, so the budget ends every loop.
+ */
+static bool walk(struct virtq *q, struct virtq_chain *c)
+{
+    u64 table = q->desc;
+    unsigned entries = q->size, at = c->head, budget = q->size, pieces = 0;
+    bool inside = false;
+    struct desc d;
+
+    for (;;) {
+        if (at >= entries || !budget-- || ram_read(q->ram, table + at * sizeof(d), &d, sizeof(d)) < 0)
+            return false;
+        if (d.flags & VRING_DESC_F_INDIRECT) {
+            if (inside || !q->indirect || (d.flags & VRING_DESC_F_NEXT) || !d.len || d.len % sizeof(d) ||
+                d.len / sizeof(d) > VIRTQ_DESCS_MAX || !ram_has(q->ram, d.addr, d.len))
+                return false;
+            inside = true;
+            table = d.addr;
+            entries = budget = d.len / sizeof(d);
+            at = 0;
+            continue;
+        }
+        if (!add_buffer(q, c, &d, &pieces))
+            return false;
+        if (!(d.flags & VRING_DESC_F_NEXT))
+            break;
+        at = d.next;
+    }
+    c->out = c->iov;
+    c->in = c->iov + c->outs;
+    c->ins = pieces - c->outs;
+    c->out_len = c->out_total;
+    c->in_len = c->in_total;
+    return true;
+}
+
+int virtq_take(struct virtq *q, u16 head, struct virtq_chain *c)
+{
+    c->head = head;
+    c->outs = c->ins = c->parts = 0;
+    c->out_len = c->in_len = c->out_total = c->in_total = 0;
+    if (!q->enabled || q->broken || !walk(q, c)) {
+        q->broken = true;
+        return -EPROTO;
+    }
+    for (unsigned i = 0; i < c->parts; i++)
+        ram_begin_write(q->ram, c->part[i].gpa, c->part[i].len);
+    return 1;
+}
+
+int virtq_pop(struct virtq *q, struct virtq_chain *c)
+{
+    u16 waiting, head;
+
+    if (q->broken)
+        return -EPROTO;
+    if (!q->enabled)
+        return 0;
+    waiting = (u16)(load16(q, q->avail + AVAIL_IDX, __ATOMIC_ACQUIRE) - q->avail_idx);
+    if (q->broken || waiting > q->size) {
+        q->broken = true;
+        return -EPROTO;
+    }
+    if (!waiting)
+        return 0;
+    head = load16(q, q->avail + AVAIL_RING + 2ull * (q->avail_idx & (q->size - 1)), __ATOMIC_RELAXED);
+    if (virtq_take(q, head, c) < 0)
+        return -EPROTO;
+    q->avail_idx++;
+    return 1;
+}
+
+static void end_writes(struct virtq *q, struct virtq_chain *c)
+{
+    for (unsigned i = 0; i < c->parts; i++)
+        ram_end_write(q->ram, c->part[i].gpa, c->part[i].len);
+    c->parts = 0;
+}
+
+void virtq_push(struct virtq *q, struct virtq_chain *c, u32 len)
+{
+    struct vring_used_elem e = { .id = c->head, .len = len };
+    u64 at = q->used + USED_RING + sizeof(e) * (q->used_idx & (q->size - 1));
+
+    end_writes(q, c);
+    if (!q->enabled || q->broken)
+        return;
+    if (ram_write(q->ram, at, &e, sizeof(e)) < 0) {
+        q->broken = true;
+        return;
+    }
+    q->used_idx++;
+    store16(q, q->used + USED_IDX, q->used_idx);
+}
+
+void virtq_drop(struct virtq *q, struct virtq_chain *c)
+{
+    end_writes(q, c);
+}
+
+void virtq_unpop(struct virtq *q, struct virtq_chain *c)
+{
+    end_writes(q, c);
+    q->avail_idx--;
+}
+
+void virtq_chain_free(struct virtq_chain *c)
+{
+    free(c->iov);
+    free(c->part);
+    *c = (struct virtq_chain){ 0 };
+}
+
+/* --- notifications, both ways (2.7.7, 2.7.10) --- */
+
+bool virtq_empty(struct virtq *q)
+{
+    return !q->enabled || q->broken || load16(q, q->avail + AVAIL_IDX, __ATOMIC_ACQUIRE) == q->avail_idx;
+}
+
+bool virtq_wants_interrupt(struct virtq *q)
+{
+    u16 now = q->used_idx, before = q->signalled;
+    bool valid = q->signalled_valid;
+
+    if (!q->enabled || q->broken || (valid && now == before))
+        return false;
+    q->signalled = now;
+    q->signalled_valid = true;
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    if (!q->event_idx)
+        return !(load16(q, q->avail + AVAIL_FLAGS, __ATOMIC_RELAXED) & VRING_AVAIL_F_NO_INTERRUPT);
+    return !valid || vring_need_event(load16(q, used_event(q), __ATOMIC_RELAXED), now, before);
+}
+
+/* With event indices there is nothing to switch off: an index in the past is not reached again. */
+void virtq_ignore(struct virtq *q)
+{
+    if (q->enabled && !q->broken && !q->event_idx)
+        store16(q, q->used + USED_FLAGS, VRING_USED_F_NO_NOTIFY);
+}
+
+bool virtq_listen(struct virtq *q)
+{
+    if (!q->enabled || q->broken)
+        return false;
+    if (q->event_idx)
+        store16(q, avail_event(q), q->avail_idx);
+    else
+        store16(q, q->used + USED_FLAGS, 0);
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    return !virtq_empty(q);
+}
+
+/* --- bytes of a chain --- */
+
+static void consume(struct iovec **iov, unsigned *n, u64 *left, u64 len)
+{
+    bug_on(len > *left);
+    *left -= len;
+    while (len) {
+        u64 step = MIN(len, (u64)(*iov)->iov_len);
+
+        (*iov)->iov_base = (u8 *)(*iov)->iov_base + step;
+        (*iov)->iov_len -= step;
+        len -= step;
+        if (!(*iov)->iov_len) {
+            (*iov)++;
+            (*n)--;
+        }
+    }
+}
+
+void virtq_skip_out(struct virtq_chain *c, u64 len)
+{
+    consume(&c->out, &c->outs, &c->out_len, len);
+}
+
+void virtq_skip_in(struct virtq_chain *c, u64 len)
+{
+    consume(&c->in, &c->ins, &c->in_len, len);
+}
+
+size_t virtq_read(struct virtq_chain *c, void *buf, size_t len)
+{
+    size_t done = 0;
+
+    while (done < len && c->outs) {
+        size_t step = MIN(len - done, c->out->iov_len);
+
+        memcpy((u8 *)buf + done, c->out->iov_base, step);
+        virtq_skip_out(c, step);
+        done += step;
+    }
+    return done;
+}
+
+size_t virtq_write(struct virtq_chain *c, const void *buf, size_t len)
+{
+    size_t done = 0;
+
+    while (done < len && c->ins) {
+        size_t step = MIN(len - done, c->in->iov_len);
+
+        memcpy(c->in->iov_base, (const u8 *)buf + done, step);
+        virtq_skip_in(c, step);
+        done += step;
+    }
+    return done;
+}
+
+u8 *virtq_take_last_in(struct virtq_chain *c)
+{
+    struct iovec *last;
+
+    if (!c->ins)
+        return NULL;
+    last = &c->in[c->ins - 1];
+    last->iov_len--;
+    c->in_len--;
+    if (!last->iov_len)
+        c->ins--;
+    return (u8 *)last->iov_base + last->iov_len;
+}
