@@ -32,7 +32,7 @@ $(SYS_B)/%$(1).bin: $(SYS_B)/%$(1).elf
 endef
 $(foreach m,16 32 64,$(eval $(call sys_mode,$(m))))
 
-sys: $(SYS_BIN) $(SYS_B)/reset.rom
+sys: $(SYS_BIN) $(SYS_B)/reset.rom $(SYS_B)/sys_runner
 # QEMU's way in: a ROM whose reset vector jumps to 0:8000h
 $(SYS_B)/reset.rom:
 	@mkdir -p $(@D)
@@ -41,3 +41,9 @@ $(SYS_B)/reset.rom:
 .PHONY: sys
 .PRECIOUS: $(SYS_B)/%.elf $(SYS_B)/%.o
 -include $(wildcard $(SYS_B)/*.d $(SYS_B)/*/*.d)
+
+# The runner is a host program like any test: linked with the whole library.
+$(SYS_B)/sys_runner: $(SYS)/sys_runner.c $(B)/libdoppel.a
+	@mkdir -p $(@D)
+	@echo "  LINK $@"
+	$(Q)$(CC) $(CFLAGS) $(LDFLAGS) -MMD -MP -o $@ $(filter %.c %.a,$^) $(LDLIBS)
