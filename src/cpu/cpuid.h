@@ -34,6 +34,7 @@ u64 cpuid_xcr0_mask(const struct cpuid_policy *p);                  /* bits that
 unsigned cpuid_phys_bits(const struct cpuid_policy *p);
 u64 cpuid_cr4_mask(const struct cpuid_policy *p);                   /* bits that CR4 may have */
 u64 cpuid_efer_mask(const struct cpuid_policy *p);
+bool cpuid_is_amd(const struct cpuid_policy *p);                    /* the guest's vendor is the host's; where AMD and Intel differ, the guest gets its vendor's */
 
 /* The host's own CPUID (cached: the instruction traps on cloud hosts). */
 const struct cpuid_regs *cpuid_host(u32 leaf, u32 subleaf);

@@ -10,5 +10,7 @@
 int msr_read(struct vcpu *v, struct x86 *x, u32 msr, u64 *val);
 int msr_write(struct vcpu *v, struct x86 *x, u32 msr, u64 val);
 
-/* Writes KVM's paravirtual clock page for this vCPU, if the guest has enabled it (on MSR write, VCPU_EV_CLOCK, resume). */
+/* pvclock.c. Writes KVM's paravirtual clock page for this vCPU, if the guest has enabled it (on MSR write, VCPU_EV_CLOCK, resume). */
 void pvclock_update(struct vcpu *v, struct x86 *x);
+/* The wall-clock time at which the paravirtual clock stood at zero, to where the guest has asked for it. */
+void pvclock_write_wall(struct vcpu *v, struct x86 *x);

@@ -86,6 +86,7 @@ struct x86_table {
 #define EFER_LME 0x100u
 #define EFER_LMA 0x400u
 #define EFER_NXE 0x800u
+#define EFER_AUTOIBRS 0x200000u
 
 /* XCR0 components */
 #define XSTATE_X87 0x1u
