@@ -30,7 +30,7 @@ void fp_load(struct icpu *c);
 void fp_store(struct icpu *c);
 
 /* Binds of rows in insn_fp.def, and their arguments. */
-enum { X87_NINIT, X87_NCLEX, X87_NSTCW, X87_LDCW, X87_NSTSW, X87_NSTENV, X87_LDENV, X87_NSAVE, X87_RSTOR, X87_WAIT, X87_NOP, X87_NONE, X87_EMMS };
+enum { X87_NINIT, X87_NCLEX, X87_NSTCW, X87_LDCW, X87_NSTSW, X87_NSTENV, X87_LDENV, X87_NSAVE, X87_RSTOR, X87_WAIT, X87_NONE, X87_EMMS };
 enum {
     XS_FXSAVE, XS_FXSAVE64, XS_FXRSTOR, XS_FXRSTOR64, XS_XSAVE, XS_XSAVE64, XS_XSAVEOPT, XS_XSAVEOPT64, XS_XSAVEC, XS_XSAVEC64, XS_XSAVES, XS_XSAVES64,
     XS_XRSTOR, XS_XRSTOR64, XS_XRSTORS, XS_XRSTORS64, XS_LDMXCSR, XS_VLDMXCSR, XS_STMXCSR, XS_VSTMXCSR, XS_XGETBV, XS_XSETBV, XS_RDPKRU, XS_WRPKRU,
@@ -42,8 +42,15 @@ int fp_bind_maskmov(struct icpu *c, const struct decoded *d, struct op *op, unsi
 
 /* ---- inside fp*.c and xsave.c ---- */
 
-#define FP_STUB_PAGE 4096u
+#define FP_ARENA_BYTES (2 * MiB)
+#define FP_INSNS 16384u
+#define FP_BUCKETS 4096u
+#define FP_KEY_MAX 24
 #define MXCSR_RESET 0x1f80u
+#define MXCSR_MM 0x20000u                                          /* AMD: misaligned SSE operands allowed */
+#define FSW_ES 0x80u
+#define FSW_B 0x8000u
+#define FSW_TOP(fsw) ((fsw) >> 11 & 7u)
 
 /* The legacy region of an XSAVE image (SDM vol. 1 table 10-2), as much of it as x87 and MMX use, and the header that XSAVE needs behind it. */
 struct fp_legacy {
@@ -63,9 +70,8 @@ struct fp_legacy {
 /* How an op's memory operand is reached when it is not one plain run of bytes. */
 enum fp_mask_kind {
     FP_PLAIN,
-    FP_MASK_K,         /* EVEX {k}: elements by mask register */
-    FP_MASK_K_BCAST,   /* one element, read if any mask bit is set */
-    FP_MASK_K_PACKED,  /* compress and expand: as many elements as mask bits, without gaps */
+    FP_MASK_K,         /* EVEX {k}: elements by mask register; a broadcast element counts when any of its copies does */
+    FP_MASK_PACKED,    /* compress and expand: as many elements as mask bits, without gaps */
     FP_MASK_V,         /* VMASKMOV, VPMASKMOV: sign bits of a vector register */
 };
 
@@ -79,16 +85,16 @@ struct fp_insn {
     u64 (*code)(struct fp *f, struct icpu *c, void *mem);
     struct fp_insn *next;                                          /* in its hash bucket */
     u16 bytes;                                                     /* of the memory operand; 0: none */
-    u8 access;                                                     /* enum mmu_access; a read-modify-write is MMU_WRITE with reads set */
-    bool reads;                                                    /* the memory operand is read */
+    bool writes;                                                   /* the memory operand is written, else read; none is both */
     u8 cls;                                                        /* enum fp_class */
-    u8 align;                                                      /* legacy SSE: memory operand must be aligned to this, else 1 */
+    bool xmm;                                                      /* MMX class: has an XMM operand too, so CR4.OSFXSR counts */
+    u8 align;                                                      /* #GP unless the memory operand is aligned to this; 1: any */
     u8 kind;                                                       /* enum fp_mask_kind */
     u8 esize;                                                      /* bytes of an element, where masked */
-    u8 elements;                                                   /* that the mask governs */
+    u8 elements;                                                   /* of the vector that the mask governs */
     u8 mask;                                                       /* mask register, or vector register with FP_MASK_V */
     u8 key_len;
-    u8 key[17];                                                    /* class, then the instruction with its memory operand as [M] */
+    u8 key[FP_KEY_MAX];                                            /* class, guest GPRs, the instruction with its memory operand as [M] */
 };
 
 struct fp {
@@ -112,11 +118,10 @@ struct fp {
     /* stubs */
     u8 *arena_rw;                                                  /* the same pages twice: writable here, executable there */
     u8 *arena_rx;
-    size_t arena_used;
-    u8 *fault_exit;                                                /* where the signal handler sends a stub that faulted */
+    size_t arena_used, arena_first;                                /* the first stub stands behind the common fault exit */
     struct fp_insn *insn;                                          /* FP_INSNS of them */
     unsigned insns;
-    struct fp_insn *hash[4096];
+    struct fp_insn *hash[FP_BUCKETS];
 };
 
 static inline struct fp *icpu_fp(const struct icpu *c)
@@ -165,7 +170,7 @@ int fp_stub_open(struct fp *f);
 void fp_stub_close(struct fp *f);
 void fp_stub_reset(struct fp *f);
 struct fp_insn *fp_stub_make(struct fp *f, const struct decoded *d, enum fp_class cls);
-u64 fp_stub_call(struct fp *f, struct icpu *c, const struct fp_insn *i, void *mem);
+void fp_stub_here(const struct fp *f);                             /* this thread runs f's stubs from now on: its faults in them are the guest's */
 
 /* fp_mask.c: handler of ops with a masked memory operand, and the binder of gathers and scatters */
 int fp_op_masked(struct icpu *c, const struct op *op);

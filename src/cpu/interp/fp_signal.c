@@ -1,0 +1,90 @@
+/*
+ * Faults inside stubs: unmasked SIMD floating-point exceptions arrive as SIGFPE, misaligned operands as SIGSEGV without an address (SI_KERNEL), instructions
+ * that the host lacks as SIGILL. Each thread announces the arena that it runs; a fault elsewhere goes to whoever was there before.
+ *
+ * Signal disposition is per process: hence the mutable file-scope state, under its own lock (a leaf in the lock order), and the thread-local range.
+ */
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <signal.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include "cpu/interp/fp_signal.h"
+#include "cpu/trap.h"
+
+static _Thread_local struct {
+    const u8 *start, *end;
+} here;
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static unsigned users;
+static const int caught[] = {SIGFPE, SIGSEGV, SIGILL};
+static struct sigaction before[ARRAY_SIZE(caught)];
+
+static void chain(int sig, siginfo_t *si, void *uc)
+{
+    for (unsigned n = 0; n < ARRAY_SIZE(caught); n++) {
+        const struct sigaction *old = &before[n];
+
+        if (caught[n] != sig)
+            continue;
+        if (old->sa_flags & SA_SIGINFO)
+            old->sa_sigaction(sig, si, uc);
+        else if (old->sa_handler == SIG_DFL || old->sa_handler == SIG_IGN)
+            signal(sig, SIG_DFL);                                  /* the instruction faults again, and ends the process as it would have */
+        else
+            old->sa_handler(sig);
+    }
+}
+
+static void handler(int sig, siginfo_t *si, void *ucontext)
+{
+    ucontext_t *uc = ucontext;
+    const u8 *pc = (const u8 *)uc->uc_mcontext.gregs[REG_RIP];
+    bool ours = pc >= here.start && pc < here.end && si->si_code > 0;
+
+    /* A page fault has an address and is no fault of the guest's: its memory operand has been translated already. */
+    if (!ours || (sig == SIGSEGV && si->si_code != SI_KERNEL)) {
+        chain(sig, si, ucontext);
+        return;
+    }
+    uc->uc_mcontext.gregs[REG_RAX] = sig == SIGFPE ? VEC_XM : sig == SIGILL ? VEC_UD : VEC_GP;
+    uc->uc_mcontext.gregs[REG_RIP] = (greg_t)here.start;
+}
+
+void fp_signal_open(void)
+{
+    struct sigaction sa = {.sa_sigaction = handler, .sa_flags = SA_SIGINFO | SA_ONSTACK};
+
+    pthread_mutex_lock(&lock);
+    if (users++ == 0) {
+        sigemptyset(&sa.sa_mask);
+        for (unsigned n = 0; n < ARRAY_SIZE(caught); n++)
+            sigaction(caught[n], &sa, &before[n]);
+    }
+    pthread_mutex_unlock(&lock);
+}
+
+void fp_signal_close(const u8 *start)
+{
+    pthread_mutex_lock(&lock);
+    if (--users == 0) {
+        for (unsigned n = 0; n < ARRAY_SIZE(caught); n++) {
+            struct sigaction now;
+
+            /* Whoever came after us keeps his handler. */
+            if (!sigaction(caught[n], NULL, &now) && (now.sa_flags & SA_SIGINFO) && now.sa_sigaction == handler)
+                sigaction(caught[n], &before[n], NULL);
+        }
+    }
+    pthread_mutex_unlock(&lock);
+    if (here.start == start)
+        here.start = here.end = NULL;
+}
+
+void fp_signal_here(const u8 *start, const u8 *end)
+{
+    here.start = start;
+    here.end = end;
+}
