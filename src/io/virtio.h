@@ -56,6 +56,7 @@ struct virtio {
     u64 offered, accepted;                                         /* features */
     u8 status;
     bool resetting;                                                /* 0 was written to status, requests are still in flight */
+    bool complained;                                               /* one message about a bad driver is enough */
     u8 config_generation;
     void *config;                                                  /* device-specific configuration, in the device's struct */
     unsigned config_len;

@@ -82,7 +82,6 @@ void virtq_state(struct virtq *q, struct stream *s)
     stream_u16(s, &q->avail_idx);
     stream_u16(s, &q->used_idx);
     stream_u16(s, &q->signalled);
-    stream_bool(s, &q->signalled_valid);
     stream_u16(s, &q->vector);
     if (s->load && !s->error && q->enabled && !q->broken && !areas_valid(q))
         stream_bad(s, "a virtqueue lies outside of memory");
@@ -311,16 +310,14 @@ bool virtq_empty(struct virtq *q)
 bool virtq_wants_interrupt(struct virtq *q)
 {
     u16 now = q->used_idx, before = q->signalled;
-    bool valid = q->signalled_valid;
 
-    if (!q->enabled || q->broken || (valid && now == before))
+    if (!q->enabled || q->broken || now == before)
         return false;
     q->signalled = now;
-    q->signalled_valid = true;
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
     if (!q->event_idx)
         return !(load16(q, q->avail + AVAIL_FLAGS, __ATOMIC_RELAXED) & VRING_AVAIL_F_NO_INTERRUPT);
-    return !valid || vring_need_event(load16(q, used_event(q), __ATOMIC_RELAXED), now, before);
+    return vring_need_event(load16(q, used_event(q), __ATOMIC_RELAXED), now, before);
 }
 
 /* With event indices there is nothing to switch off: an index in the past is not reached again. */

@@ -29,7 +29,6 @@ struct virtq {
     u16 avail_idx;                                                 /* next entry of the available ring to take */
     u16 used_idx;                                                  /* next entry of the used ring to fill */
     u16 signalled;                                                 /* used_idx at the last look whether to interrupt */
-    bool signalled_valid;
     u16 vector;                                                    /* the transport's: MSI-X vector */
 };
 
