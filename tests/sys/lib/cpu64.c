@@ -134,3 +134,23 @@ int trap_catch(struct frame *f)
     w[4] = KDS;
     return has_error;
 }
+
+/* ---- code made at run time ---- */
+static u8 exec_code[4096] __attribute__((aligned(4096)));
+u8 exec_data[256] __attribute__((aligned(64)));
+
+void exec_call(ulong ip, void *data, bool user);
+
+void exec(const void *code, unsigned n, bool user)
+{
+    memcpy(exec_code, code, n);
+    exec_code[n] = 0xc3;
+    exec_call(exec_ip(user), user ? UPTR(exec_data) : exec_data, user);
+    if (trap.vector == VEC_DONE)
+        trap.vector = NONE;
+}
+
+ulong exec_ip(bool user)
+{
+    return (ulong)exec_code + (user ? USER_OFF : 0);
+}

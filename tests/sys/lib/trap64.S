@@ -38,6 +38,45 @@ trap_common:                            /* vector, [error,] RIP, CS, RFLAGS, RSP
         je      1f
         leaq    8(%rsp), %rsp
 1:      iretq
+/* exec_call(ip, data, user): the assembly half of exec() */
+        .globl  exec_call
+exec_call:
+        .irp    r, rbx, rbp, r12, r13, r14, r15
+        pushq   %\r
+        .endr
+        movq    %rdi, %r8
+        movq    %rsi, %rdi
+        movq    %rsi, %rbx
+        movl    $-1, trap
+        movl    $0, trap + 4
+        movq    %rsp, trap_sp
+        movq    $2f, trap_fix
+        testl   %edx, %edx
+        jz      1f
+        pushq   $0x23
+        pushq   $user_stack_end + 0x10000000
+        pushq   user_flags
+        pushq   $0x2b
+        pushq   $3f + 0x10000000
+        xorl    %eax, %eax
+        xorl    %ecx, %ecx
+        xorl    %edx, %edx
+        xorl    %ebp, %ebp
+        iretq
+1:      xorl    %eax, %eax
+        xorl    %ecx, %ecx
+        xorl    %edx, %edx
+        xorl    %ebp, %ebp
+        call    *%r8
+2:      movq    $0, trap_fix
+        .irp    r, r15, r14, r13, r12, rbp, rbx
+        popq    %\r
+        .endr
+        cld
+        ret
+3:      call    *%r8                    /* at CPL 3 */
+        int     $0x80
+
         .bss
 trap_had_error:
         .skip   4
