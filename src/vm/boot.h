@@ -37,6 +37,7 @@ struct boot_config {
     const char *cmdline;                                           /* NULL: "" */
     const struct e820 *map;
     u64 rsdp_gpa;                                                  /* ACPI tables; 0: none */
+    u8 phys_bits;                                                  /* MAXPHYADDR, for the MTRR that makes the hole below 4 GiB uncacheable; 0: leave it */
 };
 
 /* Loads, and sets *bsp to the state at the entry: from reset plus what the protocol asks. 0, or a negative errno with err(). */
@@ -67,14 +68,16 @@ struct boot_load {
     struct x86 *bsp;
 };
 
+enum { BOOT_OTHER = 1 };                                           /* not this kind of file: another way may take it */
+
 /* boot_load() with files that are open already. */
 int boot_place(struct boot_load *l);
-int boot_linux(struct boot_load *l);                               /* -ENOEXEC without err() when the file is no bzImage */
-int boot_elf(struct boot_load *l);                                 /* likewise no ELF file */
+int boot_linux(struct boot_load *l);                               /* BOOT_OTHER when the file is no bzImage */
+int boot_elf(struct boot_load *l);                                 /* BOOT_OTHER when it is no ELF file */
 
 /* Puts the initrd as high as may be below limit (exclusive) and above floor; 0 where there is none to load. */
 int boot_initrd(struct boot_load *l, u64 floor, u64 limit, u64 *gpa);
 int boot_write(struct boot_load *l, u64 gpa, const void *p, u64 len);
 int boot_cmdline(struct boot_load *l, u64 max);                    /* to BOOT_CMDLINE; max: bytes with the NUL that the kernel takes */
-void boot_enter32(struct boot_load *l, u64 rip);                   /* flat 32-bit protected mode, paging off */
+int boot_enter32(struct boot_load *l, u64 rip);                   /* flat 32-bit protected mode, paging off */
 int boot_enter64(struct boot_load *l, u64 rip);                    /* long mode on the identity map */

@@ -22,7 +22,7 @@ struct e820 {
 /* The map of a machine: its RAM, less what is reserved (which wins, and is listed also where there is no RAM: ECAM, tables). 0, or -E2BIG with err(). */
 int e820_build(struct e820 *map, const struct ram *ram, const struct e820_entry *reserved, unsigned n);
 
-/* The highest place for size bytes, aligned, in usable memory of [floor, limit); 0 when there is none (floor is above 0). */
-u64 e820_place(const struct e820 *map, u64 floor, u64 limit, u64 size, u64 align);
+/* The highest or lowest place for size bytes, aligned (a power of two), in usable memory of [floor, limit); floor is above 0. 0 when there is none. */
+u64 e820_place(const struct e820 *map, u64 floor, u64 limit, u64 size, u64 align, bool highest);
 /* Is [base, base + size) all usable RAM? */
 bool e820_usable(const struct e820 *map, u64 base, u64 size);
