@@ -1,0 +1,185 @@
+/* The options of `doppel run`, in the order of the help text. Every limit that a user can meet is checked here or where the file is opened. */
+#include "ctl/run_options.h"
+
+#include <errno.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "base/err.h"
+#include "cpu/engine.h"
+
+static int set_engine(void *target, const char *value)
+{
+    struct run_options *o = target;
+    if (strcmp(value, "auto") && !engine_find(value))
+        return err(-EINVAL, "--engine %.100s: no such engine; choose auto or one of: %s", value, engine_names());
+    o->engine = value;
+    return 0;
+}
+
+static int set_cpus(void *target, const char *value)
+{
+    struct run_options *o = target;
+    u64 n;
+    if (parse_unsigned(value, &n) < 0)
+        return err(-EINVAL, "--cpus %.100s: not a number; give 1 to %d", value, VM_VCPUS_MAX);
+    if (n < 1 || n > VM_VCPUS_MAX)
+        return err(-EINVAL, "--cpus %.100s: a guest has 1 to %d processors; give a number in that range", value, VM_VCPUS_MAX);
+    o->cpus = (unsigned)n;
+    return 0;
+}
+
+static u64 host_memory(void)
+{
+    long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
+    return pages > 0 && size > 0 ? (u64)pages * (u64)size : 0;
+}
+
+static int set_memory(void *target, const char *value)
+{
+    struct run_options *o = target;
+    u64 n, host = host_memory();
+    if (parse_size(value, &n) < 0)
+        return err(-EINVAL, "--memory %.100s: not a size; give a number with K, M or G, for example 512M", value);
+    if (n < VM_MEMORY_MIN)
+        return err(-EINVAL, "--memory %.100s: too small; the least is %lluM (did you leave out K, M or G?)", value, VM_MEMORY_MIN / MiB);
+    if (n > VM_MEMORY_MAX || (host && n > host))
+        return err(-EINVAL, "--memory %.100s: too much; this host has %llu MiB, and no guest gets more than %lluG", value,
+                   (unsigned long long)(host / MiB), VM_MEMORY_MAX / GiB);
+    if (n % MiB)
+        return err(-EINVAL, "--memory %.100s: not a whole number of MiB; give for example %lluM", value, (unsigned long long)(n / MiB + 1));
+    o->memory_bytes = n;
+    return 0;
+}
+
+static int set_kernel(void *target, const char *value)
+{
+    ((struct run_options *)target)->kernel = value;
+    return 0;
+}
+
+static int set_initrd(void *target, const char *value)
+{
+    ((struct run_options *)target)->initrd = value;
+    return 0;
+}
+
+static int set_append(void *target, const char *value)
+{
+    ((struct run_options *)target)->append = value;
+    return 0;
+}
+
+static int set_disk(void *target, const char *value)
+{
+    static const char readonly[] = ",readonly";
+    struct run_options *o = target;
+    size_t len = strlen(value), end = strlen(readonly);
+    if (o->disks == VM_DISKS_MAX)
+        return err(-EINVAL, "--disk %.200s: too many; a guest has up to %d disks", value, VM_DISKS_MAX);
+    struct vm_disk *d = &o->disk[o->disks];
+    *d = (struct vm_disk){.path = value};
+    if (len >= end && !strcmp(value + len - end, readonly)) {
+        ((char *)value)[len - end] = '\0';                         /* a word of argv: ours to cut */
+        d->readonly = true;
+    }
+    if (!*d->path)
+        return err(-EINVAL, "--disk: the file's name is missing; write --disk FILE,readonly");
+    o->disks++;
+    return 0;
+}
+
+static int set_console(void *target, const char *value)
+{
+    static const char unix_prefix[] = "unix:";
+    struct run_options *o = target;
+    if (!strcmp(value, "stdio")) {
+        o->console = CONSOLE_STDIO;
+    } else if (!strcmp(value, "none")) {
+        o->console = CONSOLE_NONE;
+    } else if (!strncmp(value, unix_prefix, strlen(unix_prefix))) {
+        o->console = CONSOLE_UNIX;
+        o->console_path = value + strlen(unix_prefix);
+        if (!*o->console_path)
+            return err(-EINVAL, "--console unix: the path is missing; write --console unix:PATH");
+    } else {
+        o->console = CONSOLE_FILE;
+        o->console_path = value;
+    }
+    return 0;
+}
+
+static int set_trace(void *target, const char *value)
+{
+    struct run_options *o = target;
+    return parse_trace((char *)value, &o->trace_mask, &o->trace_file);
+}
+
+static int set_status_file(void *target, const char *value)
+{
+    ((struct run_options *)target)->status_file = value;
+    return 0;
+}
+
+static int set_no_reboot(void *target, const char *value UNUSED)
+{
+    ((struct run_options *)target)->no_reboot = true;
+    return 0;
+}
+
+static int set_quiet(void *target, const char *value UNUSED)
+{
+    ((struct run_options *)target)->quiet = true;
+    return 0;
+}
+
+static int set_verbose(void *target, const char *value UNUSED)
+{
+    ((struct run_options *)target)->verbose = true;
+    return 0;
+}
+
+const struct option run_option_table[] = {
+    {"engine", "auto|interp", "What carries out the guest's instructions. auto (the default) takes the best engine that works on this host, and says so in the first "
+     "line on standard error; \"doppel doctor\" explains the choice. interp is the reference: an interpreter that needs nothing from the host.", false, set_engine},
+    {"cpus", "N", "The number of the guest's processors, 1 to 64. Default: 1.", false, set_cpus},
+    {"memory", "SIZE", "The guest's memory, with K, M or G behind the number. Default: 512M.", false, set_memory},
+    {"kernel", "FILE", "Boots this Linux bzImage, or ELF file with a PVH entry, instead of the default guest's kernel. Then there is no initrd but that of "
+     "--initrd, and the kernel's command line is that of --append alone (without it: console=ttyS0).", false, set_kernel},
+    {"initrd", "FILE", "The initial RAM disk (initramfs). Default: the default guest's, with the default guest's kernel.", false, set_initrd},
+    {"append", "STRING", "Adds STRING to the kernel's command line.", false, set_append},
+    {"disk", "FILE[,readonly]", "A raw disk image or block device, which the guest sees as /dev/vda; the next one as /dev/vdb, and so on, up to 16. It is locked against "
+     "a second writer.", true, set_disk},
+    {"console", "stdio|none|FILE|unix:PATH", "Where the serial console goes. stdio (the default): this terminal, or standard input and output. FILE: output is written "
+     "there, and there is no input. unix:PATH: a socket that takes one client at a time. With a COMMAND the default is none, and the last lines are shown if the "
+     "guest fails.", false, set_console},
+    {"no-reboot", NULL, "Ends when the guest resets itself, instead of booting it again.", false, set_no_reboot},
+    {"trace", "LIST[,file=FILE]", "Writes a line for each event of the kinds in LIST: exits, faults, interrupts, msr, pio, mmio, cr3, insn, or all; with guest time and "
+     "processor, to FILE or standard error.", false, set_trace},
+    {"status-file", "FILE", "Writes how the run ended to FILE, when it has ended: lines \"status=N\" (the exit status), \"end=\" (exited, poweroff, reset, quit, panic, "
+     "triple-fault, host-error, usage), \"failed=\" (none, command, guest, host, user: which side did) and \"reason=\".", false, set_status_file},
+    {"quiet", NULL, "Says nothing but errors on standard error.", false, set_quiet},
+    {"verbose", NULL, "Says more: how long booting took and, with a COMMAND, the kernel's messages.", false, set_verbose},
+};
+const unsigned run_option_rows = ARRAY_SIZE(run_option_table);
+
+static int check_together(const struct run_options *o)
+{
+    if (o->quiet && o->verbose)
+        return err(-EINVAL, "--quiet and --verbose contradict each other; leave one out");
+    if (o->command && !*o->command)
+        return err(-EINVAL, "--: no command follows; name one, or leave \"--\" out for a shell");
+    if (o->command && o->console == CONSOLE_STDIO)
+        return err(-EINVAL, "--console stdio: standard input and output belong to the command; leave it out, or name a file");
+    if (o->command && o->kernel && !o->initrd)
+        return err(-EINVAL, "--kernel: the default guest's initrd, which runs the command, has no modules for another kernel; give --initrd too "
+                   "(guest/build makes one), or leave the command out");
+    return 0;
+}
+
+int run_options_parse(struct run_options *o, int argc, char **argv)
+{
+    *o = (struct run_options){.engine = "auto", .cpus = 1, .memory_bytes = 512 * MiB};
+    int r = options_parse(run_option_table, run_option_rows, o, argc, argv, &o->command);
+    return r < 0 ? r : check_together(o);
+}

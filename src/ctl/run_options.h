@@ -1,0 +1,29 @@
+/* What `doppel run` was asked to do: the table of its options, and what they set. */
+#pragma once
+
+#include "ctl/options.h"
+#include "vm/vm.h"
+
+enum console_kind { CONSOLE_DEFAULT, CONSOLE_STDIO, CONSOLE_NONE, CONSOLE_FILE, CONSOLE_UNIX };
+
+struct run_options {
+    const char *engine;                                            /* "auto" or an engine's name */
+    unsigned cpus;
+    u64 memory_bytes;
+    const char *kernel, *initrd, *append;                          /* NULL: not given */
+    struct vm_disk disk[VM_DISKS_MAX];
+    unsigned disks;
+    enum console_kind console;
+    const char *console_path;                                      /* of CONSOLE_FILE and CONSOLE_UNIX */
+    bool no_reboot, quiet, verbose;
+    u32 trace_mask;
+    const char *trace_file;                                        /* NULL: standard error */
+    const char *status_file;
+    char **command;                                                /* NULL-terminated words behind "--"; NULL: a shell */
+};
+
+extern const struct option run_option_table[];
+extern const unsigned run_option_rows;
+
+/* Fills *o from the words behind `doppel run`, which are borrowed and may be cut up. After an error, what had been parsed by then is set (--status-file). */
+int run_options_parse(struct run_options *o, int argc, char **argv);
