@@ -16,6 +16,9 @@
  */
 #pragma once
 
+#include <emmintrin.h>
+#include <string.h>
+
 #include "cpu/interp/interp.h"
 
 #define BLOCK_OPS 32
@@ -23,14 +26,15 @@
 
 struct block {
     u8 bytes[BLOCK_BYTES] __attribute__((aligned(16)));            /* as decoded; zeroed beyond len */
-    u64 gpa;                           /* of the first byte; ~0 when the block is dead */
-    u64 gpa2;                          /* page of the second part of a crossing instruction, else ~0 */
+    u64 gpa;                           /* of the first byte; BLOCK_DEAD when it must not be found any more */
+    u64 gpa2;                          /* page of the second part of a crossing instruction, else BLOCK_DEAD */
     u16 len, n;                        /* bytes, instructions */
-    u16 chunks;                        /* comparison in 16-byte steps; 0: too close to the page's end, bytewise */
+    u8 chunks;                         /* comparison in 16-byte steps; 0: too close to the page's end for that */
     u8 mode, first;                    /* first: bytes in the first page (== len unless crossing) */
     struct block *hash_next, *page_next;
     struct op op[];                    /* n, and one more that leaves the block */
 };
+#define BLOCK_DEAD (~0ull)
 
 struct jump_entry {
     u64 la, tag;
@@ -47,14 +51,14 @@ struct icode {
     u8 *page_state;                    /* per page of RAM: 0 no cached code, else 1 + slow stores so far */
     u64 pages;
     bool flush_wanted;
-    ZydisDecoder decoder[3];           /* 16, 32, 64 bit */
+    ZydisDecoder decoder[IMODE_LONG64 + 1];
     struct block *scratch;             /* room for one instruction that is not cached */
 };
 
 int code_open(struct icpu *c);
 void code_close(struct icpu *c);
-/* The block at c->rip, ready to run, or NULL with c->fault raised (the fetch's #PF, #GP). */
-struct block *code_find(struct icpu *c);
+/* Everything but the jump cache. NULL with c->fault raised: the fetch's #PF or #GP. */
+struct block *code_find_slow(struct icpu *c, u64 la);
 /* Everything is dropped before the next block is looked up; for whoever runs out of memory that blocks refer to (fp.c's stubs). */
 void code_flush_later(struct icpu *c);
 /* A store of this vCPU to a page with cached code. */
@@ -67,6 +71,37 @@ void code_retag(struct icpu *c);
 static inline bool code_in_page(const struct icode *k, u64 gpa)
 {
     return gpa >> PAGE_SHIFT < k->pages && k->page_state[gpa >> PAGE_SHIFT];
+}
+
+static inline struct jump_entry *code_jump_slot(struct icode *k, u64 la)
+{
+    return &k->jump[(la ^ la >> JUMP_BITS) & ((1u << JUMP_BITS) - 1)];
+}
+
+/* Are the block's bytes still those in memory? host: of its first byte. Not for crossing blocks. */
+static inline bool block_matches(const struct block *b, const u8 *host)
+{
+    static const u8 mask[32] = { 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255 };
+    if (unlikely(!b->chunks))
+        return !memcmp(b->bytes, host, b->len);
+    __m128i diff = _mm_setzero_si128();
+    unsigned last = 16u * (b->chunks - 1u);
+    for (unsigned i = 0; i < last; i += 16)
+        diff = _mm_or_si128(diff, _mm_xor_si128(_mm_loadu_si128((const void *)(host + i)), _mm_load_si128((const void *)(b->bytes + i))));
+    __m128i tail = _mm_loadu_si128((const void *)(mask + 16 - (b->len - last)));
+    diff = _mm_or_si128(diff, _mm_xor_si128(_mm_and_si128(_mm_loadu_si128((const void *)(host + last)), tail),
+                                            _mm_load_si128((const void *)(b->bytes + last))));
+    return _mm_movemask_epi8(_mm_cmpeq_epi8(diff, _mm_setzero_si128())) == 0xffff;
+}
+
+/* The block at c->rip, ready to run, or NULL with c->fault raised. */
+static inline struct block *code_find(struct icpu *c)
+{
+    u64 la = (c->cs_base + c->rip) & c->rip_mask;
+    struct jump_entry *j = code_jump_slot(c->code, la);
+    if (likely(j->la == la && j->tag == c->code_tag && c->rip + j->block->len - 1 <= c->rip_limit && block_matches(j->block, j->host)))
+        return j->block;
+    return code_find_slow(c, la);
 }
 
 /*

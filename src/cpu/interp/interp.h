@@ -103,7 +103,7 @@ struct icpu {
     struct tlb *tlb;
     struct tlb_entry *view;        /* data accesses of the current privilege look here first: tlb.h */
     struct icode *code;
-    const struct block *block;     /* that runs now */
+    struct block *block;           /* that runs now */
     u64 rip_mask;                  /* ~0 in 64-bit mode, else 0xffffffff */
     u64 rip_limit;                 /* ~0 in 64-bit mode, else CS.limit */
     u64 cs_base;                   /* 0 in 64-bit mode */

@@ -62,7 +62,11 @@ int tlb_open(struct icpu *c);
 void tlb_close(struct icpu *c);
 /* The entry for la in a view, filled by a walk if need be; its tag for the access is then not TLB_INVALID. NULL: page fault, code in *error. */
 struct tlb_entry *tlb_lookup(struct icpu *c, enum tlb_view_id view, u64 la, enum mmu_access access, u32 *error);
-/* The page at gpa holds cached code from now on, or no longer: writes to it are slow, or may be fast again. */
+/* The guest-physical address behind la, which tlb_lookup() has just found in this view. */
+u64 tlb_gpa(const struct icpu *c, enum tlb_view_id view, u64 la);
+/* Notes in c->db_pending which data breakpoints an access of n bytes meets. */
+void tlb_watch_check(struct icpu *c, u64 la, unsigned n, bool write);
+/* The page at gpa holds cached code from now on: writes to it are slow. */
 void tlb_code_page(struct icpu *c, u64 gpa);
 /* Recomputes what depends on DR0..DR3 and DR7, and what depends on the RAM table. */
 void tlb_watchpoints(struct icpu *c);

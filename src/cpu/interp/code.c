@@ -1,0 +1,447 @@
+/*
+ * The code cache: look-up, decoding of blocks, self-modification. Model and invariants: code.h. Fetch rules: SDM vol. 3A 5.3 (CS limit), 4.6.1
+ * (rights), 6.15 (#PF on a fetch reports the first byte that faults).
+ *
+ * Bytes are copied out of guest memory before they are decoded, so what was decoded is what later comparisons see, whoever writes meanwhile.
+ */
+#include "cpu/interp/code.h"
+
+#include <errno.h>
+#include <sys/mman.h>
+
+#include "base/err.h"
+#include "cpu/interp/fp.h"
+#include "cpu/interp/tlb.h"
+
+#define ARENA_BYTES (32 * MiB)
+#define HASH_BITS 15
+#define PAGE_HASH_BITS 12
+#define BLOCK_MAX (sizeof(struct block) + (BLOCK_OPS + 1) * sizeof(struct op))
+#define INSN_MAX 15u
+#define SLOW_STORES 200                /* to a page with code, until it counts as data */
+
+/* ---- memory ---- */
+static void *map_zero(size_t n)
+{
+    void *p = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return p == MAP_FAILED ? NULL : p;
+}
+
+static void unmap(void *p, size_t n)
+{
+    if (p)
+        munmap(p, n);
+}
+
+static u64 ram_pages(const struct icpu *c)
+{
+    const struct ram *r = c->v->m->ram;
+    return r->runs ? (r->run[r->runs - 1].gpa + r->run[r->runs - 1].size) >> PAGE_SHIFT : 0;
+}
+
+static void jump_clear(struct icode *k)
+{
+    memset(k->jump, 0, sizeof k->jump);                            /* tag 0 is never a valid one: generations begin at 1 */
+}
+
+int code_open(struct icpu *c)
+{
+    struct icode *k = map_zero(sizeof *k);
+    if (!k)
+        return err(-ENOMEM, "vCPU %u: no memory for its code cache", c->v->id);
+    c->code = k;
+    k->hash = map_zero(sizeof *k->hash << HASH_BITS);
+    k->page_hash = map_zero(sizeof *k->page_hash << PAGE_HASH_BITS);
+    k->arena = map_zero(ARENA_BYTES);
+    k->scratch = map_zero(BLOCK_MAX);
+    if (!k->hash || !k->page_hash || !k->arena || !k->scratch) {
+        code_close(c);
+        return err(-ENOMEM, "vCPU %u: no memory for its code cache", c->v->id);
+    }
+    decode_init(c);
+    return code_ram_changed(c);
+}
+
+void code_close(struct icpu *c)
+{
+    struct icode *k = c->code;
+    if (!k)
+        return;
+    unmap(k->hash, sizeof *k->hash << HASH_BITS);
+    unmap(k->page_hash, sizeof *k->page_hash << PAGE_HASH_BITS);
+    unmap(k->arena, ARENA_BYTES);
+    unmap(k->scratch, BLOCK_MAX);
+    unmap(k->page_state, k->pages);
+    unmap(k, sizeof *k);
+    c->code = NULL;
+}
+
+static void code_flush(struct icpu *c)
+{
+    struct icode *k = c->code;
+    memset(k->hash, 0, sizeof *k->hash << HASH_BITS);
+    memset(k->page_hash, 0, sizeof *k->page_hash << PAGE_HASH_BITS);
+    if (k->page_state)
+        madvise(k->page_state, k->pages, MADV_DONTNEED);
+    jump_clear(k);
+    k->used = 0;
+    k->flush_wanted = false;
+    c->block = NULL;
+    fp_flush_stubs(c);
+    trace(c->v->m->trace, TRACE_EXITS, (int)c->v->id, "code cache full: flushed");
+}
+
+void code_flush_later(struct icpu *c)
+{
+    c->code->flush_wanted = true;
+}
+
+int code_ram_changed(struct icpu *c)
+{
+    struct icode *k = c->code;
+    unmap(k->page_state, k->pages);
+    k->pages = ram_pages(c);
+    k->page_state = NULL;
+    k->flush_wanted = true;
+    if (!k->pages)
+        return 0;
+    k->page_state = map_zero(k->pages);
+    if (!k->page_state) {
+        k->pages = 0;
+        return err(-ENOMEM, "vCPU %u: no memory for its code cache", c->v->id);
+    }
+    return 0;
+}
+
+void code_retag(struct icpu *c)
+{
+    c->code_tag = (c->tlb->generation + 1) << 8 | (u64)c->mode << 1 | (c->cpl == 3);
+}
+
+/* ---- blocks in the tables ---- */
+static struct block **hash_bucket(struct icode *k, u64 gpa)
+{
+    return &k->hash[(gpa ^ gpa >> HASH_BITS) & ((1u << HASH_BITS) - 1)];
+}
+
+static struct block **page_bucket(struct icode *k, u64 gpa)
+{
+    gpa >>= PAGE_SHIFT;
+    return &k->page_hash[(gpa ^ gpa >> PAGE_HASH_BITS) & ((1u << PAGE_HASH_BITS) - 1)];
+}
+
+static void unlink_hash(struct icode *k, struct block *b)
+{
+    for (struct block **p = hash_bucket(k, b->gpa); *p; p = &(*p)->hash_next)
+        if (*p == b) {
+            *p = b->hash_next;
+            return;
+        }
+}
+
+static void unlink_page(struct icode *k, struct block *b)
+{
+    for (struct block **p = page_bucket(k, b->gpa); *p; p = &(*p)->page_next)
+        if (*p == b) {
+            *p = b->page_next;
+            return;
+        }
+}
+
+/* Takes b out of the hash; the jump cache forgets everything. b's memory stays until the next flush: it may be running. */
+static void block_kill(struct icpu *c, struct block *b)
+{
+    unlink_hash(c->code, b);
+    unlink_page(c->code, b);
+    b->gpa = BLOCK_DEAD;
+    c->tlb->generation++;
+    code_retag(c);
+}
+
+static int op_leave(struct icpu *c, const struct op *op)
+{
+    c->rip = op_rip(c, op) & c->rip_mask;
+    return OP_FALL;
+}
+
+static void page_mark(struct icpu *c, u64 gpa)
+{
+    u64 page = gpa >> PAGE_SHIFT;
+    if (page >= c->code->pages || c->code->page_state[page])
+        return;
+    c->code->page_state[page] = 1;
+    tlb_code_page(c, gpa);
+}
+
+static void block_insert(struct icpu *c, struct block *b)
+{
+    struct icode *k = c->code;
+    struct block **bucket = hash_bucket(k, b->gpa), **page = page_bucket(k, b->gpa);
+    b->hash_next = *bucket;
+    *bucket = b;
+    b->page_next = *page;
+    *page = b;
+    if (b->n > 1)                                                  /* a single instruction cannot change what follows it in its block */
+        page_mark(c, b->gpa);
+}
+
+/* ---- stores into code ---- */
+static bool block_overlaps(const struct block *b, u64 gpa, unsigned n)
+{
+    return gpa < b->gpa + b->first && b->gpa < gpa + n;
+}
+
+/* The rest of the running block is left before its next instruction. */
+static void block_abandon(struct icpu *c, struct block *b)
+{
+    for (unsigned i = 0; i < b->n; i++)
+        b->op[i].fn = op_leave;
+    if (b->gpa != BLOCK_DEAD)
+        block_kill(c, b);
+}
+
+static void page_forget(struct icpu *c, u64 gpa)
+{
+    struct icode *k = c->code;
+    struct block **p = page_bucket(k, gpa);
+    while (*p) {
+        struct block *b = *p;
+        if (b->gpa >> PAGE_SHIFT != gpa >> PAGE_SHIFT) {
+            p = &b->page_next;
+            continue;
+        }
+        *p = b->page_next;
+        unlink_hash(k, b);
+        b->gpa = BLOCK_DEAD;
+    }
+    k->page_state[gpa >> PAGE_SHIFT] = 0;
+    c->tlb->generation++;
+    code_retag(c);
+}
+
+void code_written(struct icpu *c, u64 gpa, unsigned n)
+{
+    struct icode *k = c->code;
+    struct block *b = c->block;
+    if (!code_in_page(k, gpa))
+        return;
+    if (b && b->gpa != BLOCK_DEAD && block_overlaps(b, gpa, n))
+        block_abandon(c, b);
+    u8 *state = &k->page_state[gpa >> PAGE_SHIFT];
+    if (++*state < SLOW_STORES)
+        return;
+    /* Data that shares its page with code, or code that is being written: stores become fast. What runs now in this page must be left, for
+     * nobody would tell it of further stores. */
+    if (b && (b->gpa ^ gpa) < PAGE_SIZE)
+        block_abandon(c, b);
+    page_forget(c, gpa);
+}
+
+/* ---- decoding ---- */
+static void block_finish(struct icpu *c, struct block *b, const u8 *bytes, unsigned len, unsigned n)
+{
+    b->len = (u16)len;
+    b->n = (u16)n;
+    b->mode = c->mode;
+    memset(b->bytes, 0, sizeof b->bytes);
+    memcpy(b->bytes, bytes, len);
+    b->op[n] = (struct op){ .fn = op_leave, .off = (u8)len };
+}
+
+static struct block *arena_alloc(struct icpu *c)
+{
+    struct icode *k = c->code;
+    if (ARENA_BYTES - k->used < BLOCK_MAX || fp_full(c))
+        code_flush(c);
+    return (struct block *)(void *)(k->arena + k->used);
+}
+
+static void arena_commit(struct icode *k, const struct block *b)
+{
+    k->used += ALIGN_UP(sizeof *b + (b->n + 1u) * sizeof b->op[0], 64);
+}
+
+/* How many bytes of code may still be fetched before CS ends. At least 1: the caller has looked. */
+static u64 limit_room(const struct icpu *c, u64 rip)
+{
+    u64 room = c->rip_limit - rip;
+    return room == ~0ull ? room : room + 1;
+}
+
+/* Straight-line code in one page, n bytes of it; returns the number of instructions, 0 when the first one does not end here. */
+static unsigned decode_run(struct icpu *c, struct block *b, const u8 *bytes, unsigned room, unsigned *len)
+{
+    unsigned n = 0;
+    *len = 0;
+    while (n < BLOCK_OPS && *len + (n ? INSN_MAX : 0) <= BLOCK_BYTES) {
+        struct op *op = &b->op[n];
+        int r = decode_one(c, bytes + *len, room - *len, *len, op);
+        if (r == DECODE_MORE)
+            break;
+        n++;
+        *len += op->len;
+        if (r == BIND_LAST)
+            break;
+    }
+    return n;
+}
+
+static struct block *decode_block(struct icpu *c, u64 gpa, const u8 *host)
+{
+    u8 bytes[BLOCK_BYTES + INSN_MAX];
+    struct block *b = arena_alloc(c);
+    unsigned in_page = PAGE_SIZE - (gpa & ~PAGE_MASK), room = MIN(in_page, (unsigned)sizeof bytes), len;
+    room = (unsigned)MIN(room, limit_room(c, c->rip));
+    memcpy(bytes, host, room);
+    unsigned n = decode_run(c, b, bytes, room, &len);
+    if (!n)
+        return NULL;
+    b->gpa = gpa;
+    b->gpa2 = BLOCK_DEAD;
+    b->first = (u8)len;
+    b->chunks = in_page >= ALIGN_UP(len, 16) ? (u8)(ALIGN_UP(len, 16) / 16) : 0;
+    block_finish(c, b, bytes, len, n);
+    arena_commit(c->code, b);
+    block_insert(c, b);
+    return b;
+}
+
+/* Code outside RAM: byte by byte, since devices see what is fetched. Not cached. */
+static struct block *decode_mmio(struct icpu *c, u64 gpa)
+{
+    struct block *b = c->code->scratch;
+    u8 bytes[INSN_MAX];
+    u64 room = MIN(limit_room(c, c->rip), PAGE_SIZE - (gpa & ~PAGE_MASK));
+    if (fp_full(c))
+        code_flush(c);
+    for (unsigned n = 0; n < MIN(INSN_MAX, room);) {
+        u64 val = 0;
+        vcpu_mmio(c->v, gpa + n, 1, false, &val);
+        bytes[n++] = (u8)val;
+        if (decode_one(c, bytes, n, 0, &b->op[0]) == DECODE_MORE)
+            continue;
+        b->gpa = b->gpa2 = BLOCK_DEAD;
+        block_finish(c, b, bytes, b->op[0].len, 1);
+        return b;
+    }
+    fault_gp(c, 0);                                                /* at CS's limit; across pages of a device: no machine has that */
+    return NULL;
+}
+
+/* ---- instructions that cross into the next page ---- */
+struct fetch {
+    u64 la, gpa;
+    const u8 *host;                                                /* NULL: no RAM */
+};
+
+static int fetch_page(struct icpu *c, u64 la, struct fetch *f)
+{
+    u32 error;
+    enum tlb_view_id view = c->cpl == 3 ? VIEW_USER : tlb_system_view(c);
+    struct tlb_entry *e = tlb_lookup(c, view, la, MMU_EXEC, &error);
+    if (!e)
+        return fault_page(c, la, error);
+    f->la = la;
+    f->gpa = tlb_gpa(c, view, la);
+    f->host = e->tag[MMU_EXEC] & TLB_MMIO ? NULL : (const u8 *)(uintptr_t)(la + e->addend);
+    return 0;
+}
+
+static u64 next_page(const struct icpu *c, u64 la)
+{
+    return ((la & PAGE_MASK) + PAGE_SIZE) & c->rip_mask;
+}
+
+static bool crossing_matches(const struct block *b, const struct fetch *f1, const struct fetch *f2)
+{
+    return f2->host && b->gpa2 == f2->gpa && !memcmp(b->bytes, f1->host, b->first) && !memcmp(b->bytes + b->first, f2->host, b->len - b->first);
+}
+
+static struct block *decode_crossing(struct icpu *c, const struct fetch *f1)
+{
+    u8 bytes[INSN_MAX];
+    struct fetch f2;
+    unsigned first = PAGE_SIZE - (f1->gpa & ~PAGE_MASK);
+    u64 room = limit_room(c, c->rip);
+    if (room <= first) {
+        fault_gp(c, 0);
+        return NULL;
+    }
+    if (fetch_page(c, next_page(c, f1->la), &f2))
+        return NULL;
+    if (!f2.host) {
+        fault_gp(c, 0);                                            /* from RAM into a device: no machine has that */
+        return NULL;
+    }
+    struct block *b = arena_alloc(c);
+    unsigned n = (unsigned)MIN(room, INSN_MAX);
+    memcpy(bytes, f1->host, first);
+    memcpy(bytes + first, f2.host, n - first);
+    if (decode_one(c, bytes, n, 0, &b->op[0]) == DECODE_MORE) {
+        fault_gp(c, 0);                                            /* CS ends within the instruction */
+        return NULL;
+    }
+    unsigned len = b->op[0].len;
+    b->gpa = f1->gpa;
+    b->gpa2 = len > first ? f2.gpa : BLOCK_DEAD;
+    b->first = (u8)MIN(len, first);
+    b->chunks = 0;
+    block_finish(c, b, bytes, len, 1);
+    arena_commit(c->code, b);
+    block_insert(c, b);
+    return b;
+}
+
+/* ---- look-up ---- */
+/* A cached block for this place, still right; wrong ones are dropped. *crossing: it may not enter the jump cache. */
+static struct block *hash_find(struct icpu *c, const struct fetch *f)
+{
+    struct block *next;
+    for (struct block *b = *hash_bucket(c->code, f->gpa); b; b = next) {
+        struct fetch f2;
+        next = b->hash_next;
+        if (b->gpa != f->gpa || b->mode != c->mode)
+            continue;
+        if (c->rip + b->len - 1 > c->rip_limit)
+            continue;                                              /* CS ends within the block: another one, cut there, is made */
+        if (b->gpa2 == BLOCK_DEAD) {
+            if (block_matches(b, f->host))
+                return b;
+        } else if (!memcmp(b->bytes, f->host, b->first)) {
+            if (fetch_page(c, next_page(c, f->la), &f2))
+                return NULL;
+            if (crossing_matches(b, f, &f2))
+                return b;
+        }
+        block_kill(c, b);
+    }
+    return NULL;
+}
+
+struct block *code_find_slow(struct icpu *c, u64 la)
+{
+    struct fetch f;
+    c->block = NULL;
+    if (unlikely(c->code->flush_wanted))
+        code_flush(c);
+    if (unlikely(c->rip > c->rip_limit || !tlb_canonical(la))) {
+        fault_gp(c, 0);
+        return NULL;
+    }
+    if (fetch_page(c, la, &f))
+        return NULL;
+    if (!f.host)
+        return decode_mmio(c, f.gpa);
+    c->fault.vector = 0xff;
+    struct block *b = hash_find(c, &f);
+    if (!b) {
+        if (c->fault.vector != 0xff)
+            return NULL;                                           /* the second page of a crossing instruction is not there */
+        b = decode_block(c, f.gpa, f.host);
+        if (!b)
+            b = decode_crossing(c, &f);
+    }
+    if (b && b->gpa2 == BLOCK_DEAD)
+        *code_jump_slot(c->code, la) = (struct jump_entry){ la, c->code_tag, b, f.host };
+    return b;
+}
