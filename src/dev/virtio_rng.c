@@ -42,13 +42,15 @@ static void rng_kick(struct virtio *v, unsigned n)
      * waits for the next notification. */
     unsigned budget = 4u * q->size;
 
-    do {
+    while (virtio_running(v)) {
         virtq_ignore(q);
         while (budget && virtio_pop(v, n, &r->chain)) {
             budget--;
             virtq_push(q, &r->chain, fill(&r->chain));
         }
-    } while (virtq_listen(q) && budget);
+        if (!virtq_listen(q) || !budget)
+            break;
+    }
     virtio_interrupt(v, n);
 }
 
