@@ -1,0 +1,50 @@
+#!/bin/bash
+# Boots the default guest and the standard kernel, with 1 and 2 vCPUs, to a command's output; disks; 100 MiB through the console.
+. "$(dirname "$0")/../lib/tap.sh"
+run=(run --engine "$ENGINE" --quiet)
+standard=$top/build/guest-standard
+
+command_output()                                    # name, guest folder ("": default), vCPUs
+{
+    [ -n "$2" ] && export DOPPEL_GUEST=$2 || unset DOPPEL_GUEST
+    doppel "${run[@]}" --cpus "$3" -- sh -c 'uname -sm; nproc; exit 3' </dev/null
+    is "$1: output" "$out" $'Linux x86_64\n'"$3"
+    is "$1: exit status" "$status" 3
+    is "$1: standard error" "$err" ""
+    unset DOPPEL_GUEST
+}
+command_output "cloud kernel, 1 vCPU" "" 1
+command_output "cloud kernel, 2 vCPUs" "" 2
+"$top/guest/build" --quiet --kernel standard "$standard" || not_ok "the standard kernel's guest is built"
+command_output "standard kernel, 1 vCPU" "$standard" 1
+command_output "standard kernel, 2 vCPUs" "$standard" 2
+
+# A disk, written by the guest and read by the host, and the other way round; a second one read-only.
+head -c 16777216 /dev/urandom >"$tmp/a.img"
+truncate -s 16M "$tmp/b.img"
+sum=$(sha256sum <"$tmp/a.img")
+doppel "${run[@]}" --disk "$tmp/a.img,readonly" --disk "$tmp/b.img" -- sh -c '
+    sha256sum </dev/vda; dd if=/dev/vda of=/dev/vdb bs=64k 2>/dev/null; cat /sys/block/vda/ro /sys/block/vdb/ro
+    echo x 2>/dev/null | dd of=/dev/vda 2>/dev/null && echo "wrote to a read-only disk"'
+is "disk: read by the guest, read-only flags" "$out" "$sum"$'\n1\n0'
+is "disk: written by the guest" "$(sha256sum <"$tmp/b.img")" "$sum"
+is "disk: the read-only one is unchanged" "$(sha256sum <"$tmp/a.img")" "$sum"
+
+# A file system made and filled by the guest is sound for the host.
+truncate -s 32M "$tmp/c.img"
+if command -v mke2fs >/dev/null && command -v e2fsck >/dev/null; then
+    mke2fs -q -t ext4 "$tmp/c.img"
+    doppel "${run[@]}" --disk "$tmp/c.img" -- sh -c 'mount -t ext4 /dev/vda /mnt && cp /bin/busybox /mnt/copy && sha256sum /mnt/copy | cut -c1-64 && umount /mnt'
+    is "ext4: e2fsck finds nothing" "$(e2fsck -fn "$tmp/c.img" >/dev/null 2>&1; echo $?)" 0
+    is "ext4: the file is there" "$(debugfs -R 'cat copy' "$tmp/c.img" 2>/dev/null | sha256sum | cut -c1-64)" "$out"
+else
+    skip "ext4: e2fsck finds nothing" "mke2fs or e2fsck is not installed (package e2fsprogs)"
+fi
+
+# 100 MiB of random bytes from standard input to standard output.
+head -c 104857600 /dev/urandom >"$tmp/random"
+timeout -k 10 600 "$DOPPEL" "${run[@]}" -- cat <"$tmp/random" >"$tmp/echoed" 2>"$tmp/err"
+is "100 MiB through cat: exit status" $? 0
+is "100 MiB through cat: same bytes" "$(sha256sum <"$tmp/echoed")" "$(sha256sum <"$tmp/random")"
+
+done_testing
