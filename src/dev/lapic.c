@@ -1,0 +1,1148 @@
+/*
+ * Local APIC (Intel SDM vol. 3A chapter 11; section numbers below are of that volume) and the message bus between APICs.
+ *
+ * Modelled: xAPIC registers, x2APIC MSRs and the transitions between the modes, fixed/lowest-priority/NMI/SMI/INIT/start-up/ExtINT messages, physical and
+ * logical destinations, shorthands, six LVT entries, error status, one-shot/periodic/TSC-deadline timer, directed EOI (SVR bit 12).
+ * Left out: arbitration (messages are delivered at once), remote read, focus processor checking, the CMCI entry. Delivery status always reads idle.
+ *
+ * The timer counts a clock of LAPIC_BUS_HZ. A periodic timer keeps to its grid of deadlines however late it is served; periods that were
+ * missed coalesce into one interrupt, as they would in the IRR. Periods below PERIOD_MIN_NS are served no more often than that.
+ *
+ * Locking: device.lock guards one local APIC's registers; the region has no lock, since EOI and ICR writes call into the I/O APIC and other local APICs
+ * (their locks come earlier, or are equals), and so must let go of their own first. What the vCPU asks all the time is mirrored in atomics:
+ * `deliverable`, `extint_open`, `tpr`, `base`. bus_move() and timer_arm() take leaf locks.
+ */
+#include "dev/lapic.h"
+
+#include <errno.h>
+#include <stdatomic.h>
+#include <string.h>
+
+#include "base/err.h"
+
+#define MSR_APIC_BASE 0x1b
+#define MSR_TSC_DEADLINE 0x6e0
+#define MSR_X2APIC 0x800
+#define BASE_BSP BIT(8)
+#define BASE_EXTD BIT(10)
+#define BASE_EN BIT(11)
+#define BASE_MODE (BASE_EN | BASE_EXTD)
+
+/* Registers: MMIO offset / 16 = MSR - 0x800 (table 11-6) */
+enum {
+    REG_ID = 0x02, REG_VERSION = 0x03, REG_TPR = 0x08, REG_APR = 0x09, REG_PPR = 0x0a, REG_EOI = 0x0b, REG_RRD = 0x0c, REG_LDR = 0x0d, REG_DFR = 0x0e,
+    REG_SVR = 0x0f, REG_ISR = 0x10, REG_TMR = 0x18, REG_IRR = 0x20, REG_ESR = 0x28, REG_ICR = 0x30, REG_ICR_HIGH = 0x31, REG_LVT = 0x32,
+    REG_INITIAL = 0x38, REG_CURRENT = 0x39, REG_DIVIDE = 0x3e, REG_SELF_IPI = 0x3f,
+};
+
+enum { LVT_TIMER, LVT_THERMAL, LVT_PERF, LVT_LINT0, LVT_LINT1, LVT_ERROR, LVTS };
+#define LVT_MASKED 0x10000u
+#define LVT_LEVEL 0x8000u
+#define LVT_REMOTE_IRR 0x4000u
+#define LVT_LOW 0x2000u
+#define LVT_MODE(v) (((v) >> 8) & 7)
+#define TIMER_MODE(v) (((v) >> 17) & 3)
+enum { TIMER_ONESHOT, TIMER_PERIODIC, TIMER_DEADLINE };
+
+/* Bits that software can write, per LVT entry (figure 11-8). */
+static const u32 lvt_mask[LVTS] = {
+    [LVT_TIMER] = 0x700ff, [LVT_THERMAL] = 0x107ff, [LVT_PERF] = 0x107ff, [LVT_LINT0] = 0x1a7ff, [LVT_LINT1] = 0x1a7ff, [LVT_ERROR] = 0x100ff,
+};
+#define LVT_READ_ONLY 0x5000u                                      /* delivery status, remote IRR: software writes back what it read */
+
+#define VERSION (0x15 | (LVTS - 1) << 16 | 1 << 24)                /* integrated APIC, 6 LVT entries, EOI broadcasts can be suppressed */
+#define SVR_ENABLE 0x100u
+#define SVR_NO_BROADCAST 0x1000u
+#define SVR_MASK 0x11ffu
+
+#define ESR_SEND_ILLEGAL 0x20u
+#define ESR_RECEIVE_ILLEGAL 0x40u
+#define ESR_REGISTER 0x80u
+
+#define ICR_MASK 0xccfffu                                          /* low half, without the delivery status (always idle) */
+#define ICR_STATUS 0x1000u                                         /* writes of it are ignored, also in x2APIC mode, where it is gone */
+#define ICR_LOGICAL 0x800u
+#define ICR_ASSERT 0x4000u
+#define ICR_LEVEL 0x8000u
+
+#define PERIOD_MIN_NS 50000u
+
+struct lapic_bus {
+    struct lapic_config cfg;
+    struct lapic **lapic;
+    unsigned n;
+    struct i8259 *pic;
+    struct apic_eoi_sink eoi_sink;
+};
+
+struct lapic {
+    struct device device;
+    struct lapic_bus *bus;
+    struct bus *cpu_bus;
+    int region;
+    struct cpu_port cpu;
+    u32 id;
+    bool bsp;
+
+    _Atomic u64 base;                                              /* IA32_APIC_BASE */
+    _Atomic u8 tpr;
+    u32 ldr, dfr, svr;
+    u32 esr, errors;                                               /* as last latched; since then */
+    u64 icr;
+    u32 lvt[LVTS];
+    u32 irr[8], isr[8], tmr[8];
+    u8 lint;                                                       /* levels of LINT0 and LINT1, bits 0 and 1 */
+    bool extint_message;                                           /* an ExtINT message waits for its INTA cycle */
+
+    struct timer timer;
+    bool armed;
+    u32 initial;
+    u8 divide;                                                     /* the register: bits 3, 1, 0 */
+    u64 deadline_ns;                                               /* count modes, while armed */
+    u64 deadline_tsc;                                              /* TSC-deadline mode: 0 when not armed */
+    s64 tsc_adjust;
+
+    _Atomic int deliverable;                                       /* vector, or -1 */
+    _Atomic bool extint_open;                                      /* the i8259's INTR reaches the processor through here */
+};
+
+/* ---- vectors ---- */
+
+static int highest(const u32 set[8])
+{
+    for (int i = 7; i >= 0; i--)
+        if (set[i])
+            return 32 * i + 31 - __builtin_clz(set[i]);
+    return -1;
+}
+
+static void vector_set(u32 set[8], u8 v, bool on)
+{
+    if (on)
+        set[v / 32] |= 1u << (v % 32);
+    else
+        set[v / 32] &= ~(1u << (v % 32));
+}
+
+static bool vector_get(const u32 set[8], u8 v)
+{
+    return set[v / 32] >> (v % 32) & 1;
+}
+
+static bool hw_enabled(const struct lapic *l)
+{
+    return atomic_load_explicit(&l->base, memory_order_relaxed) & BASE_EN;
+}
+
+static bool x2apic(const struct lapic *l)
+{
+    return (atomic_load_explicit(&l->base, memory_order_relaxed) & BASE_MODE) == BASE_MODE;
+}
+
+static u8 ppr(const struct lapic *l)                               /* 11.8.3.1 */
+{
+    int serving = highest(l->isr);
+    u8 tpr = atomic_load(&l->tpr);
+
+    return serving < 0 || tpr >> 4 >= serving >> 4 ? tpr : serving & 0xf0;
+}
+
+/* Recomputes the mirrors after any change of registers; tells the vCPU when there is something new for it. */
+static void refresh(struct lapic *l)
+{
+    int v = hw_enabled(l) ? highest(l->irr) : -1;
+    u32 lint0 = l->lvt[LVT_LINT0];
+    bool open;
+
+    if (v >= 0 && v >> 4 <= ppr(l) >> 4)
+        v = -1;
+    if (atomic_exchange(&l->deliverable, v) != v && v >= 0)
+        l->cpu.signal(l->cpu.vcpu, CPU_INTR, 0);
+
+    if (hw_enabled(l))
+        open = (!(lint0 & LVT_MASKED) && LVT_MODE(lint0) == APIC_EXTINT) || l->extint_message;
+    else
+        open = l->bsp; /* 11.4.3: LINT0 is the processor's INTR pin; the board wires the boot processor's */
+    if (atomic_exchange(&l->extint_open, open) != open && open && l->bus->pic && i8259_pending(l->bus->pic))
+        l->cpu.signal(l->cpu.vcpu, CPU_INTR, 0);
+}
+
+static void lvt_fire(struct lapic *l, int entry);
+
+static void error(struct lapic *l, u32 bit)
+{
+    bool fresh = !(l->errors & bit);
+
+    l->errors |= bit;
+    if (fresh)
+        lvt_fire(l, LVT_ERROR);
+}
+
+static void accept_fixed(struct lapic *l, u8 vector, bool level)
+{
+    if (!hw_enabled(l) || !(l->svr & SVR_ENABLE))
+        return;
+    if (vector < 16) {
+        error(l, ESR_RECEIVE_ILLEGAL);
+        return;
+    }
+    vector_set(l->irr, vector, true);
+    vector_set(l->tmr, vector, level);
+    refresh(l);
+}
+
+/* Any delivery mode, from a message or from the LVT. */
+static void accept(struct lapic *l, u8 mode, u8 vector, bool level)
+{
+    if (!hw_enabled(l))
+        return;
+    switch (mode) {
+    case APIC_FIXED:
+    case APIC_LOWEST:
+        accept_fixed(l, vector, level);
+        break;
+    case APIC_SMI: l->cpu.signal(l->cpu.vcpu, CPU_SMI, 0); break;
+    case APIC_NMI: l->cpu.signal(l->cpu.vcpu, CPU_NMI, 0); break;
+    case APIC_INIT: l->cpu.signal(l->cpu.vcpu, CPU_INIT, 0); break;
+    case APIC_SIPI: l->cpu.signal(l->cpu.vcpu, CPU_SIPI, vector); break;
+    case APIC_EXTINT:
+        l->extint_message = true;
+        refresh(l);
+        break;
+    }
+}
+
+/* ---- local vector table, 11.5.1 ---- */
+
+static void lvt_fire(struct lapic *l, int entry)
+{
+    u32 v = l->lvt[entry];
+    bool fixed_only = entry == LVT_TIMER || entry == LVT_ERROR;
+
+    if (!(v & LVT_MASKED))
+        accept(l, fixed_only ? APIC_FIXED : LVT_MODE(v), (u8)v, false);
+}
+
+/* LINT pins: ExtINT follows the i8259 itself (extint_open); fixed may be level-triggered; the rest is edge-triggered. */
+static void lint_fire(struct lapic *l, int entry)
+{
+    u32 v = l->lvt[entry];
+
+    if ((v & LVT_MASKED) || !hw_enabled(l))
+        return;
+    if (LVT_MODE(v) == APIC_EXTINT) {
+        l->cpu.signal(l->cpu.vcpu, CPU_INTR, 0);
+    } else if (LVT_MODE(v) == APIC_FIXED && (v & LVT_LEVEL) && entry == LVT_LINT0) { /* LINT1 is always edge-triggered */
+        if (!(v & LVT_REMOTE_IRR)) {
+            l->lvt[entry] |= LVT_REMOTE_IRR;
+            accept_fixed(l, (u8)v, true);
+        }
+    } else {
+        lvt_fire(l, entry);
+    }
+}
+
+static void lint_set(struct lapic *l, int pin, int level)
+{
+    bool was = l->lint >> pin & 1;
+
+    l->lint = (u8)((l->lint & ~(1 << pin)) | level << pin);
+    if (!level || was)
+        return;
+    if (!hw_enabled(l) && pin == 0 && l->bsp)
+        l->cpu.signal(l->cpu.vcpu, CPU_INTR, 0);
+    else
+        lint_fire(l, LVT_LINT0 + pin);
+}
+
+/* The EOI of a level-triggered LINT0: with the pin still up it comes again. */
+static void lint_eoi(struct lapic *l, u8 vector)
+{
+    u32 *v = &l->lvt[LVT_LINT0];
+
+    if (!(*v & LVT_REMOTE_IRR) || (u8)*v != vector)
+        return;
+    *v &= ~LVT_REMOTE_IRR;
+    if (l->lint & 1)
+        lint_fire(l, LVT_LINT0);
+}
+
+/* ---- timer, 11.5.4 ---- */
+
+static unsigned divisor(const struct lapic *l)
+{
+    unsigned code = (l->divide & 3) | (l->divide & 8) >> 1;
+
+    return code == 7 ? 1 : 2u << code;
+}
+
+static u64 period_ns(const struct lapic *l)
+{
+    return (u64)l->initial * divisor(l) * (1000000000 / LAPIC_BUS_HZ);
+}
+
+static void timer_stop(struct lapic *l)
+{
+    l->armed = false;
+    l->deadline_tsc = 0;
+    timer_disarm(&l->timer);
+}
+
+/* The guest's deadline in guest time. "Never" (all ones) must not wrap round into the past, whatever TSC_ADJUST is. */
+static u64 deadline_ns(const struct lapic *l)
+{
+    __int128 tsc = (__int128)l->deadline_tsc - l->tsc_adjust;
+
+    if (tsc < 0)
+        return 0;
+    return tsc > UINT64_MAX ? UINT64_MAX : clock_tsc_to_ns(l->bus->cfg.clock, (u64)tsc);
+}
+
+/* When the host is to look again: deadlines of the guest, but no more often than PERIOD_MIN_NS when it repeats. */
+static void timer_start_host(struct lapic *l)
+{
+    struct clock *c = l->bus->cfg.clock;
+    u64 at = l->deadline_ns;
+
+    if (TIMER_MODE(l->lvt[LVT_TIMER]) == TIMER_DEADLINE)
+        at = deadline_ns(l);
+    else if (TIMER_MODE(l->lvt[LVT_TIMER]) == TIMER_PERIODIC && period_ns(l) < PERIOD_MIN_NS)
+        at = MAX(at, clock_ns(c) + PERIOD_MIN_NS);
+    timer_arm(&l->timer, at);
+}
+
+static void timer_start_count(struct lapic *l)
+{
+    l->armed = l->initial != 0;
+    if (!l->armed) {
+        timer_stop(l);
+        return;
+    }
+    l->deadline_ns = clock_ns(l->bus->cfg.clock) + period_ns(l);
+    timer_start_host(l);
+}
+
+static void timer_deadline_check(struct lapic *l)
+{
+    if (!l->armed)
+        return;
+    if (clock_tsc(l->bus->cfg.clock) + (u64)l->tsc_adjust < l->deadline_tsc) { /* by the guest's own reading: never early */
+        timer_start_host(l);
+        return;
+    }
+    timer_stop(l); /* the MSR reads 0 from here on */
+    lvt_fire(l, LVT_TIMER);
+}
+
+static void timer_set_deadline(struct lapic *l, u64 tsc)
+{
+    timer_stop(l);
+    l->deadline_tsc = tsc;
+    l->armed = tsc != 0;
+    timer_deadline_check(l);
+}
+
+static void timer_count_check(struct lapic *l)
+{
+    u64 ns = clock_ns(l->bus->cfg.clock);
+
+    if (!l->armed)
+        return;
+    if (ns < l->deadline_ns) {
+        timer_start_host(l);
+        return;
+    }
+    if (TIMER_MODE(l->lvt[LVT_TIMER]) == TIMER_PERIODIC) {
+        l->deadline_ns += ((ns - l->deadline_ns) / period_ns(l) + 1) * period_ns(l);
+        timer_start_host(l);
+    } else {
+        l->armed = false;
+    }
+    lvt_fire(l, LVT_TIMER);
+}
+
+static void timer_fired(void *arg)
+{
+    struct lapic *l = arg;
+
+    pthread_mutex_lock(&l->device.lock);
+    if (TIMER_MODE(l->lvt[LVT_TIMER]) == TIMER_DEADLINE)
+        timer_deadline_check(l);
+    else
+        timer_count_check(l);
+    pthread_mutex_unlock(&l->device.lock);
+}
+
+static u32 timer_current(const struct lapic *l)
+{
+    u64 ns = clock_ns(l->bus->cfg.clock), left;
+
+    if (!l->armed || TIMER_MODE(l->lvt[LVT_TIMER]) == TIMER_DEADLINE)
+        return 0;
+    if (ns < l->deadline_ns)
+        left = l->deadline_ns - ns;
+    else if (TIMER_MODE(l->lvt[LVT_TIMER]) == TIMER_PERIODIC)
+        left = period_ns(l) - (ns - l->deadline_ns) % period_ns(l);
+    else
+        return 0;
+    left = (left + divisor(l) - 1) / divisor(l);
+    return (u32)MIN(left, l->initial);
+}
+
+/* The count goes on from where it is, at the new rate. */
+static void timer_set_divide(struct lapic *l, u8 val)
+{
+    u32 left = timer_current(l);
+
+    l->divide = val & 0xb;
+    if (!left)
+        return;
+    l->deadline_ns = clock_ns(l->bus->cfg.clock) + (u64)left * divisor(l);
+    timer_start_host(l);
+}
+
+static void lvt_write(struct lapic *l, int entry, u32 val)
+{
+    u32 old = l->lvt[entry];
+
+    val = (val & lvt_mask[entry]) | (old & LVT_REMOTE_IRR);
+    if (!(l->svr & SVR_ENABLE))
+        val |= LVT_MASKED; /* 11.4.7.2 */
+    if (entry == LVT_TIMER && (TIMER_MODE(val) == 3 || (TIMER_MODE(val) == TIMER_DEADLINE && !l->bus->cfg.tsc_deadline)))
+        val = (val & ~0x60000u) | (old & 0x60000u); /* reserved: the mode stays */
+    if (!(val & LVT_LEVEL))
+        val &= ~LVT_REMOTE_IRR;
+    l->lvt[entry] = val;
+    if (entry == LVT_TIMER && (TIMER_MODE(old) == TIMER_DEADLINE) != (TIMER_MODE(val) == TIMER_DEADLINE)) {
+        l->initial = 0;
+        timer_stop(l); /* 11.5.4.1: changing to or from TSC-deadline mode disarms */
+    }
+    /* A level-triggered pin that is up already counts as soon as the entry is open. */
+    if (entry == LVT_LINT0 && (val & LVT_LEVEL) && (l->lint & 1))
+        lint_fire(l, entry);
+}
+
+/* ---- messages ---- */
+
+static bool matches(const struct lapic *l, const struct apic_msg *m)
+{
+    u32 ldr = l->ldr;
+
+    if (m->dest == (m->wide ? UINT32_MAX : 0xff))
+        return true;
+    if (!m->logical)
+        return m->dest == l->id;
+    if (x2apic(l)) { /* 11.12.10: cluster in the high half, member bits in the low half */
+        ldr = (l->id >> 4) << 16 | 1u << (l->id & 15);
+        return m->dest >> 16 == ldr >> 16 && (m->dest & ldr & 0xffff);
+    }
+    if (m->dest > 0xff)
+        return false;
+    ldr >>= 24;
+    if (l->dfr >> 28 == 0xf) /* 11.6.2.2: flat model, else cluster */
+        return m->dest & ldr;
+    return m->dest >> 4 == ldr >> 4 && (m->dest & ldr & 0xf);
+}
+
+/*
+ * Lowest priority: of those that would accept, the one with the lowest processor priority; among equals, where the vector points to, so that the
+ * vectors spread and each keeps its processor (and its caches).
+ */
+static void send_lowest(struct lapic_bus *lb, const struct apic_msg *m, const struct lapic *except)
+{
+    struct lapic *best = NULL;
+    unsigned best_ppr = 256;
+
+    for (unsigned i = 0; i < lb->n; i++) {
+        struct lapic *l = lb->lapic[(i + m->vector) % lb->n];
+
+        pthread_mutex_lock(&l->device.lock);
+        if (l != except && hw_enabled(l) && (l->svr & SVR_ENABLE) && matches(l, m) && ppr(l) < best_ppr) {
+            best_ppr = ppr(l);
+            best = l;
+        }
+        pthread_mutex_unlock(&l->device.lock);
+    }
+    if (!best)
+        return;
+    pthread_mutex_lock(&best->device.lock);
+    accept(best, APIC_FIXED, m->vector, m->level);
+    pthread_mutex_unlock(&best->device.lock);
+}
+
+static void send(struct lapic_bus *lb, const struct apic_msg *m, const struct lapic *except)
+{
+    if (m->mode == APIC_LOWEST) {
+        send_lowest(lb, m, except);
+        return;
+    }
+    for (unsigned i = 0; i < lb->n; i++) {
+        struct lapic *l = lb->lapic[i];
+
+        if (l == except)
+            continue;
+        pthread_mutex_lock(&l->device.lock);
+        if (matches(l, m))
+            accept(l, m->mode, m->vector, m->level);
+        pthread_mutex_unlock(&l->device.lock);
+    }
+}
+
+void lapic_bus_send(struct lapic_bus *lb, const struct apic_msg *m)
+{
+    send(lb, m, NULL);
+}
+
+/* 11.11: 0xfee, destination, redirection hint (bit 3, which changes nothing here), destination mode (bit 2). */
+static void msi_send(void *arg, u64 addr, u32 data)
+{
+    struct apic_msg m = {
+        .dest = (u32)(addr >> 12) & 0xff, .vector = (u8)data, .mode = (data >> 8) & 7, .logical = addr & 4, .level = data & ICR_LEVEL,
+    };
+
+    if (addr >> 20 != 0xfee || (m.level && !(data & ICR_ASSERT)))
+        return;
+    send(arg, &m, NULL);
+}
+
+/* 11.6.1. Takes locks itself. Level-triggered IPIs do not exist any more: all are sent as edges, and a de-assert is no message. */
+static void send_ipi(struct lapic *l, u64 icr, bool wide)
+{
+    struct lapic_bus *lb = l->bus;
+    u32 low = (u32)icr;
+    struct apic_msg m = {
+        .dest = wide ? (u32)(icr >> 32) : (u32)(icr >> 56), .vector = (u8)low, .mode = (low >> 8) & 7, .logical = low & ICR_LOGICAL, .wide = wide,
+    };
+    unsigned shorthand = (low >> 18) & 3;
+    struct apic_msg all = { .dest = UINT32_MAX, .vector = m.vector, .mode = m.mode, .wide = true };
+
+    if (m.mode == APIC_INIT && (low & ICR_LEVEL) && !(low & ICR_ASSERT))
+        return;
+    if ((m.mode == APIC_FIXED || m.mode == APIC_LOWEST) && m.vector < 16) {
+        pthread_mutex_lock(&l->device.lock);
+        error(l, ESR_SEND_ILLEGAL);
+        pthread_mutex_unlock(&l->device.lock);
+        return;
+    }
+    switch (shorthand) {
+    case 0:
+        send(lb, &m, NULL);
+        break;
+    case 1: /* table 11-3: self and all-including-self are valid for fixed only */
+        if (m.mode != APIC_FIXED)
+            break;
+        pthread_mutex_lock(&l->device.lock);
+        accept(l, APIC_FIXED, m.vector, false);
+        pthread_mutex_unlock(&l->device.lock);
+        break;
+    case 2:
+        if (m.mode == APIC_FIXED)
+            send(lb, &all, NULL);
+        break;
+    case 3:
+        send(lb, &all, l);
+        break;
+    }
+}
+
+/* 11.8.5. Takes locks itself. */
+static void eoi(struct lapic *l)
+{
+    bool broadcast = false;
+    int v;
+
+    pthread_mutex_lock(&l->device.lock);
+    v = highest(l->isr);
+    if (v >= 0) {
+        vector_set(l->isr, (u8)v, false);
+        if (vector_get(l->tmr, (u8)v)) {
+            broadcast = !(l->svr & SVR_NO_BROADCAST);
+            lint_eoi(l, (u8)v);
+        }
+        refresh(l);
+    }
+    pthread_mutex_unlock(&l->device.lock);
+    if (broadcast && l->bus->eoi_sink.eoi)
+        l->bus->eoi_sink.eoi(l->bus->eoi_sink.chip, (u8)v);
+}
+
+/* ---- registers, table 11-1 and 11-6; under the lock ---- */
+
+static bool reg_read(struct lapic *l, unsigned reg, u64 *val)
+{
+    bool x2 = x2apic(l);
+
+    switch (reg) {
+    case REG_ID: *val = x2 ? l->id : l->id << 24; return true;
+    case REG_VERSION: *val = VERSION; return true;
+    case REG_TPR: *val = atomic_load(&l->tpr); return true;
+    case REG_PPR: *val = ppr(l); return true;
+    case REG_LDR: *val = x2 ? (l->id >> 4) << 16 | 1u << (l->id & 15) : l->ldr; return true;
+    case REG_SVR: *val = l->svr; return true;
+    case REG_ISR ... REG_ISR + 7: *val = l->isr[reg - REG_ISR]; return true;
+    case REG_TMR ... REG_TMR + 7: *val = l->tmr[reg - REG_TMR]; return true;
+    case REG_IRR ... REG_IRR + 7: *val = l->irr[reg - REG_IRR]; return true;
+    case REG_ESR: *val = l->esr; return true;
+    case REG_ICR: *val = x2 ? l->icr : (u32)l->icr; return true;
+    case REG_LVT ... REG_LVT + LVTS - 1: *val = l->lvt[reg - REG_LVT]; return true;
+    case REG_INITIAL: *val = l->initial; return true;
+    case REG_CURRENT: *val = timer_current(l); return true;
+    case REG_DIVIDE: *val = l->divide; return true;
+    /* These exist in xAPIC mode only. */
+    case REG_APR: *val = ppr(l); return !x2;
+    case REG_EOI:
+    case REG_RRD: *val = 0; return !x2;
+    case REG_DFR: *val = l->dfr; return !x2;
+    case REG_ICR_HIGH: *val = l->icr >> 32; return !x2;
+    }
+    return false;
+}
+
+/* The registers whose writes stay inside this local APIC. */
+static bool reg_write(struct lapic *l, unsigned reg, u32 val)
+{
+    switch (reg) {
+    case REG_TPR:
+        atomic_store(&l->tpr, (u8)val);
+        break;
+    case REG_SVR:
+        l->svr = val & SVR_MASK;
+        if (!(val & SVR_ENABLE))
+            for (int i = 0; i < LVTS; i++)
+                l->lvt[i] |= LVT_MASKED;
+        break;
+    case REG_ESR:
+        l->esr = l->errors;
+        l->errors = 0;
+        break;
+    case REG_LVT ... REG_LVT + LVTS - 1:
+        lvt_write(l, (int)reg - REG_LVT, val);
+        break;
+    case REG_INITIAL:
+        if (TIMER_MODE(l->lvt[LVT_TIMER]) != TIMER_DEADLINE) {
+            l->initial = val;
+            timer_start_count(l);
+        }
+        break;
+    case REG_DIVIDE:
+        timer_set_divide(l, (u8)val);
+        break;
+    case REG_LDR:
+        l->ldr = val & 0xff000000;
+        break;
+    case REG_DFR:
+        l->dfr = val | 0x0fffffff;
+        break;
+    case REG_ICR_HIGH:
+        l->icr = (u32)l->icr | (u64)(val & 0xff000000) << 32;
+        break;
+    case REG_ID: /* read-only from the Nehalem on */
+    case REG_VERSION:
+    case REG_APR:
+    case REG_PPR:
+    case REG_RRD:
+    case REG_ISR ... REG_ISR + 7:
+    case REG_TMR ... REG_TMR + 7:
+    case REG_IRR ... REG_IRR + 7:
+    case REG_CURRENT:
+        return true;
+    default:
+        return false;
+    }
+    refresh(l);
+    return true;
+}
+
+static u64 mmio_read(void *dev, u64 off, unsigned size UNUSED)
+{
+    struct lapic *l = dev;
+    u64 val = 0;
+
+    if (off & 15) /* registers are 16 bytes apart; what is between them is undefined */
+        return 0;
+    pthread_mutex_lock(&l->device.lock);
+    if (!reg_read(l, (unsigned)(off >> 4), &val)) {
+        error(l, ESR_REGISTER);
+        val = 0;
+    }
+    pthread_mutex_unlock(&l->device.lock);
+    return val;
+}
+
+static void mmio_write(void *dev, u64 off, u64 val, unsigned size UNUSED)
+{
+    struct lapic *l = dev;
+    u64 icr;
+
+    if (off & 15)
+        return;
+    switch (off >> 4) {
+    case REG_EOI:
+        eoi(l);
+        return;
+    case REG_ICR:
+        pthread_mutex_lock(&l->device.lock);
+        icr = l->icr = (l->icr & 0xff00000000000000) | (val & ICR_MASK);
+        pthread_mutex_unlock(&l->device.lock);
+        send_ipi(l, icr, false);
+        return;
+    }
+    pthread_mutex_lock(&l->device.lock);
+    if (!reg_write(l, (unsigned)(off >> 4), (u32)val))
+        error(l, ESR_REGISTER);
+    pthread_mutex_unlock(&l->device.lock);
+}
+
+/* ---- x2APIC MSRs, 11.12.1.2 and table 11-6: reserved bits, reading write-only and writing read-only registers raise #GP ---- */
+
+/* Bits that may be set in a write; 0 also for registers that must be written with 0 (EOI, ESR). -1: not writable. */
+static s64 x2apic_writable(unsigned reg)
+{
+    switch (reg) {
+    case REG_TPR: return 0xff;
+    case REG_EOI:
+    case REG_ESR: return 0;
+    case REG_SVR: return SVR_MASK | 0x200; /* focus checking may be written and is ignored */
+    case REG_LVT ... REG_LVT + LVTS - 1: return lvt_mask[reg - REG_LVT] | LVT_READ_ONLY;
+    case REG_INITIAL: return UINT32_MAX;
+    case REG_DIVIDE: return 0xb;
+    case REG_SELF_IPI: return 0xff;
+    }
+    return -1;
+}
+
+static int x2apic_read(struct lapic *l, unsigned reg, u64 *val)
+{
+    bool there;
+
+    pthread_mutex_lock(&l->device.lock);
+    there = x2apic(l) && reg_read(l, reg, val);
+    pthread_mutex_unlock(&l->device.lock);
+    return there ? 0 : -1;
+}
+
+static int x2apic_write(struct lapic *l, unsigned reg, u64 val)
+{
+    s64 writable = x2apic_writable(reg);
+
+    if (!x2apic(l))
+        return -1;
+    if (reg == REG_ICR) {
+        if ((u32)val & ~(ICR_MASK | ICR_STATUS))
+            return -1;
+        pthread_mutex_lock(&l->device.lock);
+        l->icr = val & ~(u64)ICR_STATUS;
+        pthread_mutex_unlock(&l->device.lock);
+        send_ipi(l, val, true);
+        return 0;
+    }
+    if (writable < 0 || (val & ~(u64)writable))
+        return -1;
+    if (reg == REG_EOI) {
+        eoi(l);
+        return 0;
+    }
+    if (reg == REG_SELF_IPI) {
+        send_ipi(l, val | 1 << 18, true);
+        return 0;
+    }
+    pthread_mutex_lock(&l->device.lock);
+    reg_write(l, reg, (u32)val);
+    pthread_mutex_unlock(&l->device.lock);
+    return 0;
+}
+
+/* ---- reset, modes ---- */
+
+/* 11.4.7.1 and 11.4.7.3: the state after power-up and INIT, IA32_APIC_BASE and the pins aside. Under the lock. */
+static void init_registers(struct lapic *l)
+{
+    timer_stop(l);
+    atomic_store(&l->tpr, 0);
+    l->ldr = 0;
+    l->dfr = UINT32_MAX;
+    l->svr = 0xff;
+    l->esr = l->errors = 0;
+    l->icr = 0;
+    for (int i = 0; i < LVTS; i++)
+        l->lvt[i] = LVT_MASKED;
+    memset(l->irr, 0, sizeof(l->irr));
+    memset(l->isr, 0, sizeof(l->isr));
+    memset(l->tmr, 0, sizeof(l->tmr));
+    l->extint_message = false;
+    l->initial = 0;
+    l->divide = 0;
+    refresh(l);
+}
+
+static void map_registers(struct lapic *l)
+{
+    u64 base = atomic_load(&l->base);
+
+    bus_move(l->cpu_bus, l->region, base & PAGE_MASK, (base & BASE_MODE) == BASE_EN ? PAGE_SIZE : 0);
+}
+
+/* Figure 11-27: disabled -> xAPIC -> x2APIC, and back to disabled from both; all else raises #GP. */
+static int base_write(struct lapic *l, u64 val)
+{
+    u64 allowed = BASE_BSP | BASE_EN | (BIT(l->bus->cfg.phys_bits) - PAGE_SIZE), old, mode = val & BASE_MODE;
+
+    if (l->bus->cfg.x2apic)
+        allowed |= BASE_EXTD;
+    if (val & ~allowed)
+        return -1;
+    pthread_mutex_lock(&l->device.lock);
+    old = atomic_load(&l->base) & BASE_MODE;
+    if (mode == BASE_EXTD || (mode == BASE_MODE && old == 0) || (mode == BASE_EN && old == BASE_MODE)) {
+        pthread_mutex_unlock(&l->device.lock);
+        return -1;
+    }
+    atomic_store(&l->base, val);
+    map_registers(l);
+    if (!(mode & BASE_EN) && old)
+        init_registers(l); /* 11.4.3, 11.12.5.1: nothing survives */
+    if (mode == BASE_MODE && old == BASE_EN)
+        l->icr = (u32)l->icr; /* 11.12.5.1: the destination is not carried over */
+    refresh(l);
+    pthread_mutex_unlock(&l->device.lock);
+    return 0;
+}
+
+bool lapic_enabled(const struct lapic *l)
+{
+    return hw_enabled(l);
+}
+
+void lapic_virtual_wire(struct lapic *l)
+{
+    pthread_mutex_lock(&l->device.lock);
+    l->svr = SVR_ENABLE | 0xff;
+    l->lvt[LVT_LINT0] = APIC_EXTINT << 8;
+    l->lvt[LVT_LINT1] = APIC_NMI << 8;
+    refresh(l);
+    pthread_mutex_unlock(&l->device.lock);
+}
+
+void lapic_set_tsc_adjust(struct lapic *l, s64 adjust)
+{
+    pthread_mutex_lock(&l->device.lock);
+    l->tsc_adjust = adjust;
+    if (TIMER_MODE(l->lvt[LVT_TIMER]) == TIMER_DEADLINE)
+        timer_deadline_check(l);
+    pthread_mutex_unlock(&l->device.lock);
+}
+
+/* ---- the vCPU's side ---- */
+
+static bool extint_ready(const struct lapic *l)
+{
+    return atomic_load_explicit(&l->extint_open, memory_order_acquire) && l->bus->pic && i8259_pending(l->bus->pic);
+}
+
+static int intc_peek(void *intc)
+{
+    struct lapic *l = intc;
+    int v;
+
+    if (unlikely(extint_ready(l)) && (v = i8259_peek(l->bus->pic)) >= 0)
+        return v;
+    return atomic_load_explicit(&l->deliverable, memory_order_acquire);
+}
+
+static int intc_ack(void *intc)
+{
+    struct lapic *l = intc;
+    bool extint = extint_ready(l);
+    int v;
+
+    pthread_mutex_lock(&l->device.lock);
+    if (extint) {
+        l->extint_message = false;
+        refresh(l);
+        pthread_mutex_unlock(&l->device.lock);
+        return i8259_ack(l->bus->pic);
+    }
+    v = atomic_load(&l->deliverable);
+    if (v >= 0) {
+        vector_set(l->irr, (u8)v, false);
+        vector_set(l->isr, (u8)v, true);
+        refresh(l);
+    }
+    pthread_mutex_unlock(&l->device.lock);
+    return v;
+}
+
+static int intc_msr_read(void *intc, u32 msr, u64 *val)
+{
+    struct lapic *l = intc;
+
+    if (msr == MSR_APIC_BASE) {
+        *val = atomic_load(&l->base);
+        return 0;
+    }
+    if (msr == MSR_TSC_DEADLINE && l->bus->cfg.tsc_deadline) {
+        pthread_mutex_lock(&l->device.lock);
+        *val = l->deadline_tsc;
+        pthread_mutex_unlock(&l->device.lock);
+        return 0;
+    }
+    if (msr >= MSR_X2APIC && msr < MSR_X2APIC + 0x100)
+        return x2apic_read(l, msr - MSR_X2APIC, val);
+    return -1;
+}
+
+static int intc_msr_write(void *intc, u32 msr, u64 val)
+{
+    struct lapic *l = intc;
+
+    if (msr == MSR_APIC_BASE)
+        return base_write(l, val);
+    if (msr == MSR_TSC_DEADLINE && l->bus->cfg.tsc_deadline) {
+        pthread_mutex_lock(&l->device.lock);
+        if (TIMER_MODE(l->lvt[LVT_TIMER]) == TIMER_DEADLINE) /* else ignored, 11.5.4.1 */
+            timer_set_deadline(l, val);
+        pthread_mutex_unlock(&l->device.lock);
+        return 0;
+    }
+    if (msr >= MSR_X2APIC && msr < MSR_X2APIC + 0x100)
+        return x2apic_write(l, msr - MSR_X2APIC, val);
+    return -1;
+}
+
+static u8 intc_tpr_get(void *intc)
+{
+    const struct lapic *l = intc;
+
+    return atomic_load(&l->tpr) >> 4;
+}
+
+static void intc_tpr_set(void *intc, u8 cr8)
+{
+    struct lapic *l = intc;
+
+    pthread_mutex_lock(&l->device.lock);
+    atomic_store(&l->tpr, (u8)(cr8 << 4)); /* 11.8.6: the sub-class becomes 0 */
+    refresh(l);
+    pthread_mutex_unlock(&l->device.lock);
+}
+
+static void intc_init(void *intc)
+{
+    struct lapic *l = intc;
+
+    pthread_mutex_lock(&l->device.lock);
+    init_registers(l);
+    pthread_mutex_unlock(&l->device.lock);
+}
+
+static const struct intc_ops lapic_intc_ops = {
+    .peek = intc_peek,
+    .ack = intc_ack,
+    .msr_read = intc_msr_read,
+    .msr_write = intc_msr_write,
+    .tpr_get = intc_tpr_get,
+    .tpr_set = intc_tpr_set,
+    .init = intc_init,
+};
+
+struct intc lapic_intc(struct lapic *l)
+{
+    return (struct intc){ &lapic_intc_ops, l };
+}
+
+/* ---- device ---- */
+
+static void lapic_reset(struct device *d)
+{
+    struct lapic *l = (struct lapic *)d;
+
+    pthread_mutex_lock(&d->lock);
+    atomic_store(&l->base, LAPIC_BASE | BASE_EN | (l->bsp ? BASE_BSP : 0));
+    l->tsc_adjust = 0;
+    map_registers(l);
+    init_registers(l);
+    pthread_mutex_unlock(&d->lock);
+}
+
+static void vectors_state(u32 set[8], struct stream *s)
+{
+    for (int i = 0; i < 8; i++)
+        stream_u32(s, &set[i]);
+}
+
+/* Loaded registers are put into the form that writes would have given them; what could not be written at all is refused. */
+static void state_check(struct lapic *l, struct stream *s, u64 base)
+{
+    u64 mode = base & BASE_MODE, allowed = BASE_BSP | BASE_MODE | (BIT(l->bus->cfg.phys_bits) - PAGE_SIZE);
+    bool idle = !l->armed || TIMER_MODE(l->lvt[LVT_TIMER]) == TIMER_DEADLINE;
+
+    if (mode == BASE_EXTD || (base & ~allowed) || (mode == BASE_MODE && !l->bus->cfg.x2apic))
+        stream_bad(s, "lapic: impossible IA32_APIC_BASE");
+    if (TIMER_MODE(l->lvt[LVT_TIMER]) == 3 || (!idle && !l->initial))
+        stream_bad(s, "lapic: impossible timer");
+    for (int i = 0; i < LVTS; i++)
+        l->lvt[i] &= lvt_mask[i] | (i == LVT_LINT0 ? LVT_REMOTE_IRR : 0);
+    l->svr &= SVR_MASK;
+    l->divide &= 0xb;
+    l->lint &= 3;
+    l->irr[0] &= 0xffff0000;
+    l->isr[0] &= 0xffff0000;
+}
+
+static void lapic_state(struct device *d, struct stream *s)
+{
+    struct lapic *l = (struct lapic *)d;
+    u64 base = atomic_load(&l->base);
+    u64 adjust = (u64)l->tsc_adjust;
+    u8 tpr = atomic_load(&l->tpr);
+
+    stream_section(s, "lapic", 1);
+    stream_u64(s, &base);
+    stream_u8(s, &tpr);
+    stream_u32(s, &l->ldr);
+    stream_u32(s, &l->dfr);
+    stream_u32(s, &l->svr);
+    stream_u32(s, &l->esr);
+    stream_u32(s, &l->errors);
+    stream_u64(s, &l->icr);
+    for (int i = 0; i < LVTS; i++)
+        stream_u32(s, &l->lvt[i]);
+    vectors_state(l->irr, s);
+    vectors_state(l->isr, s);
+    vectors_state(l->tmr, s);
+    stream_u8(s, &l->lint);
+    stream_bool(s, &l->extint_message);
+    stream_bool(s, &l->armed);
+    stream_u32(s, &l->initial);
+    stream_u8(s, &l->divide);
+    stream_u64(s, &l->deadline_ns);
+    stream_u64(s, &l->deadline_tsc);
+    stream_u64(s, &adjust);
+    if (!s->load)
+        return;
+    if (!s->error)
+        state_check(l, s, base);
+    if (s->error) { /* a mixture of old and new: leave nothing that could fire */
+        init_registers(l);
+        return;
+    }
+    atomic_store(&l->base, base);
+    atomic_store(&l->tpr, tpr);
+    l->tsc_adjust = (s64)adjust;
+    map_registers(l);
+    timer_disarm(&l->timer);
+    if (l->armed)
+        timer_start_host(l);
+    atomic_store(&l->deliverable, -1);
+    atomic_store(&l->extint_open, false);
+    refresh(l);
+}
+
+static void lapic_free(struct device *d)
+{
+    struct lapic *l = (struct lapic *)d;
+    struct lapic_bus *lb = l->bus;
+
+    timer_disarm(&l->timer);
+    for (unsigned i = 0; i < lb->n; i++)
+        if (lb->lapic[i] == l)
+            lb->lapic[i] = lb->lapic[--lb->n];
+    pthread_mutex_destroy(&d->lock);
+    free(l);
+}
+
+static const struct device_ops lapic_ops = {
+    .name = "lapic",
+    .reset = lapic_reset,
+    .state = lapic_state,
+    .free = lapic_free,
+};
+
+int lapic_new(struct lapic_bus *lb, struct bus *cpu_bus, u32 id, bool bsp, struct cpu_port cpu, struct lapic **out)
+{
+    struct lapic *l = calloc(1, sizeof(*l));
+    struct lapic **grown = realloc(lb->lapic, (lb->n + 1) * sizeof(*grown));
+
+    if (grown)
+        lb->lapic = grown;
+    if (!l || !grown) {
+        free(l);
+        return err(-ENOMEM, "lapic: out of memory");
+    }
+    device_init(&l->device, &lapic_ops);
+    l->bus = lb;
+    l->cpu_bus = cpu_bus;
+    l->cpu = cpu;
+    l->id = id;
+    l->bsp = bsp;
+    timer_init(&l->timer, lb->cfg.clock, timer_fired, l);
+    atomic_init(&l->deliverable, -1);
+
+    struct region r = { .base = LAPIC_BASE, .size = 0, .min = 4, .max = 4, .read = mmio_read, .write = mmio_write, .dev = l, .name = "lapic" };
+    l->region = bus_add(cpu_bus, &r);
+    if (l->region < 0) {
+        int e = l->region;
+
+        pthread_mutex_destroy(&l->device.lock);
+        free(l);
+        return e;
+    }
+    lapic_reset(&l->device);
+    lb->lapic[lb->n++] = l;
+    *out = l;
+    return 0;
+}
+
+/* ---- bus ---- */
+
+int lapic_bus_new(const struct lapic_config *cfg, struct lapic_bus **out)
+{
+    struct lapic_bus *lb = calloc(1, sizeof(*lb));
+
+    if (!lb)
+        return err(-ENOMEM, "lapic: out of memory");
+    bug_on(cfg->phys_bits < 32 || cfg->phys_bits > 52);
+    lb->cfg = *cfg;
+    *out = lb;
+    return 0;
+}
+
+void lapic_bus_free(struct lapic_bus *lb)
+{
+    if (!lb)
+        return;
+    free(lb->lapic);
+    free(lb);
+}
+
+/* INTR of the i8259 is wired to LINT0 of every local APIC. */
+static void pic_line_set(void *chip, int n UNUSED, int level)
+{
+    struct lapic_bus *lb = chip;
+
+    for (unsigned i = 0; i < lb->n; i++) {
+        pthread_mutex_lock(&lb->lapic[i]->device.lock);
+        lint_set(lb->lapic[i], 0, level);
+        pthread_mutex_unlock(&lb->lapic[i]->device.lock);
+    }
+}
+
+struct irq_line lapic_bus_pic_line(struct lapic_bus *lb)
+{
+    return (struct irq_line){ pic_line_set, lb, 0 };
+}
+
+void lapic_bus_set_pic(struct lapic_bus *lb, struct i8259 *pic)
+{
+    lb->pic = pic;
+}
+
+struct msi_sink lapic_bus_msi(struct lapic_bus *lb)
+{
+    return (struct msi_sink){ msi_send, lb };
+}
+
+void lapic_bus_set_eoi_sink(struct lapic_bus *lb, struct apic_eoi_sink sink)
+{
+    lb->eoi_sink = sink;
+}
