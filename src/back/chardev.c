@@ -27,8 +27,7 @@ struct chardev_fd {
     const char *name;
     const struct log *log;
     bool end_wanted;                                               /* the guest has ended its output; under out.lock */
-    void (*drained)(void *arg);
-    void *drained_arg;
+    bool may_close;                                                /* EPIPE is not spoken of */
 };
 
 static struct chardev_fd *fd_of(struct chardev *c)
@@ -92,18 +91,17 @@ static void fd_out_drained(void *arg)
     pthread_mutex_unlock(&f->out.lock);
     if (end)
         fd_output_end(f);
-    if (f->drained)
-        f->drained(f->drained_arg);
+    chardev_tell_drained(&f->c);
 }
 
 static void fd_out_broken(void *arg, int error)
 {
     struct chardev_fd *f = arg;
-    log_msg(f->log, LOG_ERROR, "%s: cannot write: %s; the guest runs on, what it says is dropped", f->name, strerror(error));
+    if (error != EPIPE || !f->may_close)
+        log_msg(f->log, LOG_ERROR, "%s: cannot write: %s; the guest runs on, what it says is dropped", f->name, strerror(error));
     chardev_front_event(&f->c, CHARDEV_BROKEN);
     chardev_front_writable(&f->c);
-    if (f->drained)
-        f->drained(f->drained_arg);
+    chardev_tell_drained(&f->c);
 }
 
 static const struct fdin_ops fd_in_ops = {.room = fd_in_room, .data = fd_in_data, .end = fd_in_end};
@@ -133,6 +131,12 @@ static void chardev_fd_end_output(struct chardev *c)
     fdout_wake(&f->out);
 }
 
+static size_t chardev_fd_pending(struct chardev *c)
+{
+    struct chardev_fd *f = fd_of(c);
+    return f->out.ops ? fdout_pending(&f->out) : 0;
+}
+
 static void chardev_fd_free(struct chardev *c)
 {
     struct chardev_fd *f = fd_of(c);
@@ -142,7 +146,8 @@ static void chardev_fd_free(struct chardev *c)
 }
 
 static const struct chardev_ops chardev_fd_ops = {
-    .write = chardev_fd_write, .rx_ready = chardev_fd_rx_ready, .end_output = chardev_fd_end_output, .free = chardev_fd_free,
+    .write = chardev_fd_write, .rx_ready = chardev_fd_rx_ready, .end_output = chardev_fd_end_output, .pending = chardev_fd_pending,
+    .free = chardev_fd_free,
 };
 
 int chardev_fd_new(struct loop *loop, int in, int out, const char *name, const struct log *log, struct chardev **c)
@@ -168,16 +173,9 @@ int chardev_fd_new(struct loop *loop, int in, int out, const char *name, const s
     return 0;
 }
 
-void chardev_fd_on_drained(struct chardev *c, void (*drained)(void *arg), void *arg)
+void chardev_fd_may_close(struct chardev *c)
 {
-    fd_of(c)->drained = drained;
-    fd_of(c)->drained_arg = arg;
-}
-
-size_t chardev_fd_pending(struct chardev *c)
-{
-    struct chardev_fd *f = fd_of(c);
-    return f->out.ops ? fdout_pending(&f->out) : 0;
+    fd_of(c)->may_close = true;
 }
 
 void chardev_fd_end_input(struct chardev *c)

@@ -11,7 +11,7 @@
  *  - Input has back-pressure: the back end asks can_receive() first and hands over at most that much; what the front end cannot take stays
  *    in the host's pipe or socket until chardev_rx_ready().
  *
- * Threads and locks: chardev_write(), chardev_rx_ready() and chardev_end_output() from any thread, also with the front end's device lock held. Callbacks into the front end
+ * Threads and locks: chardev_write(), chardev_rx_ready(), chardev_end_output() and chardev_pending() from any thread, also with the front end's device lock held. Callbacks into the front end
  * come on the loop's thread with no lock held (the front end takes its own). A back end's lock comes after the device's.
  */
 #pragma once
@@ -39,6 +39,7 @@ struct chardev_ops {
     size_t (*write)(struct chardev *c, const u8 *buf, size_t len); /* returns how much was taken, 0..len */
     void (*rx_ready)(struct chardev *c);                           /* can_receive() may have grown: go on reading */
     void (*end_output)(struct chardev *c);                         /* the guest has closed its side: pass the end on once all is written; may be NULL */
+    size_t (*pending)(struct chardev *c);                          /* bytes taken that are still on their way to the host; may be NULL: none */
     void (*free)(struct chardev *c);
 };
 
@@ -49,6 +50,8 @@ struct chardev {
     void *front;
     bool opened;                                                   /* a peer is there; set by the back end */
     u16 cols, rows;                                                /* window of the terminal, 0 when unknown */
+    void (*drained)(void *arg);                                    /* pending() may have come to 0: for whoever ends the run; loop's thread; may be NULL */
+    void *drained_arg;
 };
 
 /* Joins the front end to its back end, once, before the loop runs. c may be NULL: then output vanishes and there is no input. */
@@ -77,6 +80,19 @@ static inline void chardev_end_output(struct chardev *c)
         c->ops->end_output(c);
 }
 
+static inline size_t chardev_pending(struct chardev *c)
+{
+    return c && c->ops->pending ? c->ops->pending(c) : 0;
+}
+
+static inline void chardev_on_drained(struct chardev *c, void (*drained)(void *arg), void *arg)
+{
+    if (!c)
+        return;
+    c->drained = drained;
+    c->drained_arg = arg;
+}
+
 /* For back ends: calls into the front end, harmless while there is none. On the loop's thread, with no lock held. */
 static inline size_t chardev_front_room(struct chardev *c)
 {
@@ -96,4 +112,9 @@ static inline void chardev_front_event(struct chardev *c, enum chardev_event wha
 {
     if (c->front_ops && c->front_ops->event)
         c->front_ops->event(c->front, what);
+}
+static inline void chardev_tell_drained(struct chardev *c)
+{
+    if (c->drained)
+        c->drained(c->drained_arg);
 }

@@ -46,6 +46,13 @@ static void file_broken(void *arg, int error)
     f->c.opened = false;
     chardev_front_event(&f->c, CHARDEV_BROKEN);
     chardev_front_writable(&f->c);
+    chardev_tell_drained(&f->c);
+}
+
+static void file_drained(void *arg)
+{
+    struct chardev_file *f = arg;
+    chardev_tell_drained(&f->c);
 }
 
 static int file_open(const char *path, int flags)
@@ -70,7 +77,7 @@ static void file_wanted(void *arg)
     chardev_front_event(&f->c, CHARDEV_OPENED);
 }
 
-static const struct fdout_ops file_out_ops = {.room = file_room, .broken = file_broken, .wanted = file_wanted};
+static const struct fdout_ops file_out_ops = {.room = file_room, .drained = file_drained, .broken = file_broken, .wanted = file_wanted};
 
 static size_t chardev_file_write(struct chardev *c, const u8 *buf, size_t len)
 {
@@ -79,6 +86,11 @@ static size_t chardev_file_write(struct chardev *c, const u8 *buf, size_t len)
 
 static void chardev_file_rx_ready(struct chardev *c UNUSED)
 {
+}
+
+static size_t chardev_file_pending(struct chardev *c)
+{
+    return fdout_pending(&container_of(c, struct chardev_file, c)->out);
 }
 
 static void chardev_file_free(struct chardev *c)
@@ -91,7 +103,7 @@ static void chardev_file_free(struct chardev *c)
 }
 
 static const struct chardev_ops chardev_file_ops = {
-    .write = chardev_file_write, .rx_ready = chardev_file_rx_ready, .free = chardev_file_free,
+    .write = chardev_file_write, .rx_ready = chardev_file_rx_ready, .pending = chardev_file_pending, .free = chardev_file_free,
 };
 
 /* Opens path; *fifo tells its kind. A FIFO without a reader gives -1 and no error. */

@@ -16,12 +16,12 @@
  * replaced by /dev/null where it is a standard stream (so that its other side sees the end while doppel still runs).
  */
 int chardev_fd_new(struct loop *loop, int in, int out, const char *name, const struct log *log, struct chardev **c);
-/* drained(arg) is called on the loop's thread each time all output has been written. */
-void chardev_fd_on_drained(struct chardev *c, void (*drained)(void *arg), void *arg);
-size_t chardev_fd_pending(struct chardev *c);                      /* bytes taken and not yet written; any thread */
+/* That the reader of the output goes away is nothing to speak of (a command's pipe). */
+void chardev_fd_may_close(struct chardev *c);
 void chardev_fd_end_input(struct chardev *c);                      /* reads no more */
 
-/* Output to a file, made or emptied; a FIFO without a reader keeps the last bytes for the next one. Errors of opening: err(). */
+/* Output to a file, made or emptied; a FIFO without a reader keeps the last bytes for the next one. Errors of opening:
+ * err(). */
 int chardev_file_new(struct loop *loop, const char *path, const struct log *log, struct chardev **c);
 
 /*

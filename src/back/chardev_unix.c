@@ -60,6 +60,7 @@ static void client_gone(struct chardev_unix *u)
     u->c.opened = false;
     chardev_front_event(&u->c, CHARDEV_BROKEN);
     chardev_front_writable(&u->c);
+    chardev_tell_drained(&u->c);
     if (listener_watch(u) < 0)
         log_msg(u->log, LOG_ERROR, "console unix:%s: takes no more clients: %s", u->address.sun_path, err_last());
 }
@@ -87,13 +88,18 @@ static void unix_writable(void *arg)
     chardev_front_writable(&((struct chardev_unix *)arg)->c);
 }
 
+static void unix_drained(void *arg)
+{
+    chardev_tell_drained(&((struct chardev_unix *)arg)->c);
+}
+
 static void unix_broken(void *arg, int error UNUSED)
 {
     client_gone(arg);
 }
 
 static const struct fdin_ops unix_in_ops = {.room = unix_room, .data = unix_data, .end = unix_end};
-static const struct fdout_ops unix_out_ops = {.room = unix_writable, .broken = unix_broken};
+static const struct fdout_ops unix_out_ops = {.room = unix_writable, .drained = unix_drained, .broken = unix_broken};
 
 static void client_arrived(void *arg, u32 events UNUSED)
 {
@@ -123,6 +129,11 @@ static void chardev_unix_rx_ready(struct chardev *c)
     fdin_ready(&unix_of(c)->in);
 }
 
+static size_t chardev_unix_pending(struct chardev *c)
+{
+    return fdout_pending(&unix_of(c)->out);
+}
+
 /* The file may have been replaced by somebody else's by now. */
 static void socket_file_remove(const struct chardev_unix *u)
 {
@@ -146,7 +157,7 @@ static void chardev_unix_free(struct chardev *c)
 }
 
 static const struct chardev_ops chardev_unix_ops = {
-    .write = chardev_unix_write, .rx_ready = chardev_unix_rx_ready, .free = chardev_unix_free,
+    .write = chardev_unix_write, .rx_ready = chardev_unix_rx_ready, .pending = chardev_unix_pending, .free = chardev_unix_free,
 };
 
 /* Makes way at the path: a socket that refuses is left over from a process that ended without removing it. */

@@ -310,26 +310,35 @@ static const struct chardev_front_ops lower_front_ops = {
     .can_receive = lower_can_receive, .receive = lower_receive, .writable = lower_writable, .event = lower_event,
 };
 
-size_t console_pending(struct chardev *console)
+static size_t console_pending(struct chardev *console)
 {
     struct console *c = console_of(console);
     pthread_mutex_lock(&c->lock);
     size_t n = c->mine.len + c->held.len;
     pthread_mutex_unlock(&c->lock);
-    return n;
+    return n + chardev_pending(c->lower);
+}
+
+static void lower_drained(void *arg)
+{
+    struct console *c = arg;
+    chardev_tell_drained(&c->c);
 }
 
 static void console_free(struct chardev *chardev)
 {
     struct console *c = console_of(chardev);
     c->lower->front_ops = NULL;
+    c->lower->drained = NULL;
     pthread_mutex_destroy(&c->lock);
     free(c->mine.p);
     free(c->held.p);
     free(c);
 }
 
-static const struct chardev_ops console_chardev_ops = {.write = console_write, .rx_ready = console_rx_ready, .free = console_free};
+static const struct chardev_ops console_chardev_ops = {
+    .write = console_write, .rx_ready = console_rx_ready, .pending = console_pending, .free = console_free,
+};
 
 int console_new(struct loop *loop, struct chardev *lower, bool terminal, const struct console_ops *ops, void *arg, struct chardev **out)
 {
@@ -344,6 +353,7 @@ int console_new(struct loop *loop, struct chardev *lower, bool terminal, const s
     c->arg = arg;
     pthread_mutex_init(&c->lock, NULL);
     chardev_connect(lower, &lower_front_ops, c);
+    chardev_on_drained(lower, lower_drained, c);
     *out = &c->c;
     return 0;
 }

@@ -19,4 +19,3 @@ struct console_ops {
 /* lower stays the caller's and must outlive the console. terminal: somebody types there, so there is echo, and Ctrl-A works even when the guest reads nothing. */
 int console_new(struct loop *loop, struct chardev *lower, bool terminal, const struct console_ops *ops, void *arg, struct chardev **out);
 void console_close_prompt(struct chardev *console);                /* harmless when it is not open */
-size_t console_pending(struct chardev *console);                   /* bytes that wait here, not counting the back end's */

@@ -1,0 +1,150 @@
+/* Finding and making the default guest (guest.h). Used before any thread is started. */
+#define _GNU_SOURCE
+#include "ctl/guest.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "base/err.h"
+
+#define PLACES 4
+
+/* The folder of the program's real file, symbolic links followed. */
+static int program_dir(char dir[PATH_MAX])
+{
+    ssize_t n = readlink("/proc/self/exe", dir, PATH_MAX - 1);
+    char *slash;
+    if (n < 0)
+        return err(-errno, "cannot tell where the program is: /proc/self/exe: %s; mount /proc", strerror(errno));
+    dir[n] = '\0';
+    slash = strrchr(dir, '/');
+    if (!slash)
+        return err(-ENOENT, "cannot tell where the program is: /proc/self/exe: %s", dir);
+    slash[slash == dir ? 1 : 0] = '\0';
+    return 0;
+}
+
+/* dir/name into out; false when that is too long. */
+static bool join(char out[PATH_MAX], const char *dir, const char *name)
+{
+    int n = snprintf(out, PATH_MAX, "%s/%s", dir, name);
+    return n > 0 && n < PATH_MAX;
+}
+
+static bool cache_dir(char out[PATH_MAX])
+{
+    const char *cache = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
+    if (cache && *cache == '/')
+        return join(out, cache, "doppel/guest");
+    return home && *home == '/' && join(out, home, ".cache/doppel/guest");
+}
+
+static unsigned places(char out[PLACES][PATH_MAX])
+{
+    static const char *const beside[] = {"guest", "../share/doppel/guest", "../share/doppel"};
+    char program[PATH_MAX];
+    unsigned n = 0;
+    if (program_dir(program) == 0)
+        for (unsigned i = 0; i < ARRAY_SIZE(beside); i++)
+            n += join(out[n], program, beside[i]);
+    return n + cache_dir(out[n]);
+}
+
+static int read_cmdline(struct guest *g)
+{
+    char path[PATH_MAX];
+    FILE *f = join(path, g->dir, "cmdline") ? fopen(path, "re") : NULL;
+    if (!f)
+        return err(-errno, "default guest %s: cannot read its cmdline: %s; build it again", g->dir, strerror(errno));
+    size_t n = fread(g->cmdline, 1, sizeof(g->cmdline), f);
+    bool bad = ferror(f) || n == sizeof(g->cmdline) || memchr(g->cmdline, '\0', n);
+    fclose(f);
+    if (bad)
+        return err(-EINVAL, "default guest %s: its cmdline is damaged; build it again", g->dir);
+    g->cmdline[n] = '\0';
+    g->cmdline[strcspn(g->cmdline, "\n")] = '\0';
+    return 0;
+}
+
+/* -ENOENT: there is no guest. */
+static int guest_open(struct guest *g, const char *dir)
+{
+    if (strlen(dir) >= sizeof(g->dir) || !join(g->kernel, dir, "vmlinuz") || !join(g->initrd, dir, "initrd"))
+        return err(-ENAMETOOLONG, "default guest %.200s...: the path is too long; use a shorter one", dir);
+    memmove(g->dir, dir, strlen(dir) + 1);
+    if (access(g->kernel, F_OK) < 0 || access(g->initrd, F_OK) < 0)
+        return err(-ENOENT, "default guest %s: vmlinuz or initrd is missing", dir);
+    return read_cmdline(g);
+}
+
+int guest_find(struct guest *g)
+{
+    char place[PLACES][PATH_MAX];
+    const char *chosen = getenv("DOPPEL_GUEST");
+    if (chosen && *chosen) {
+        int r = guest_open(g, chosen);
+        return r < 0 ? err(-EINVAL, "DOPPEL_GUEST: %s; make one with guest/build DIR, or unset DOPPEL_GUEST", err_last()) : 0;
+    }
+    unsigned n = places(place);
+    for (unsigned i = 0; i < n; i++) {
+        int r = guest_open(g, place[i]);
+        if (r != -ENOENT)
+            return r;
+    }
+    return err(-ENOENT, "the default guest is not built yet");
+}
+
+int guest_build_paths(char script[PATH_MAX], char dir[PATH_MAX])
+{
+    char program[PATH_MAX];
+    int r = program_dir(program);
+    if (r < 0)
+        return r;
+    if (join(script, program, "../guest/build") && access(script, X_OK) == 0 && access(program, W_OK) == 0 && join(dir, program, "guest"))
+        return 0;
+    if (!join(script, program, "../share/doppel/guest-build") || access(script, X_OK) < 0)
+        return err(-ENOENT, "the default guest is not built, and neither is its build script to be found (../guest/build, ../share/doppel/guest-build, "
+                   "seen from %s); install doppel whole, set DOPPEL_GUEST, or give --kernel", program);
+    if (!cache_dir(dir))
+        return err(-ENOENT, "the default guest is not built, and there is no place for it; set HOME, XDG_CACHE_HOME or DOPPEL_GUEST, or give --kernel");
+    return 0;
+}
+
+/* In the child: nothing to read, and what it says is not the guest's output. */
+static _Noreturn void run_script(const char *script, const char *dir, bool quiet)
+{
+    int null = open("/dev/null", O_RDONLY);
+    dup2(null, STDIN_FILENO);
+    dup2(STDERR_FILENO, STDOUT_FILENO);
+    if (quiet)
+        execl(script, script, "--quiet", dir, (char *)NULL);
+    else
+        execl(script, script, dir, (char *)NULL);
+    _exit(127);
+}
+
+int guest_find_or_build(struct guest *g, bool quiet)
+{
+    char script[PATH_MAX], dir[PATH_MAX];
+    int status, r = guest_find(g);
+    if (r != -ENOENT)
+        return r;
+    r = guest_build_paths(script, dir);
+    if (r < 0)
+        return r;
+    pid_t child = fork();
+    if (child < 0)
+        return err(-errno, "cannot start %s: %s", script, strerror(errno));
+    if (child == 0)
+        run_script(script, dir, quiet);
+    while (waitpid(child, &status, 0) < 0)
+        if (errno != EINTR)
+            return err(-errno, "cannot wait for %s: %s", script, strerror(errno));
+    if (!WIFEXITED(status) || WEXITSTATUS(status))
+        return err(-EIO, "the default guest could not be built; run %s %s to see why, or give --kernel", script, dir);
+    return guest_open(g, dir);
+}
