@@ -5,11 +5,12 @@
  * A memory operand in plain RAM inside one page is used in place, so alignment faults are the processor's own. Any other passes through a bounce buffer with the
  * same address modulo 64; a store is probed before the instruction runs, so that its fault finds everything unchanged.
  *
- * Not modelled: CR0.NE = 0 sends x87 errors to a FERR# pin that nobody watches (fp_x87.c). #AC is checked on the bounce path only.
+ * Not modelled: CR0.NE = 0 sends x87 errors to a FERR# pin that nobody watches (fp_x87.c); #AC is checked on the bounce path only.
  */
 #include <errno.h>
 #include <string.h>
 
+#include "cpu/interp/access.h"
 #include "cpu/interp/fp.h"
 
 /* ---- which instruction sets the guest has ---- */
@@ -65,6 +66,18 @@ static void isa_open(struct icpu *c, struct fp *f)
     }
 }
 
+/* Where processors differ in what the x87 pointers show. */
+static void pointers_open(struct icpu *c, struct fp *f)
+{
+    struct cpuid_regs r;
+
+    cpuid_get(c->v->m->cpuid, c->v->id, c->x, true, 7, 0, &r);
+    f->fdp_on_error = r.ebx >> 6 & 1;
+    f->no_selectors = r.ebx >> 13 & 1;
+    cpuid_get(c->v->m->cpuid, c->v->id, c->x, true, 0, 0, &r);
+    f->fop_on_error = r.ebx == 0x756e6547;                         /* "Genu"ineIntel */
+}
+
 int fp_open(struct icpu *c)
 {
     struct fp *f = NULL;
@@ -78,7 +91,9 @@ int fp_open(struct icpu *c)
     f->avx = __builtin_cpu_supports("avx");
     f->avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl");
     f->avx512bw = f->avx512 && __builtin_cpu_supports("avx512bw");
+    f->xsave = f->avx;                                             /* an operating system that enables AVX has enabled XSAVE */
     isa_open(c, f);
+    pointers_open(c, f);
     fp_xsave_open(c, f);
     rc = fp_stub_open(f);
     if (rc < 0) {
@@ -125,7 +140,7 @@ int fp_deny(struct icpu *c, enum fp_class cls)
 
     if (ud)
         return fault_ud(c);
-    if (x->cr0 & (CR0_TS | CR0_EM) && !(cls >= FP_AVX && cls <= FP_AVX512 && !(x->cr0 & CR0_TS)))
+    if ((x->cr0 & CR0_TS) || (cls == FP_X87 && (x->cr0 & CR0_EM)))
         return fault_raise(c, VEC_NM);
     if ((cls == FP_MMX || cls == FP_X87) && (f->x87.fsw & FSW_ES) && (x->cr0 & CR0_NE))
         return fault_raise(c, VEC_MF);
@@ -155,6 +170,8 @@ static int bounce(struct icpu *c, const struct fp_insn *i, u64 la)
         return fault_gp(c, 0);
     if (i->writes ? lin_probe(c, la, i->bytes, MMU_WRITE) : lin_load_bytes(c, la, p, i->bytes))
         return OP_FAULT;
+    if (i->cls == FP_MMX)
+        fp_mmx_enter(f);
     r = i->code(f, c, p);
     if (unlikely(r))
         return fp_stub_fault(c, r);
@@ -187,13 +204,18 @@ static inline __attribute__((always_inline)) int run_mem(struct icpu *c, const s
     void *p;
     u64 la, r;
 
-    if (unlikely(check(c, i, cls)) || unlikely(mem_linear(c, op, i->bytes, access, &la)))
+    if (unlikely(check(c, i, cls)))
         return OP_FAULT;
+    p = op_hit(c, op, i->bytes, access);
+    if (unlikely(!p)) {
+        if (mem_linear(c, op, i->bytes, access, &la))
+            return OP_FAULT;
+        p = lin_host(c, la, i->bytes, access);
+        if (!p)
+            return bounce(c, i, la);
+    }
     if (cls == FP_MMX)
         fp_mmx_enter(icpu_fp(c));
-    p = lin_host(c, la, i->bytes, access);
-    if (unlikely(!p))
-        return bounce(c, i, la);
     r = i->code(icpu_fp(c), c, p);
     return likely(!r) ? OP_NEXT : fp_stub_fault(c, r);
 }

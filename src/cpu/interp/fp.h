@@ -67,6 +67,8 @@ struct fp_legacy {
     u64 xstate_bv, xcomp_bv, header[6];
 } __attribute__((aligned(64)));
 
+enum { XS_X87, XS_SSE, XS_AVX, XS_OPMASK = 5, XS_ZMM_HI256, XS_HI16_ZMM, XS_PKRU = 9, XS_COMPONENTS };
+
 /* How an op's memory operand is reached when it is not one plain run of bytes. */
 enum fp_mask_kind {
     FP_PLAIN,
@@ -101,18 +103,18 @@ struct fp {
     u8 v[32][64] __attribute__((aligned(64)));
     u64 k[8];
     u32 mxcsr, host_mxcsr;
-    u32 pkru;
     struct fp_legacy x87;                                          /* mxcsr and xmm in it are not the guest's */
     u8 bounce[64 + 192] __attribute__((aligned(64)));              /* memory operands that lie across pages, in devices, in code */
     u16 fcs, fds;                                                  /* selectors that belong to x87.fip and x87.fdp (32-bit formats) */
 
     /* facts about host and guest, fixed at fp_open() */
-    bool avx, avx512, avx512bw, xsave, xsave_erptr;
-    bool intel_ptrs;                                               /* FOP, FIP, FDP change only ... see fp_x87.c */
+    bool avx, avx512, avx512bw, xsave;
+    bool fop_on_error, fdp_on_error, no_selectors;                 /* x87 pointers, see fp_x87.c */
     u32 mxcsr_mask;
-    u32 xs_size[16], xs_off[16];                                   /* components of the standard XSAVE format; size 0: absent */
+    u32 xs_size[XS_COMPONENTS], xs_off[XS_COMPONENTS];             /* components of the standard XSAVE format; size 0: absent */
     u32 xs_align64;                                                /* bit n: component n is aligned to 64 in the compacted format */
-    u64 xcr0_mask;
+    u64 xcr0_mask;                                                 /* bits that XSETBV may set */
+    bool xsavec, xgetbv1, xsaves, pku;
     bool isa[ZYDIS_ISA_SET_MAX_VALUE + 1];                         /* instruction sets that the guest's CPUID shows */
 
     /* stubs */
@@ -137,7 +139,7 @@ static inline u64 fp_ea(const struct icpu *c, const struct op *op)
     return op->asize == 8 ? ea : op->asize == 4 ? (u32)ea : (u16)ea;
 }
 
-/* The rules by which an instruction of a class is #UD or #NM now: 0 or OP_FAULT. */
+/* The rules by which an instruction of a class is #UD, #NM or (x87, MMX) #MF now: 0 or OP_FAULT. */
 int fp_deny(struct icpu *c, enum fp_class cls);
 static inline int fp_check_sse(struct icpu *c)
 {
@@ -178,12 +180,11 @@ int fp_bind_vsib(struct icpu *c, const struct decoded *d, struct op *op);
 
 /* fp_x87.c */
 int fp_bind_x87(struct icpu *c, const struct decoded *d, struct op *op);
-/* #UD, #NM or #MF before a waiting x87 or MMX instruction: 0 or OP_FAULT. */
-int fp_x87_ready(struct icpu *c);
 /* MMX instructions address registers by number: makes TOP zero and all registers valid, as each of them does. */
 void fp_mmx_enter(struct fp *f);
 /* FSW.ES and FSW.B follow from the flags and masks. */
 void fp_x87_summary(struct fp_legacy *l);
+void fp_x87_init(struct fp *f);                                    /* as FNINIT; registers keep their contents */
 
 /* xsave.c */
 void fp_xsave_open(struct icpu *c, struct fp *f);
