@@ -1,38 +1,146 @@
 # doppel: `make run` and `make test` are all that a newcomer needs; `make help` lists the rest.
 PREFIX  ?= /usr/local
 DESTDIR ?=
-CC      ?= gcc
 B       ?= build
 V       ?= 0
 Q       := $(if $(filter 0,$(V)),@)
 VERSION := 0.1.0
+ifeq ($(origin CC),default)
+CC      := gcc
+endif
 
 CFLAGS  ?= -O2 -g
 override CFLAGS += -std=gnu17 -Wall -Wextra -Werror -fno-strict-aliasing -fno-common -pthread -Isrc -DDOPPEL_VERSION='"$(VERSION)"' $(SANITIZE)
 LDLIBS  := -lZydis -lZycore -lpthread
+SETUP   := scripts/setup
+# In parallel unless the user says how (-j on the command line wins).
+ifeq ($(MAKELEVEL),0)
+MAKEFLAGS += -j$(shell nproc)
+endif
 
 SRC  := $(wildcard src/*/*.c src/*/*/*.c)
 OBJ  := $(SRC:%.c=$(B)/obj/%.o)
 
-all: setup $(B)/doppel guest
+all: $(B)/doppel $(B)/doppel.1 guest
 
+help:
+	@echo 'make          build/doppel, its man page and the default guest; installs the packages that takes'
+	@echo 'make run      boots the default guest to a shell in this terminal (poweroff, or Ctrl-A X, ends it)'
+	@echo 'make test     all tests; T="boot dev/*" chooses some'
+	@echo 'make bench    measurements, beside QEMU where it is installed'
+	@echo 'make fuzz     fuzz targets for SECONDS each (default 600); F=NAME chooses one'
+	@echo 'make soak     the long forms of the tests: SOAK times all over (default 10), and fuzzing'
+	@echo 'make install  PREFIX=$(PREFIX) DESTDIR=$(DESTDIR)'
+	@echo 'make clean    removes $(B)/'
+	@echo 'Variables: CC, CFLAGS, B (build folder), SANITIZE, V=1 (show commands)'
+
+# ---- what is needed, and what changed ----
+# Stamps: packages are looked at when scripts/setup changed or $(B) is new; objects are made anew when compiler, flags or the list of sources changed.
+$(B)/setup-%: $(SETUP)
+	@mkdir -p $(@D)
+	$(Q)$(SETUP) $* && touch $@
+
+BUILT_WITH := $(CC) $(CFLAGS) $(LDFLAGS)
+ifneq ($(BUILT_WITH),$(file <$(B)/flags))
+$(shell mkdir -p $(B))
+$(file >$(B)/flags,$(BUILT_WITH))
+endif
+ifneq ($(SRC),$(file <$(B)/sources))
+$(shell mkdir -p $(B))
+$(file >$(B)/sources,$(SRC))
+endif
+$(B)/flags $(B)/sources:
+
+# ---- the program ----
 $(B)/doppel: $(B)/obj/src/main.o $(B)/libdoppel.a
 	@echo "  LINK $@"
 	$(Q)$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $^ $(LDLIBS)
 
-$(B)/libdoppel.a: $(OBJ)
+$(B)/libdoppel.a: $(OBJ) $(B)/sources
 	@echo "  AR   $@"
-	$(Q)rm -f $@ && $(AR) rcs $@ $^
+	$(Q)rm -f $@ && $(AR) rcs $@ $(OBJ)
 
-$(B)/obj/%.o: %.c
+$(B)/obj/%.o: %.c $(B)/flags | $(B)/setup-build
 	@mkdir -p $(@D)
 	@echo "  CC   $<"
 	$(Q)$(CC) $(CFLAGS) -MMD -MP -c -o $@ $<
 
+$(B)/doppel.1: $(B)/doppel
+	$(Q)$(B)/doppel --man >$@.tmp && mv $@.tmp $@
+
 -include $(OBJ:.o=.d) $(B)/obj/src/main.d
 
-setup:
-guest:
+# ---- the guest ----
+# The script knows itself whether there is something to do.
+guest: | $(B)/setup-build
+	$(Q)guest/build $(B)/guest
+guest-standard: | $(B)/setup-build
+	$(Q)guest/build --kernel standard $(B)/guest-standard
+
+# Process 1 of the guest, compiled: an installed doppel makes guests without a compiler.
+$(B)/init: guest/build guest/init.c guest/protocol.h | $(B)/setup-build
+	$(Q)guest/build --compile-init $@
+
+run: $(B)/doppel guest
+	$(Q)$(B)/doppel run
+
+# ---- tests ----
+# unit and dev tests run under ASan and UBSan, in a build folder of their own; fuzz targets are clang's and have a third one.
+ASAN := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+PROGRAMS = $(patsubst tests/%.c,$(B)/tests/%,$(wildcard $(1)))
+ASAN_TESTS := $(call PROGRAMS,tests/unit/*_test.c tests/dev/*_test.c tests/hostile/*_test.c)
+INSN_TESTS := $(call PROGRAMS,tests/insn/*_test.c)
+FUZZERS := $(patsubst tests/fuzz/%.c,$(B)/bin/%,$(wildcard tests/fuzz/*_fuzz.c))
+
+$(B)/tests/%: tests/%.c $(B)/libdoppel.a
+	@mkdir -p $(@D)
+	@echo "  LINK $@"
+	$(Q)$(CC) $(CFLAGS) $(LDFLAGS) -Itests -MMD -MP -MF $@.d -o $@ $< $(B)/libdoppel.a -lcmocka $(LDLIBS)
+$(B)/bin/%: tests/fuzz/%.c $(B)/libdoppel.a
+	@mkdir -p $(@D)
+	@echo "  LINK $@"
+	$(Q)$(CC) $(CFLAGS) $(LDFLAGS) -Itests -fsanitize=fuzzer -MMD -MP -MF $@.d -o $@ $< $(B)/libdoppel.a $(LDLIBS)
+-include $(wildcard $(B)/tests/*/*.d $(B)/bin/*.d)
+
+asan-programs: $(B)/doppel $(ASAN_TESTS)
+fuzz-programs: $(FUZZERS)
+include $(wildcard tests/*/build.mk)
+
+# One after the other: each of them keeps all processors busy.
+test-programs: $(B)/doppel guest $(INSN_TESTS) $(if $(wildcard tests/sys/build.mk),sys) | $(B)/setup-test
+	$(Q)$(MAKE) --no-print-directory B=$(B)/asan SANITIZE='$(ASAN)' asan-programs
+	$(Q)$(MAKE) --no-print-directory B=$(B)/fuzz CC=clang SANITIZE='-fsanitize=fuzzer-no-link $(ASAN)' fuzz-programs
+
+# Packages first, then everything in parallel, then the tests.
+test: $(B)/setup-test
+	$(Q)$(MAKE) --no-print-directory test-programs guest-standard
+	$(Q)tests/run --build $(B) $(T)
+
+SECONDS ?= 600
+fuzz: $(B)/setup-test
+	$(Q)$(MAKE) --no-print-directory B=$(B)/fuzz CC=clang SANITIZE='-fsanitize=fuzzer-no-link $(ASAN)' fuzz-programs
+	$(Q)tests/run --build $(B) --fuzz-seconds $(SECONDS) $(if $(F),fuzz/$(F),'fuzz/*')
+
+SOAK ?= 10
+soak: $(B)/setup-test
+	$(Q)$(MAKE) --no-print-directory test-programs guest-standard
+	$(Q)for i in $$(seq $(SOAK)); do echo "soak: round $$i of $(SOAK)"; tests/run --build $(B) --fuzz-seconds $(SECONDS) $(T) || exit 1; done
+
+bench: $(B)/setup-bench $(B)/doppel guest
+	$(Q)bench/run $(BENCH) $(B)/doppel
+
+# ---- installation ----
+SHARE := $(DESTDIR)$(PREFIX)/share
+install: all $(B)/init
+	install -d '$(DESTDIR)$(PREFIX)/bin' '$(SHARE)/doppel' '$(SHARE)/man/man1'
+	install -m 755 $(B)/doppel '$(DESTDIR)$(PREFIX)/bin/doppel'
+	install -m 644 $(B)/doppel.1 '$(SHARE)/man/man1/doppel.1'
+	install -m 644 $(addprefix $(B)/guest/,vmlinuz initrd cmdline manifest) '$(SHARE)/doppel'
+	install -m 755 guest/build '$(SHARE)/doppel/guest-build'
+	install -m 755 $(B)/init '$(SHARE)/doppel/init'
+
 clean:
 	rm -rf $(B)
-.PHONY: all setup guest clean
+
+.PHONY: all help guest guest-standard run asan-programs fuzz-programs test-programs test fuzz soak bench install clean
+.DELETE_ON_ERROR:
