@@ -74,6 +74,30 @@ static inline void set_reg(struct icpu *c, unsigned n, unsigned size, u64 v)
 #define FOR_SIZES(M, ...) M(u8, __VA_ARGS__) M(u16, __VA_ARGS__) M(u32, __VA_ARGS__) M(u64, __VA_ARGS__)
 #define FOR_WIDE_SIZES(M, ...) M(u16, __VA_ARGS__) M(u32, __VA_ARGS__) M(u64, __VA_ARGS__)
 
+/* ---- conditions: 0..15 as encoded in Jcc, SETcc, CMOVcc ---- */
+static inline bool fl_less(u32 fl)                                 /* SF != OF */
+{
+    return (fl >> 15 ^ fl) & 1;
+}
+#define CC_0(fl) ((fl) & FL_OF)
+#define CC_1(fl) (!((fl) & FL_OF))
+#define CC_2(fl) ((fl) & FL_CF)
+#define CC_3(fl) (!((fl) & FL_CF))
+#define CC_4(fl) ((fl) & FL_ZF)
+#define CC_5(fl) (!((fl) & FL_ZF))
+#define CC_6(fl) ((fl) & (FL_CF | FL_ZF))
+#define CC_7(fl) (!((fl) & (FL_CF | FL_ZF)))
+#define CC_8(fl) ((fl) & FL_SF)
+#define CC_9(fl) (!((fl) & FL_SF))
+#define CC_10(fl) ((fl) & FL_PF)
+#define CC_11(fl) (!((fl) & FL_PF))
+#define CC_12(fl) fl_less(fl)
+#define CC_13(fl) (!fl_less(fl))
+#define CC_14(fl) ((fl) & FL_ZF || fl_less(fl))
+#define CC_15(fl) (!((fl) & FL_ZF) && !fl_less(fl))
+#define FOR_CONDITIONS(M) \
+    M(0) M(1) M(2) M(3) M(4) M(5) M(6) M(7) M(8) M(9) M(10) M(11) M(12) M(13) M(14) M(15)
+
 /* ---- operand forms ---- */
 enum form {
     FORM_RR,           /* first operand op->rm, second op->reg */

@@ -1,0 +1,416 @@
+/*
+ * interp: the engine itself. The loop, the boundary between instructions, single-stepping, faults, state in and out.
+ *
+ * Blocks run one after the other until an event bit is set or a result other than "near branch" or "end of block" comes back; only then are interrupts,
+ * pending traps and the step conditions looked at, in the order of SDM vol. 3A table 6-2. Whatever can change those conditions (POPF, STI, IRET,
+ * MOV DR, ...) gives such a result.
+ *
+ * Locking: none; all of it runs on the vCPU's thread. vcpu.events is the only thing that others write.
+ */
+#include <errno.h>
+#include <string.h>
+
+#include "cpu/interp/code.h"
+#include "cpu/interp/fp.h"
+#include "cpu/interp/sys.h"
+#include "cpu/interp/tlb.h"
+#include "cpu/msr.h"
+
+/* Pages of icpu.c's own: what the engine needs beyond the instructions' view of the processor. */
+struct interp {
+    struct icpu c;
+    struct x86 seen;                                               /* address translation of v->x when run() returned: who changed it since? */
+    bool fresh;                                                    /* v->x was replaced: nothing cached is to be trusted */
+};
+
+/* ---- faults ---- */
+int fault_raise(struct icpu *c, unsigned vector)
+{
+    c->fault = (struct fault){ .vector = (u8)vector };
+    return OP_FAULT;
+}
+
+int fault_raise_error(struct icpu *c, unsigned vector, u32 error)
+{
+    c->fault = (struct fault){ .vector = (u8)vector, .has_error = true, .error = error };
+    return OP_FAULT;
+}
+
+int fault_page(struct icpu *c, u64 la, u32 error)
+{
+    c->fault = (struct fault){ .vector = VEC_PF, .has_error = true, .error = error, .cr2 = la };
+    return OP_FAULT;
+}
+
+/* ---- mode and state ---- */
+static enum imode mode_of(const struct x86 *x, u32 flags)
+{
+    u16 cs = x->seg[SEG_CS].attr;
+    if (!(x->cr0 & CR0_PE))
+        return IMODE_REAL16;
+    if (x->efer & EFER_LMA)
+        return cs & SEG_L ? IMODE_LONG64 : cs & SEG_DB ? IMODE_COMPAT32 : IMODE_COMPAT16;
+    if (flags & FLAG_VM)
+        return IMODE_V86;
+    return cs & SEG_DB ? IMODE_PROT32 : IMODE_PROT16;
+}
+
+void icpu_mode(struct icpu *c)
+{
+    const struct x86 *x = c->x;
+    c->mode = (u8)mode_of(x, c->flags);
+    c->cpl = c->mode == IMODE_REAL16 ? 0 : c->mode == IMODE_V86 ? 3 : (u8)x86_cpl(x);
+    if (c->mode == IMODE_LONG64) {
+        c->stack_size = 8;
+        c->rip_mask = c->rip_limit = ~0ull;
+        c->cs_base = 0;
+    } else {
+        c->stack_size = x->seg[SEG_SS].attr & SEG_DB ? 4 : 2;
+        c->rip_mask = 0xffffffff;
+        c->rip_limit = x->seg[SEG_CS].limit;
+        c->cs_base = x->seg[SEG_CS].base;
+    }
+    tlb_views(c);
+}
+
+/* Did somebody outside (INIT, a monitor, a snapshot) change what translations depend on? Rights bits are tlb_views()' affair. */
+static bool translation_changed(const struct x86 *a, const struct x86 *b)
+{
+    return a->cr3 != b->cr3 || a->dr7 != b->dr7 || memcmp(a->pdpte, b->pdpte, sizeof a->pdpte) || memcmp(a->dr, b->dr, sizeof a->dr);
+}
+
+void icpu_load(struct icpu *c)
+{
+    struct interp *in = container_of(c, struct interp, c);
+    const struct x86 *x = c->x;
+    memcpy(c->r, x->gpr, sizeof x->gpr);
+    c->r[REG_ZERO] = 0;
+    c->rip = x->rip;
+    icpu_set_rflags(c, x->rflags);
+    c->db_pending = 0;
+    c->end_block = false;
+    fp_load(c);
+    if (in->fresh || translation_changed(x, &in->seen)) {
+        in->fresh = false;
+        tlb_flush_all(c);
+        tlb_watchpoints(c);
+    }
+    icpu_mode(c);
+}
+
+void icpu_store(struct icpu *c)
+{
+    struct interp *in = container_of(c, struct interp, c);
+    struct x86 *x = c->x;
+    memcpy(x->gpr, c->r, sizeof x->gpr);
+    x->rip = c->rip;
+    x->rflags = icpu_rflags(c);
+    fp_store(c);
+    in->seen.cr3 = x->cr3;
+    in->seen.dr7 = x->dr7;
+    memcpy(in->seen.pdpte, x->pdpte, sizeof x->pdpte);
+    memcpy(in->seen.dr, x->dr, sizeof x->dr);
+}
+
+/* ---- what an op's result means ---- */
+static void shutdown(struct icpu *c)
+{
+    c->x->activity = X86_SHUTDOWN;
+}
+
+static int deliver(struct icpu *c)
+{
+    int r = deliver_fault(c);
+    if (r == OP_SHUTDOWN)
+        shutdown(c);
+    return r;
+}
+
+/* Everything but OP_NEAR and OP_FALL. Returns OP_NEXT when an instruction was completed, OP_FAULT when it was not. */
+static int finish(struct icpu *c, const struct op *op, int r)
+{
+    switch (r) {
+    case OP_NEXT:
+    case OP_END:
+        c->rip = op_next_rip(c, op) & c->rip_mask;
+        break;
+    case OP_JUMP:
+        break;
+    case OP_HALT:
+        c->rip = op_next_rip(c, op) & c->rip_mask;
+        c->x->activity = X86_HALTED;
+        break;
+    case OP_TRAP:
+        c->v->insns++;
+        c->db_pending = 0;
+        deliver(c);
+        return OP_FAULT;
+    case OP_FAULT:
+        c->rip = op_rip(c, op) & c->rip_mask;
+        c->db_pending = 0;
+        deliver(c);
+        return OP_FAULT;
+    case OP_SHUTDOWN:
+        shutdown(c);
+        return OP_FAULT;
+    default:                                                       /* OP_RESTART */
+        c->rip = op_rip(c, op) & c->rip_mask;
+        return OP_FAULT;
+    }
+    c->v->insns++;
+    c->end_block = false;
+    return OP_NEXT;
+}
+
+/* A fault of the fetch: c->rip is the instruction that could not be read. */
+static void fetch_failed(struct icpu *c)
+{
+    c->db_pending = 0;
+    deliver(c);
+}
+
+static void debug_trap(struct icpu *c, u64 dr6)
+{
+    c->db_pending = 0;
+    debug_raise(c, dr6);
+    deliver(c);
+}
+
+/* ---- the fast loop ---- */
+static void run_blocks(struct icpu *c)
+{
+    struct vcpu *v = c->v;
+    const struct op *op;
+    int r;
+    do {
+        struct block *b = code_find(c);
+        if (unlikely(!b)) {
+            fetch_failed(c);
+            return;
+        }
+        c->block = b;
+        c->r[REG_RIP] = c->rip;
+        op = b->op;
+        while ((r = op->fn(c, op)) == OP_NEXT)
+            op++;
+        v->insns += (u64)(op - b->op) + (r == OP_NEAR);
+    } while (likely(r >= OP_NEAR) && likely(!atomic_load_explicit(&v->events, memory_order_relaxed)));
+    if (r < OP_NEAR && finish(c, op, r) == OP_NEXT && unlikely(c->db_pending))
+        debug_trap(c, c->db_pending);                              /* a task switch with the T flag, an I/O breakpoint */
+}
+
+/* ---- one instruction at a time ---- */
+#define DR6_BS BIT(14)
+
+static u64 breakpoints_at(const struct icpu *c, u64 la)
+{
+    u64 hit = 0;
+    for (unsigned i = 0; i < 4; i++)
+        if (c->x->dr7 >> (2 * i) & 3 && !(c->x->dr7 >> (16 + 4 * i) & 15) && c->x->dr[i] == la)
+            hit |= BIT(i);
+    return hit;
+}
+
+static void trace_insn(const struct icpu *c, const struct block *b)
+{
+    char hex[2 * 15 + 1] = "";
+    for (unsigned i = 0; i < b->op[0].len && i < 15; i++)
+        snprintf(hex + 2 * i, 3, "%02x", b->bytes[i]);
+    trace_line(c->v->m->trace, TRACE_INSN, (int)c->v->id, "%04x:%llx %s rax=%llx rcx=%llx rdx=%llx rbx=%llx rsp=%llx rbp=%llx rsi=%llx rdi=%llx fl=%llx",
+               c->x->seg[SEG_CS].sel, (unsigned long long)c->rip, hex, (unsigned long long)c->r[RAX], (unsigned long long)c->r[RCX],
+               (unsigned long long)c->r[RDX], (unsigned long long)c->r[RBX], (unsigned long long)c->r[RSP], (unsigned long long)c->r[RBP],
+               (unsigned long long)c->r[RSI], (unsigned long long)c->r[RDI], (unsigned long long)icpu_rflags(c));
+}
+
+/* Software interrupts clear TF on their way: no single-step trap follows them (SDM vol. 3B 17.3.1.4). */
+static bool is_software_interrupt(const struct block *b)
+{
+    unsigned len = b->op[0].len;
+    u8 last = b->bytes[len - 1];
+    return last == 0xcc || last == 0xce || last == 0xf1 || (len >= 2 && b->bytes[len - 2] == 0xcd);
+}
+
+static bool wants_step(const struct icpu *c)
+{
+    return c->flags & (FLAG_TF | FLAG_RF) || c->x->shadow || c->x->dr7 & 0xff || trace_on(c->v->m->trace, TRACE_INSN);
+}
+
+static void step(struct icpu *c)
+{
+    bool tf = c->flags & FLAG_TF, rf = c->flags & FLAG_RF;
+    u64 traps = rf ? 0 : breakpoints_at(c, (c->cs_base + c->rip) & c->rip_mask);
+    if (traps) {
+        debug_trap(c, traps);
+        return;
+    }
+    struct block *b = code_find(c);
+    if (!b) {
+        fetch_failed(c);
+        return;
+    }
+    if (trace_on(c->v->m->trace, TRACE_INSN))
+        trace_insn(c, b);
+    c->x->shadow = false;                                          /* it covers this instruction only; the instruction may set it again */
+    c->flags &= ~FLAG_RF;
+    c->block = b;
+    c->r[REG_RIP] = c->rip;
+    c->step = true;
+    int r = b->op[0].fn(c, &b->op[0]);
+    c->step = false;
+    if (r == OP_NEAR)
+        c->v->insns++;
+    else if (r == OP_FALL)
+        return;
+    else if (finish(c, &b->op[0], r) != OP_NEXT && r != OP_RESTART)
+        return;
+    if (r == OP_RESTART && rf)
+        c->flags |= FLAG_RF;
+    /* MOV SS and POP SS hold debug traps back until after the next instruction (SDM vol. 3A 6.8.3); STI, opcode 0xfb, does not. */
+    if (c->x->shadow && b->bytes[b->op[0].len - 1] != 0xfb)
+        return;
+    traps = c->db_pending | (tf && !is_software_interrupt(b) ? DR6_BS : 0);
+    if (traps)
+        debug_trap(c, traps);
+}
+
+/* ---- between instructions ---- */
+static void take_events(struct icpu *c, u32 events)
+{
+    struct vcpu *v = c->v;
+    atomic_fetch_and(&v->events, ~(events & ~(u32)VCPU_EV_OUTSIDE)); /* before the chips are asked, so that no later signal is lost */
+    if (events & VCPU_EV_CLOCK)
+        pvclock_update(v, c->x);
+    if (events & VCPU_EV_NMI)
+        c->x->nmi_pending = true;
+    if (events & VCPU_EV_INTR)
+        c->irq_wait = true;
+}
+
+static void take_interrupt(struct icpu *c)
+{
+    int vector = c->v->intc.ops->ack(c->v->intc.chip);
+    if (vector < 0) {
+        c->irq_wait = false;
+        return;
+    }
+    c->x->activity = X86_RUNNING;
+    if (deliver_interrupt(c, (unsigned)vector) == OP_SHUTDOWN)
+        shutdown(c);
+}
+
+/* Takes what is pending. Returns whether the next instruction may run; otherwise *exit says why not. */
+static bool boundary(struct icpu *c, enum run_exit *exit)
+{
+    struct x86 *x = c->x;
+    u32 events = atomic_load_explicit(&c->v->events, memory_order_acquire);
+    if (unlikely(x->activity == X86_SHUTDOWN)) {
+        *exit = RUN_SHUTDOWN;
+        return false;
+    }
+    if (events)
+        take_events(c, events);
+    if (events & VCPU_EV_OUTSIDE) {
+        *exit = RUN_OUTSIDE;
+        return false;
+    }
+    if (x->activity != X86_WAIT_SIPI && !x->shadow) {
+        if (x->nmi_pending && !x->nmi_blocked) {
+            x->nmi_pending = false;
+            x->activity = X86_RUNNING;
+            if (deliver_nmi(c) == OP_SHUTDOWN)
+                shutdown(c);
+        } else if (c->irq_wait && c->flags & FLAG_IF) {
+            take_interrupt(c);
+        }
+    }
+    if (x->activity == X86_RUNNING)
+        return true;
+    *exit = x->activity == X86_SHUTDOWN ? RUN_SHUTDOWN : RUN_HALTED;
+    return false;
+}
+
+static enum run_exit run(struct vcpu *v)
+{
+    struct icpu *c = v->engine_data;
+    enum run_exit exit;
+    tlb_check_epoch(c);
+    icpu_load(c);
+    c->irq_wait = true;
+    while (boundary(c, &exit)) {
+        if (unlikely(wants_step(c)))
+            step(c);
+        else
+            run_blocks(c);
+    }
+    icpu_store(c);
+    return exit;
+}
+
+/* ---- the engine ---- */
+static int machine_open(struct machine *m)
+{
+    (void)m;
+    return 0;
+}
+
+static void machine_close(struct machine *m)
+{
+    (void)m;
+}
+
+static void vcpu_close(struct vcpu *v)
+{
+    struct icpu *c = v->engine_data;
+    if (!c)
+        return;
+    fp_close(c);
+    code_close(c);
+    tlb_close(c);
+    free(container_of(c, struct interp, c));
+    v->engine_data = NULL;
+}
+
+static int vcpu_open(struct vcpu *v)
+{
+    struct interp *in = aligned_alloc(64, ALIGN_UP(sizeof *in, 64));
+    if (!in)
+        return err(-ENOMEM, "vCPU %u: out of host memory", v->id);
+    memset(in, 0, sizeof *in);
+    in->fresh = true;
+    in->c.v = v;
+    in->c.x = &v->x;
+    v->engine_data = &in->c;
+    int e = tlb_open(&in->c);
+    if (!e)
+        e = code_open(&in->c);
+    if (!e)
+        e = fp_open(&in->c);
+    if (e)
+        vcpu_close(v);
+    return e;
+}
+
+static int get(struct vcpu *v, struct x86 *x)
+{
+    *x = v->x;
+    return 0;
+}
+
+static int set(struct vcpu *v, const struct x86 *x)
+{
+    struct icpu *c = v->engine_data;
+    v->x = *x;
+    container_of(c, struct interp, c)->fresh = true;
+    return 0;
+}
+
+const struct engine interp_engine = {
+    .name = "interp",
+    .machine_open = machine_open,
+    .machine_close = machine_close,
+    .vcpu_open = vcpu_open,
+    .vcpu_close = vcpu_close,
+    .run = run,
+    .get = get,
+    .set = set,
+};
