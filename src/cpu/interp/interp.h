@@ -200,7 +200,7 @@ int deliver_software(struct icpu *c, unsigned vector);             /* INT n (wit
 /* ---- segments: seg.c ---- */
 int seg_load(struct icpu *c, unsigned seg, u16 sel);               /* MOV/POP/LDS.. to a data segment or SS; 0 or OP_FAULT */
 void seg_load_real(struct icpu *c, unsigned seg, u16 sel);         /* real mode and virtual-8086: base = sel << 4, limit kept / 0xffff */
-int task_switch(struct icpu *c, u16 tss_sel, int source, bool has_error, u32 error); /* task.c; source: TASK_JMP, TASK_CALL, TASK_IRET, TASK_GATE */
+int task_switch(struct icpu *c, u16 tss_sel, int source, bool has_error, u32 error, u32 ext); /* task.c; source: TASK_JMP, TASK_CALL, TASK_IRET, TASK_GATE */
 enum { TASK_JMP, TASK_CALL, TASK_IRET, TASK_GATE };
 
 /* ---- extended state: fp.c, xsave.c ---- */

@@ -14,6 +14,8 @@
 /* CALL, JMP, RET, MOV, PUSH and POP have near, general forms (insn_int.def) and system forms. Their binders ask this first: */
 bool sys_form(const struct decoded *d);    /* a far transfer, or an operand is a segment, control or debug register */
 int bind_sys_form(struct icpu *c, const struct decoded *d, struct op *op, unsigned arg);
+int bind_far(struct icpu *c, const struct decoded *d, struct op *op, unsigned arg);
+int bind_mov_cr(struct icpu *c, const struct decoded *d, struct op *op, unsigned arg);
 
 /* Rows of insn_sys.def. Some take an argument that selects the instruction. */
 enum { IRET_16 = 2, IRET_32 = 4, IRET_64 = 8 };
@@ -119,6 +121,10 @@ static inline u64 gate_offset(const struct desc *d)   /* of 32- and 64-bit gates
  * Reads the descriptor that sel names from the GDT or LDT. A selector beyond the table raises vector(sel | ext). Null selectors are the caller's affair.
  * desc_read_long also reads the second half where long mode has 16-byte system descriptors (LDT, TSS, call gates), and checks its type field.
  */
+static inline bool sel_null(u16 sel)
+{
+    return sel < 4;
+}
 int desc_read(struct icpu *c, u16 sel, unsigned vector, u32 ext, struct desc *d);
 int desc_read_hi(struct icpu *c, unsigned vector, u32 ext, struct desc *d);
 bool desc_in_table(const struct icpu *c, u16 sel, unsigned n, u64 *la);
@@ -129,10 +135,15 @@ int desc_set_type(struct icpu *c, struct desc *d, unsigned type);
 /* Is [off, off + n) inside the segment's limit (SDM vol. 3A 5.3)? Not for 64-bit mode. */
 bool seg_in_limit(const struct x86_seg *s, u32 off, unsigned n);
 
-/* Checks of a new CS for a transfer at privilege cpl, SDM vol. 2 JMP/CALL "CONFORMING-CODE-SEGMENT", "NONCONFORMING-CODE-SEGMENT". */
-int code_check(struct icpu *c, const struct desc *d, u16 sel, unsigned cpl, unsigned rpl);
+/* Checks of a new CS for a direct transfer at the current privilege, SDM vol. 2 JMP/CALL "CONFORMING-CODE-SEGMENT", "NONCONFORMING-CODE-SEGMENT". */
+int code_check(struct icpu *c, const struct desc *d, u16 sel);
+bool code_bits_ok(const struct icpu *c, const struct desc *d);     /* long mode: L and D are not both set */
+int segment_fault(struct icpu *c, unsigned vector, u16 sel, u32 ext);
 /* A new SS for privilege cpl: raises vector(sel | ext), or #SS(sel | ext) if it is not present. Reads the descriptor into *d; sets its accessed bit. */
 int stack_seg_read(struct icpu *c, u16 sel, unsigned cpl, unsigned vector, u32 ext, struct x86_seg *out);
+
+/* DS, ES, FS, GS at the current privilege: raises vector(sel | ext), or #NP(sel | ext). */
+int data_seg_load(struct icpu *c, unsigned seg, u16 sel, unsigned vector, u32 ext);
 
 /* ---- modes ---- */
 static inline bool in_long_mode(const struct icpu *c)  /* EFER.LMA: 64-bit or compatibility mode */
@@ -159,14 +170,48 @@ static inline bool is_canonical(u64 la)
 {
     return (u64)((s64)(la << 16) >> 16) == la;
 }
-/* A RIP as the mode of the new code segment cuts it. */
-u64 code_rip_mask(const struct icpu *c, const struct x86_seg *cs);
 /* May RIP be there: limit of cs, or canonical in 64-bit code? */
 bool code_rip_ok(const struct icpu *c, const struct x86_seg *cs, u64 rip);
 u64 next_rip(const struct icpu *c, const struct op *op);   /* the next instruction's, cut to the mode's width */
-bool vendor_is_amd(void);                                  /* of the host, and so of the guest */
+static inline bool guest_is_amd(const struct icpu *c)
+{
+    return cpuid_is_amd(c->v->m->cpuid);
+}
 
-/* ---- stacks: stack_sys.c ---- */
+/* A general register by operand size: 32-bit writes clear the upper half. */
+static inline void gpr_write(struct icpu *c, unsigned n, unsigned size, u64 val)
+{
+    switch (size) {
+    case 2:
+        c->r[n] = (c->r[n] & ~0xffffull) | (u16)val;
+        break;
+    case 4:
+        c->r[n] = (u32)val;
+        break;
+    default:
+        c->r[n] = val;
+    }
+}
+static inline unsigned insn_size(const struct decoded *d)  /* operand size in bytes */
+{
+    return d->insn.operand_width / 8;
+}
+static inline u8 reg_id(const struct decoded *d, unsigned operand)
+{
+    return (u8)ZydisRegisterGetId(d->opnd[operand].reg.value);
+}
+static inline bool is_mem(const struct decoded *d, unsigned operand)
+{
+    return d->opnd[operand].type == ZYDIS_OPERAND_TYPE_MEMORY;
+}
+/* Loads a 16-bit source that is a register (op->rm) or in memory. */
+int load_u16(struct icpu *c, const struct op *op, u16 *val);
+/* Stores a 16-bit system value: whole register of op->size, or 16 bits of memory. */
+int store_system(struct icpu *c, const struct op *op, u64 val);
+/* The linear address of a memory operand for instructions that make no access (INVLPG). */
+u64 linear_unchecked(const struct icpu *c, const struct op *op);
+
+/* ---- stacks: frame.c ---- */
 struct stack {
     struct x86_seg ss;
     u64 rsp;
@@ -181,8 +226,7 @@ void stack_init(const struct icpu *c, struct stack *s, const struct x86_seg *ss,
 int stack_put(struct icpu *c, struct stack *s, unsigned size, u64 val);
 int stack_get(struct icpu *c, struct stack *s, unsigned size, u64 *val);
 void stack_skip(struct stack *s, s64 delta);
-/* Raises what storing n bytes below the top of the stack would raise. */
-int stack_room(struct icpu *c, const struct stack *s, unsigned n);
+int stack_room(struct icpu *c, const struct stack *s, unsigned n); /* #SS if n bytes do not fit below the top; pages are not looked at */
 void stack_commit(struct icpu *c, const struct stack *s);  /* RSP only; SS is the caller's affair: it knows whether it changed */
 
 /* Stack pointers of the current TSS for privilege cpl: 32-bit modes fill ss; long mode only *rsp (ist 0: RSPn, else ISTn). Raises #TS(tr | ext). */
@@ -199,13 +243,32 @@ void seg_drop_inner(struct icpu *c, unsigned cpl);
 void flags_write(struct icpu *c, u64 val, u64 mask);
 
 /* ---- events ---- */
-/* A far CALL or JMP to a task gate or TSS; c->rip is already the next instruction. */
-int task_gate(struct icpu *c, const struct desc *gate, int source, bool has_error, u32 error, u32 ext);
+/*
+ * INT3, INTO (software: the gate's DPL is checked) and INT1 (not checked): as deliver_software, without the rules of INT n for virtual-8086 mode.
+ */
+int deliver_exception_insn(struct icpu *c, unsigned vector, bool software);
+/*
+ * Task switches return OP_JUMP; OP_FAULT when nothing has been switched; or OP_TRAP when the new task is the current one and c->fault is its first
+ * exception, which the caller delivers. task_gate first checks the selector that a task gate or a far transfer names (SDM vol. 2 CALL "TASK-GATE").
+ */
+int task_gate(struct icpu *c, u16 tss_sel, int source, bool has_error, u32 error, u32 ext);
+/* CR0 and CR3 as the instructions and task switches load them: all checks; OP_END, or OP_FAULT with nothing changed. */
+int cr0_write(struct icpu *c, u64 val);
+int cr3_write(struct icpu *c, u64 val);
+
+/* ---- returns (RET, IRET): far.c ---- */
+int return_code_check(struct icpu *c, u16 sel, struct desc *d);
+/* SS for a return to cs at privilege cpl; the null selector is allowed where 64-bit kernels leave it. */
+int return_stack_check(struct icpu *c, u16 sel, unsigned cpl, const struct x86_seg *cs, struct x86_seg *ss);
+void return_commit(struct icpu *c, const struct x86_seg *cs, const struct x86_seg *ss, u64 rip, u64 rsp);
 
 /* ---- ports: portio.c ---- */
 int port_allowed(struct icpu *c, u16 port, unsigned size); /* IOPL and the TSS's permission bitmap: 0 or #GP(0) */
 
 /* ---- debug: debug.c ---- */
-/* Sets DR6 bits and c->fault for a #DB. fault: an instruction breakpoint or general detect, else a trap. Returns OP_FAULT. */
+/* Sets DR6 bits and c->fault for a #DB; c->rip and RFLAGS.RF are as they are to be saved. Returns OP_FAULT. */
 int debug_raise(struct icpu *c, u64 dr6_bits);
+/* Notes in c->db_pending which I/O breakpoints a port access meets. */
+void debug_port(struct icpu *c, u16 port, unsigned size);
 int bind_mov_dr(struct icpu *c, const struct decoded *d, struct op *op, unsigned arg);
+
