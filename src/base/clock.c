@@ -410,3 +410,23 @@ void clock_resume(struct clock *c)
     }
     pthread_mutex_unlock(&c->lock);
 }
+
+void clock_state(struct clock *c, struct stream *s)
+{
+    u64 ns = atomic_load(&c->ns_frozen), tsc = atomic_load(&c->tsc_frozen);
+
+    bug_on(!atomic_load(&c->paused));
+    stream_section(s, "clock", 1);
+    stream_u64(s, &ns);
+    stream_u64(s, &tsc);
+    if (s->load && !s->error && ns >= BIT(62))
+        stream_bad(s, "the clock is past any machine's age");
+    if (!s->load || s->error)
+        return;
+    pthread_mutex_lock(&c->lock);
+    change_begin(c);
+    atomic_store_explicit(&c->ns_frozen, ns, memory_order_relaxed);
+    atomic_store_explicit(&c->tsc_frozen, tsc, memory_order_relaxed);
+    change_end(c);
+    pthread_mutex_unlock(&c->lock);
+}

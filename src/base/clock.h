@@ -11,6 +11,7 @@
 #pragma once
 
 #include "base/loop.h"
+#include "base/stream.h"
 #include "base/types.h"
 
 struct clock;
@@ -32,6 +33,7 @@ u64 clock_tsc_to_ns(const struct clock *c, u64 guest_tsc);         /* the clock_
 u64 clock_ns_to_tsc(const struct clock *c, u64 ns);
 void clock_pause(struct clock *c);                                 /* nests not; timers stand still */
 void clock_resume(struct clock *c);
+void clock_state(struct clock *c, struct stream *s);                /* while paused: what devices' saved times refer to; before the devices' own */
 u64 clock_wall_ns(void);                                           /* CLOCK_REALTIME of the host, ns since 1970 */
 
 void timer_init(struct timer *t, struct clock *c, void (*fn)(void *arg), void *arg);
