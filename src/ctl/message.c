@@ -3,6 +3,7 @@
 #include "ctl/message.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdarg.h>
 #include <string.h>
 #include <unistd.h>
@@ -96,4 +97,19 @@ FILE *message_stream(void)
     if (f)
         setvbuf(f, NULL, _IOLBF, 1024);
     return f;
+}
+
+FILE *message_open(const char *path, const char *option)
+{
+    /* Without O_NONBLOCK a FIFO would hold us up until somebody reads it. */
+    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_NONBLOCK | O_NOCTTY | O_CLOEXEC, 0666);
+    FILE *f = NULL;
+    if (fd >= 0 && fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK) == 0)
+        f = fdopen(fd, "w");
+    if (f)
+        return f;
+    err(-errno, "%s: cannot write %s: %s; name a file that you may write", option, path, strerror(errno));
+    if (fd >= 0)
+        close(fd);
+    return NULL;
 }

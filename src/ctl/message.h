@@ -19,3 +19,5 @@ void message_error(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 void message_sink(void *arg, enum log_level level, const char *msg);
 /* Lines of others (trace, CPU state), as they are but for "\r\n". The stream is standard error, or one that translates. NULL: no memory. */
 FILE *message_stream(void);
+/* Opens a file that lines are to be written to, made or emptied; a FIFO must have its reader. NULL with err(), which names option and file. */
+FILE *message_open(const char *path, const char *option);

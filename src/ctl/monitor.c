@@ -1,10 +1,10 @@
 /* Commands of the monitor prompt (monitor.h). */
 #include "ctl/monitor.h"
 
-#include <errno.h>
 #include <string.h>
 
 #include "base/err.h"
+#include "ctl/message.h"
 #include "ctl/options.h"
 
 static bool cmd_help(struct monitor *m UNUSED, char *args UNUSED, FILE *out)
@@ -87,8 +87,8 @@ static bool cmd_trace(struct monitor *m, char *args, FILE *out)
         fprintf(out, "%s\n", err_last());
         return true;
     }
-    if (path && !(file = fopen(path, "we"))) {
-        fprintf(out, "trace: cannot write %s: %s\n", path, strerror(errno));
+    if (path && !(file = message_open(path, "trace"))) {
+        fprintf(out, "%s\n", err_last());
         return true;
     }
     set_trace(m, mask, file);
@@ -98,7 +98,6 @@ static bool cmd_trace(struct monitor *m, char *args, FILE *out)
 static bool cmd_quit(struct monitor *m, char *args UNUSED, FILE *out UNUSED)
 {
     m->want_quit = true;
-    vm_quit(m->vm);
     return false;
 }
 

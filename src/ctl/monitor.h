@@ -6,7 +6,7 @@
 struct monitor {
     struct vm *vm;
     FILE *trace_file;                                              /* opened by `trace`; NULL: as it was at the start */
-    bool want_quit;                                                /* `quit` was said */
+    bool want_quit;                                                /* `quit` was said; the caller sees to it */
 };
 
 /* Carries out a line (which is cut up); what it has to say goes to out. False: the prompt closes. */

@@ -1,0 +1,141 @@
+/* From words to a command (cli.h). */
+#include "ctl/cli.h"
+
+#include <errno.h>
+#include <string.h>
+
+#include "base/err.h"
+#include "ctl/doctor.h"
+#include "ctl/help.h"
+#include "ctl/message.h"
+#include "ctl/options.h"
+#include "ctl/run.h"
+#include "ctl/run_options.h"
+
+/* Output that could not be written is an error, as for every filter. */
+static int flushed(int status)
+{
+    if (fflush(stdout) == 0 && !ferror(stdout))
+        return status;
+    message_error("standard output: cannot write: %s", strerror(errno));
+    return EXIT_HOST_ERROR;
+}
+
+static int help_main(int argc, char **argv);
+
+static const char *const run_text[] = {
+    "Boots a guest and connects it to this terminal. Without --kernel that is the default guest: a Debian kernel with a small system, which gives a shell; "
+    "\"poweroff\" there, or Ctrl-A X, ends it.",
+    "With a COMMAND the guest runs it instead of a shell. Standard input, output and error are doppel's own, separate and unchanged; the command has a terminal if "
+    "doppel's input and output are one. doppel exits with the command's status (128+N after signal N) when the guest has shut down and its disks are flushed.",
+    "SIGTERM presses the guest's power button; a second one ends at once. The end of standard input does not end the guest.",
+    NULL,
+};
+static const char *const doctor_text[] = {
+    "Shows what this host offers to doppel, which engine --engine auto takes and why, what is missing, and how to get it. It changes nothing, and always exits "
+    "with 0.",
+    NULL,
+};
+static const char *const help_text[] = {"Explains a command and its options; without one, lists the commands.", NULL};
+
+const struct command_row cli_commands[] = {
+    {"run", "[options] [-- COMMAND [ARG...]]", "boot a guest, to a shell or to run COMMAND", run_text, run_option_table, &run_option_rows, run_main},
+    {"doctor", "", "what this host offers and lacks", doctor_text, NULL, NULL, doctor_main},
+    {"help", "[COMMAND]", "explain a command", help_text, NULL, NULL, help_main},
+};
+const unsigned cli_command_count = ARRAY_SIZE(cli_commands);
+
+static const char *command_name(const void *table, unsigned i)
+{
+    return ((const struct command_row *)table)[i].name;
+}
+
+static const struct command_row *find_command(const char *name)
+{
+    for (unsigned i = 0; i < cli_command_count; i++)
+        if (!strcmp(name, cli_commands[i].name))
+            return &cli_commands[i];
+    const char *guess = options_guess(name, command_name, cli_commands, cli_command_count);
+    if (guess)
+        message_error("%.100s: no such command; did you mean %s?", name, guess);
+    else
+        message_error("%.100s: no such command; \"doppel help\" lists them", name);
+    return NULL;
+}
+
+static int help_main(int argc, char **argv)
+{
+    if (argc > 1) {
+        message_error("help: more than one word; write doppel help COMMAND");
+        return EXIT_USAGE;
+    }
+    const struct command_row *c = argc ? find_command(argv[0]) : NULL;
+    if (argc && !c)
+        return EXIT_USAGE;
+    if (c)
+        help_command(stdout, c);
+    else
+        help_overview(stdout);
+    return flushed(0);
+}
+
+static int version_main(void)
+{
+    printf("doppel %s\n", DOPPEL_VERSION);
+    return flushed(0);
+}
+
+static int man_main(void)
+{
+    help_man_page(stdout);
+    return flushed(0);
+}
+
+static const char *global_name(const void *table, unsigned i)
+{
+    return ((const char *const *)table)[i];
+}
+
+static int global_option(const char *word)
+{
+    static const char *const names[] = {"--help", "--version", "--man"};
+    if (!strcmp(word, names[0]) || !strcmp(word, "-h"))
+        return help_main(0, NULL);
+    if (!strcmp(word, names[1]))
+        return version_main();
+    if (!strcmp(word, names[2]))
+        return man_main();
+    const char *guess = options_guess(word, global_name, names, ARRAY_SIZE(names));
+    if (guess)
+        message_error("%.100s: no such option; did you mean %s?", word, guess);
+    else
+        message_error("%.100s: no such option; a command comes first, as in doppel run %.100s", word, word);
+    return EXIT_USAGE;
+}
+
+/* "doppel run --help": help wherever somebody asks for it, but not among a guest's words. */
+static bool asks_for_help(int argc, char **argv)
+{
+    for (int i = 0; i < argc && strcmp(argv[i], "--"); i++)
+        if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h"))
+            return true;
+    return false;
+}
+
+int cli_main(int argc, char **argv)
+{
+    if (argc < 2) {
+        message_error("no command; \"doppel run\" boots a guest, \"doppel help\" lists the commands");
+        return EXIT_USAGE;
+    }
+    if (argv[1][0] == '-')
+        return global_option(argv[1]);
+    const struct command_row *c = find_command(argv[1]);
+    if (!c)
+        return EXIT_USAGE;
+    if (asks_for_help(argc - 2, argv + 2)) {
+        help_command(stdout, c);
+        return flushed(0);
+    }
+    return c->main(argc - 2, argv + 2);
+}

@@ -1,0 +1,407 @@
+/*
+ * `doppel doctor` (doctor.h): a table of checks, each of which looks at one thing and says what it found and, if it is missing, how to get it.
+ *
+ * Nothing here waits for anybody: no network is tried and no program is started.
+ */
+#define _GNU_SOURCE
+#include "ctl/doctor.h"
+
+#include <cpuid.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <stdarg.h>
+#include <string.h>
+#include <sys/auxv.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/utsname.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "base/err.h"
+#include "base/types.h"
+#include "ctl/engine_choice.h"
+#include "ctl/guest.h"
+#include "ctl/help.h"
+#include "ctl/message.h"
+#include "ctl/run.h"
+
+#define MAPS_WANTED 65530                                          /* Linux's default for vm.max_map_count */
+#define FILES_WANTED 256
+#define HWCAP2_FSGSBASE_BIT 2                                      /* Linux arch/x86/include/uapi/asm/hwcap2.h: bit 1 */
+
+enum verdict { GOOD, NOTE, MISSING };
+
+struct finding {
+    enum verdict verdict;
+    char value[256];
+    char remedy[512];                                              /* "" when there is nothing to be done */
+};
+
+static void found(struct finding *f, enum verdict verdict, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+static void found(struct finding *f, enum verdict verdict, const char *fmt, ...)
+{
+    va_list ap;
+    f->verdict = verdict;
+    va_start(ap, fmt);
+    vsnprintf(f->value, sizeof(f->value), fmt, ap);
+    va_end(ap);
+}
+
+static void remedy(struct finding *f, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+static void remedy(struct finding *f, const char *fmt, ...)
+{
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(f->remedy, sizeof(f->remedy), fmt, ap);
+    va_end(ap);
+}
+
+/* A number from a file of /proc; false if it cannot be read. */
+static bool read_number(const char *path, u64 *v)
+{
+    FILE *f = fopen(path, "re");
+    unsigned long long n = 0;
+    bool ok = f && fscanf(f, "%llu", &n) == 1;
+    if (f)
+        fclose(f);
+    *v = n;
+    return ok;
+}
+
+static bool meminfo(const char *key, u64 *kib)
+{
+    FILE *f = fopen("/proc/meminfo", "re");
+    char line[128];
+    unsigned long long n = 0;
+    bool ok = false;
+    while (f && !ok && fgets(line, sizeof(line), f))
+        ok = !strncmp(line, key, strlen(key)) && sscanf(line + strlen(key), ": %llu", &n) == 1;
+    if (f)
+        fclose(f);
+    *kib = n;
+    return ok;
+}
+
+/* --- the processor (Intel SDM vol. 2A, CPUID) --- */
+
+static void check_system(struct finding *f)
+{
+    struct utsname u;
+    uname(&u);
+    found(f, GOOD, "%s %s %s", u.sysname, u.release, u.machine);
+}
+
+static void check_processor(struct finding *f)
+{
+    u32 r[12] = {0};
+    for (unsigned i = 0; i < 3; i++)
+        __get_cpuid(0x80000002 + i, &r[4 * i], &r[4 * i + 1], &r[4 * i + 2], &r[4 * i + 3]);
+    char brand[sizeof(r) + 1] = "";
+    memcpy(brand, r, sizeof(r));
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    sched_getaffinity(0, sizeof(set), &set);
+    found(f, GOOD, "%s (%d usable)", brand[0] ? brand + strspn(brand, " ") : "unknown", CPU_COUNT(&set));
+}
+
+static void check_hypervisor(struct finding *f)
+{
+    u32 a, b, c, d;
+    char name[13] = "";
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & BIT(31))) {
+        found(f, GOOD, "none: this is the machine itself");
+        return;
+    }
+    __cpuid(0x40000000, a, b, c, d);
+    memcpy(name, &b, 4);
+    memcpy(name + 4, &c, 4);
+    memcpy(name + 8, &d, 4);
+    for (char *p = name; *p; p++)
+        if (*p < ' ' || *p > '~')
+            *p = '?';
+    found(f, GOOD, "this host is itself a guest (\"%s\")", name);
+}
+
+static const struct feature {
+    const char *name;
+    u32 leaf;
+    unsigned reg, bit;                                             /* reg: 0 eax .. 3 edx */
+    bool required;                                                 /* by the interpreter, which runs vector instructions as they are */
+} features[] = {
+    {"SSE4.2", 1, 2, 20, true}, {"POPCNT", 1, 2, 23, true}, {"AVX", 1, 2, 28, false}, {"AVX2", 7, 1, 5, false}, {"BMI2", 7, 1, 8, false},
+    {"FSGSBASE", 7, 1, 0, false}, {"PKU", 7, 2, 3, false}, {"AVX512F", 7, 1, 16, false}, {"AES", 1, 2, 25, false}, {"SHA", 7, 1, 29, false},
+    {"RDRAND", 1, 2, 30, false}, {"RDSEED", 7, 1, 18, false}, {"INVARIANT-TSC", 0x80000007, 3, 8, false},
+};
+
+static void check_features(struct finding *f)
+{
+    char has[200] = "", lacks[200] = "";
+    bool bad = false;
+    for (size_t i = 0; i < ARRAY_SIZE(features); i++) {
+        u32 r[4] = {0};
+        bool there = __get_cpuid_count(features[i].leaf, 0, &r[0], &r[1], &r[2], &r[3]) && (r[features[i].reg] & BIT(features[i].bit));
+        char *list = there ? has : lacks;
+        size_t len = strlen(list);
+        snprintf(list + len, sizeof(has) - len, " %s", features[i].name);
+        bad |= !there && features[i].required;
+    }
+    found(f, bad ? MISSING : *lacks ? NOTE : GOOD, "%s%s%s", has[0] ? has + 1 : "none", *lacks ? "; not" : "", lacks);
+    if (bad)
+        remedy(f, "the processor is older than doppel supports (x86-64-v2)");
+    else if (*lacks)
+        remedy(f, "guests are not offered what the host lacks");
+}
+
+static void check_fsgsbase(struct finding *f)
+{
+    bool on = getauxval(AT_HWCAP2) & HWCAP2_FSGSBASE_BIT;
+    found(f, on ? GOOD : NOTE, on ? "usable by programs" : "not usable by programs");
+    if (!on)
+        remedy(f, "not needed by interp; Linux 5.9 or later enables it where the processor has it");
+}
+
+/* --- engines --- */
+
+static void check_kvm(struct finding *f)
+{
+    int fd = open("/dev/kvm", O_RDWR | O_CLOEXEC);
+    int error = errno;
+    if (fd >= 0) {
+        close(fd);
+        found(f, NOTE, "/dev/kvm is there and may be used");
+        remedy(f, "this version of doppel has no engine for it yet");
+    } else if (error == ENOENT) {
+        found(f, NOTE, "no /dev/kvm");
+        remedy(f, "not needed; hardware, BIOS or cloud provider decide (modprobe kvm_intel or kvm_amd, if there is a module)");
+    } else {
+        found(f, NOTE, "/dev/kvm is there but cannot be used: %s", strerror(error));
+        remedy(f, "not needed by this version; \"sudo adduser $USER kvm\" and a new login would give access");
+    }
+}
+
+static void check_engine(struct finding *f)
+{
+    char reason[128];
+    const struct engine *e = engine_choose(reason, sizeof(reason));
+    found(f, GOOD, "%s (%s)", e->name, reason);
+}
+
+/* --- the system --- */
+
+static void check_memory(struct finding *f)
+{
+    u64 total = 0, available = 0;
+    if (!meminfo("MemTotal", &total) || !meminfo("MemAvailable", &available)) {
+        found(f, NOTE, "unknown: /proc/meminfo cannot be read");
+        return;
+    }
+    bool low = available < 640 * KiB;
+    found(f, low ? NOTE : GOOD, "%llu MiB, %llu MiB free for a guest", (unsigned long long)(total / KiB), (unsigned long long)(available / KiB));
+    if (low)
+        remedy(f, "the default guest has 512 MiB; give it less with --memory, or end something");
+}
+
+static void check_memfd(struct finding *f)
+{
+    int fd = memfd_create("doppel-doctor", MFD_CLOEXEC);
+    bool ok = fd >= 0 && ftruncate(fd, (off_t)PAGE_SIZE) == 0;
+    void *p = ok ? mmap(NULL, PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0) : MAP_FAILED;
+    void *x = p != MAP_FAILED ? mmap(NULL, PAGE_SIZE, PROT_READ | PROT_EXEC, MAP_SHARED, fd, 0) : MAP_FAILED;
+    int error = errno;
+    if (x != MAP_FAILED)
+        found(f, GOOD, "works, also for code");
+    else
+        found(f, MISSING, "%s: %s", p == MAP_FAILED ? "does not work" : "works, but not for code", strerror(error));
+    if (x == MAP_FAILED)
+        remedy(f, "guest memory and generated code live in memfd; a security policy (SELinux, a container's seccomp profile, vm.memfd_noexec) forbids it");
+    if (p != MAP_FAILED)
+        munmap(p, PAGE_SIZE);
+    if (x != MAP_FAILED)
+        munmap(x, PAGE_SIZE);
+    if (fd >= 0)
+        close(fd);
+}
+
+static void check_maps(struct finding *f)
+{
+    u64 n;
+    if (!read_number("/proc/sys/vm/max_map_count", &n)) {
+        found(f, NOTE, "unknown: /proc/sys/vm/max_map_count cannot be read");
+        return;
+    }
+    found(f, n < MAPS_WANTED ? NOTE : GOOD, "%llu mappings", (unsigned long long)n);
+    if (n < MAPS_WANTED)
+        remedy(f, "\"sysctl vm.max_map_count=%d\" as root gives the usual number", MAPS_WANTED);
+}
+
+static void check_files(struct finding *f)
+{
+    struct rlimit l = {0, 0};
+    getrlimit(RLIMIT_NOFILE, &l);
+    bool few = l.rlim_cur != RLIM_INFINITY && l.rlim_cur < FILES_WANTED;
+    if (l.rlim_cur == RLIM_INFINITY)
+        found(f, GOOD, "unlimited");
+    else
+        found(f, few ? NOTE : GOOD, "%llu", (unsigned long long)l.rlim_cur);
+    if (few)
+        remedy(f, "\"ulimit -n %d\" raises the limit", FILES_WANTED);
+}
+
+static void check_address_space(struct finding *f)
+{
+    struct rlimit l = {0, 0};
+    getrlimit(RLIMIT_AS, &l);
+    bool limited = l.rlim_cur != RLIM_INFINITY;
+    if (!limited)
+        found(f, GOOD, "unlimited");
+    else
+        found(f, NOTE, "%llu MiB", (unsigned long long)(l.rlim_cur / MiB));
+    if (limited)
+        remedy(f, "a guest needs its memory and some 100 MiB more; \"ulimit -v unlimited\" lifts the limit");
+}
+
+static void check_seccomp(struct finding *f)
+{
+    char actions[256] = "";
+    FILE *file = fopen("/proc/sys/kernel/seccomp/actions_avail", "re");
+    bool ok = file && fgets(actions, sizeof(actions), file) && strstr(actions, "trap");
+    if (file)
+        fclose(file);
+    found(f, ok ? GOOD : NOTE, ok ? "available, with trap" : "not available");
+    if (!ok)
+        remedy(f, "not needed by this version; a kernel with CONFIG_SECCOMP_FILTER has it");
+}
+
+/* The child only tries; a fork of this small process takes no time. */
+static void check_namespaces(struct finding *f)
+{
+    int status = -1;
+    pid_t child = fork();
+    if (child == 0)
+        _exit(unshare(CLONE_NEWUSER) == 0 ? 0 : 1);
+    bool ok = child > 0 && waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0;
+    found(f, ok ? GOOD : NOTE, ok ? "can be made" : "cannot be made");
+    if (!ok)
+        remedy(f, "not needed by this version; \"sysctl kernel.unprivileged_userns_clone=1\" or user.max_user_namespaces as root allow them, where no container "
+                  "forbids it");
+}
+
+/* --- the default guest --- */
+
+static void check_guest(struct finding *f)
+{
+    struct guest g;
+    char script[PATH_MAX], dir[PATH_MAX];
+    if (guest_find(&g) == 0) {
+        found(f, GOOD, "%.240s", g.dir);
+        return;
+    }
+    found(f, NOTE, "%.240s", err_last());
+    if (guest_build_paths(script, dir) == 0)
+        remedy(f, "the first \"doppel run\" makes it, or you do: %.220s %.220s (needs the network once)", script, dir);
+    else
+        remedy(f, "%.500s", err_last());
+    f->verdict = f->verdict == NOTE && !*f->remedy ? MISSING : f->verdict;
+}
+
+static bool in_path(const char *program)
+{
+    char path[PATH_MAX];
+    const char *p = getenv("PATH");
+    while (p && *p) {
+        size_t len = strcspn(p, ":");
+        int n = snprintf(path, sizeof(path), "%.*s/%s", (int)MIN(len, 2000), p, program);
+        if (n > 0 && n < PATH_MAX && access(path, X_OK) == 0)
+            return true;
+        p += len + (p[len] == ':');
+    }
+    return false;
+}
+
+static void check_tools(struct finding *f)
+{
+    static const char *const tools[] = {"bash", "apt-get", "apt-cache", "dpkg", "flock", "sha256sum"};
+    char lacks[200] = "";
+    for (size_t i = 0; i < ARRAY_SIZE(tools); i++) {
+        size_t len = strlen(lacks);
+        if (!in_path(tools[i]))
+            snprintf(lacks + len, sizeof(lacks) - len, " %s", tools[i]);
+    }
+    if (!*lacks) {
+        found(f, GOOD, "all there");
+        return;
+    }
+    found(f, NOTE, "missing:%s", lacks);
+    remedy(f, "only needed to build the default guest, on Debian and its relatives; elsewhere copy a guest and set DOPPEL_GUEST, or give --kernel");
+}
+
+static void check_terminal(struct finding *f)
+{
+    bool tty = isatty(STDIN_FILENO) && isatty(STDOUT_FILENO);
+    found(f, GOOD, tty ? "a terminal" : "standard input or output is no terminal: no raw mode");
+}
+
+static const struct check {
+    const char *name;                                              /* NULL: text is the heading of those that follow */
+    const char *heading;
+    void (*run)(struct finding *f);
+} checks[] = {
+    {NULL, "Host", NULL},
+    {"system", NULL, check_system},
+    {"processor", NULL, check_processor},
+    {"hypervisor", NULL, check_hypervisor},
+    {"features", NULL, check_features},
+    {"fsgsbase", NULL, check_fsgsbase},
+    {"memory", NULL, check_memory},
+    {NULL, "Engines", NULL},
+    {"kvm", NULL, check_kvm},
+    {"auto takes", NULL, check_engine},
+    {NULL, "System services", NULL},
+    {"memfd", NULL, check_memfd},
+    {"max_map_count", NULL, check_maps},
+    {"open files", NULL, check_files},
+    {"address space", NULL, check_address_space},
+    {"seccomp", NULL, check_seccomp},
+    {"user namespaces", NULL, check_namespaces},
+    {"console", NULL, check_terminal},
+    {NULL, "Default guest", NULL},
+    {"guest", NULL, check_guest},
+    {"tools", NULL, check_tools},
+};
+
+static void show(const struct check *c, const struct finding *f)
+{
+    static const char *const marks[] = {[GOOD] = "ok", [NOTE] = "--", [MISSING] = "!!"};
+    printf("  %s  %-16s ", marks[f->verdict], c->name);
+    help_fill(stdout, f->value, 23, 23);
+    if (!*f->remedy)
+        return;
+    printf("%23s", "");
+    help_fill(stdout, f->remedy, 23, 23);
+}
+
+int doctor_main(int argc, char **argv)
+{
+    unsigned missing = 0;
+    if (argc) {
+        message_error("doctor: \"%.100s\": takes no words; write doppel doctor", argv[0]);
+        return EXIT_USAGE;
+    }
+    printf("doppel %s\n", DOPPEL_VERSION);
+    for (size_t i = 0; i < ARRAY_SIZE(checks); i++) {
+        struct finding f = {.verdict = GOOD};
+        if (!checks[i].run) {
+            printf("\n%s\n", checks[i].heading);
+            continue;
+        }
+        fflush(stdout);
+        checks[i].run(&f);
+        show(&checks[i], &f);
+        missing += f.verdict == MISSING;
+    }
+    printf("\n%s\n", missing ? "Lines with !! must be mended before doppel can run a guest." : "This host can run guests. Lines with -- are for information.");
+    fflush(stdout);
+    return 0;
+}

@@ -1,0 +1,7 @@
+/* Which engine `--engine auto` takes on this host, and why: for run and doctor. */
+#pragma once
+
+#include "cpu/engine.h"
+
+/* reason: a few words for the user. Never NULL: there is an engine that works everywhere. */
+const struct engine *engine_choose(char *reason, size_t size);

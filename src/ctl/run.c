@@ -1,0 +1,432 @@
+/*
+ * The life of `doppel run`: options, engine, guest, machine, loop, and the way out.
+ *
+ * Ending has two halves: the machine stops (on_vm_ended), then what it said reaches the outside (check_finished), then the loop stops. Only somebody who wants to quit
+ * at once does not wait for the second.
+ */
+#define _GNU_SOURCE
+#include "ctl/run.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "ctl/console.h"
+#include "ctl/engine_choice.h"
+#include "ctl/run_state.h"
+#include "ctl/signals.h"
+#include "ctl/terminal.h"
+
+#define HANGUP_SECONDS 20                                          /* for the guest to shut down when its terminal has gone */
+#define INTERRUPTS_MAX 3                                           /* a command that ignores so many SIGINTs is ended with the guest */
+
+/* --- ending --- */
+
+static void check_finished(void *arg)
+{
+    struct run *run = arg;
+    if (run->ended && (run->quitting || (command_drained(run->command) && run_io_drained(run))))
+        loop_stop(run->loop);
+}
+
+/* Posted behind whatever the devices had posted: the last output of the guest is on its way by now. */
+static void on_vm_ended(void *arg, const struct vm_result *r)
+{
+    struct run *run = arg;
+    run->ended = true;
+    run->end = r->end;
+    snprintf(run->host_error, sizeof(run->host_error), "%s", r->message);
+    run->shutdown_vcpu = r->vcpu;
+    run->shutdown_x86 = r->x86;
+    if (run->console)
+        console_close_prompt(run->console);
+    command_vm_ended(run->command);
+    loop_post(run->loop, check_finished, run);
+}
+
+/* Ends now, and drops what is not written. signo: who wants it; 0: a person at the console. */
+static void quit(struct run *run, int signo)
+{
+    if (signo)
+        run->quit_signal = signo;
+    run->quitting = true;
+    if (run->ended)
+        loop_stop(run->loop);
+    else
+        vm_quit(run->vm);
+}
+
+static void on_command_started(void *arg)
+{
+    struct run *run = arg;
+    message(&run->messages, LOG_INFO, "the command starts, %.2f s after the guest's power-on", (double)(run_now_ns() - run->running_ns) / 1e9);
+}
+
+static void on_command_done(void *arg)
+{
+    struct run *run = arg;
+    message(&run->messages, LOG_INFO, "%s; the guest shuts down", command_reason(run->command));
+}
+
+static void on_command_failed(void *arg)
+{
+    struct run *run = arg;
+    vm_quit(run->vm);
+}
+
+/* --- signals and keys --- */
+
+static void press_power_button(struct run *run)
+{
+    vm_resume(run->vm);                                            /* a paused guest could not see it */
+    vm_power_button(run->vm);
+}
+
+static void on_terminate(struct run *run, int signo, unsigned count)
+{
+    if (run->ended || count > 1) {
+        quit(run, signo);
+        return;
+    }
+    message(&run->messages, LOG_INFO, "%s: the power button was pressed; once more ends at once", signo == SIGTERM ? "SIGTERM" : "SIGINT");
+    press_power_button(run);
+}
+
+/* A command gets it, as it would on the host. */
+static void on_interrupt(struct run *run)
+{
+    run->ints++;
+    if (!run->options.command)
+        on_terminate(run, SIGINT, run->ints);
+    else if (run->ended || run->ints > INTERRUPTS_MAX || !command_signal(run->command, SIGINT))
+        quit(run, SIGINT);
+}
+
+/* Nobody sees the guest any more: it may shut down, but it does not stay for ever. */
+static void on_hangup(struct run *run)
+{
+    run->quit_signal = SIGHUP;
+    if (run->ended) {
+        quit(run, SIGHUP);
+        return;
+    }
+    signals_deadline(HANGUP_SECONDS);
+    press_power_button(run);
+}
+
+static void on_stop(struct run *run)
+{
+    bool raw = terminal_is_raw(), running = vm_state(run->vm) == VM_RUNNING;
+    if (running)
+        vm_pause(run->vm);
+    terminal_restore();
+    signals_stop_self();
+    if (raw)
+        terminal_raw();
+    if (running)
+        vm_resume(run->vm);
+    run_io_resize(run);
+}
+
+static void on_signal(void *arg, int signo)
+{
+    struct run *run = arg;
+    switch (signo) {
+    case SIGTERM:
+        on_terminate(run, signo, ++run->terms);
+        break;
+    case SIGINT:
+        on_interrupt(run);
+        break;
+    case SIGHUP:
+        on_hangup(run);
+        break;
+    case SIGQUIT:
+        quit(run, signo);
+        break;
+    case SIGALRM:
+        quit(run, run->quit_signal ? run->quit_signal : SIGTERM);
+        break;
+    case SIGTSTP:
+        on_stop(run);
+        break;
+    case SIGCONT:
+        if (terminal_is_raw())
+            terminal_raw();
+        run_io_resize(run);
+        break;
+    case SIGWINCH:
+        run_io_resize(run);
+        break;
+    }
+}
+
+static void on_quit_key(void *arg)
+{
+    quit(arg, 0);
+}
+
+static bool on_monitor_line(void *arg, char *line, FILE *out)
+{
+    struct run *run = arg;
+    bool stay = monitor_line(&run->monitor, line, out);
+    if (run->monitor.want_quit)
+        quit(run, 0);
+    return stay;
+}
+
+static const struct console_ops console_ops = {.quit = on_quit_key, .line = on_monitor_line};
+
+/* --- beginning --- */
+
+/* The promise of the command line is that with auto this is the first line. */
+static const struct engine *choose_engine(struct run *run)
+{
+    const char *name = run->options.engine;
+    char reason[128];
+    if (strcmp(name, "auto"))
+        return engine_find(name);
+    const struct engine *e = engine_choose(reason, sizeof(reason));
+    if (!run->options.quiet)
+        fprintf(run->stderr_stream, "engine: %s (%s)\n", e->name, reason);
+    return e;
+}
+
+static int append(char **text, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+static int append(char **text, const char *fmt, ...)
+{
+    char *more, *joined;
+    va_list ap;
+    va_start(ap, fmt);
+    int n = vasprintf(&more, fmt, ap);
+    va_end(ap);
+    if (n < 0)
+        return err(-ENOMEM, "no memory for the kernel's command line");
+    n = asprintf(&joined, "%s%s%s", *text ? *text : "", *text && **text && *more ? " " : "", more);
+    free(more);
+    if (n < 0)
+        return err(-ENOMEM, "no memory for the kernel's command line");
+    free(*text);
+    *text = joined;
+    return 0;
+}
+
+/* $TERM goes into the kernel's command line only if it is a plain word. */
+static const char *terminal_kind(void)
+{
+    const char *term = getenv("TERM");
+    return term && *term && strlen(term) < 64 && strspn(term, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._+-") == strlen(term) ? term : NULL;
+}
+
+/* For init of the default guest (guest/protocol.h). */
+static int append_for_init(struct run *run)
+{
+    int r = 0;
+    if (run->options.verbose)
+        r = append(&run->cmdline, "loglevel=7");
+    if (r == 0 && run->options.command)
+        return append(&run->cmdline, "doppel.run=1");
+    if (r == 0 && run->tty && terminal_kind())
+        r = append(&run->cmdline, "TERM=%s", terminal_kind());
+    if (r == 0 && run->tty && run->console->cols)
+        r = append(&run->cmdline, "doppel.cols=%u doppel.rows=%u", run->console->cols, run->console->rows);
+    return r;
+}
+
+static int make_cmdline(struct run *run)
+{
+    const struct run_options *o = &run->options;
+    bool own = !run->guest.dir[0];
+    int r = append(&run->cmdline, "%s", !own ? run->guest.cmdline : o->append ? "" : "console=ttyS0");
+    if (r == 0 && !own)
+        r = append_for_init(run);
+    if (r == 0 && o->append)
+        r = append(&run->cmdline, "%s", o->append);
+    return r;
+}
+
+/* The default guest is needed for its kernel, or for the command line that its init understands. */
+static int find_guest(struct run *run)
+{
+    const struct run_options *o = &run->options;
+    return o->kernel && !o->command ? 0 : guest_find_or_build(&run->guest, o->quiet);
+}
+
+static int open_trace(struct run *run)
+{
+    if (!run->options.trace_file)
+        return 0;
+    run->trace_file = message_open(run->options.trace_file, "--trace");
+    return run->trace_file ? 0 : -EIO;
+}
+
+static int open_command(struct run *run)
+{
+    struct chardev *console = run->options.command ? run->console : NULL;
+    struct command_config config = {
+        .argv = run->options.command, .in = console ? console : run->in, .out = console ? console : run->out, .err = run->err,
+        .tty = console != NULL, .stdout_ends = !console, .term = terminal_kind(), .log = &run->log,
+        .started = on_command_started, .done = on_command_done, .failed = on_command_failed, .arg = run,
+    };
+    if (run->console) {
+        config.cols = run->console->cols;
+        config.rows = run->console->rows;
+    }
+    return command_new(&config, &run->command);
+}
+
+static int open_vm(struct run *run, const struct engine *engine)
+{
+    const struct run_options *o = &run->options;
+    struct vm_config config = {
+        .engine = engine, .vcpus = o->cpus, .memory_bytes = o->memory_bytes,
+        .kernel = o->kernel ? o->kernel : run->guest.kernel,
+        .initrd = o->initrd ? o->initrd : o->kernel ? NULL : run->guest.initrd,
+        .cmdline = run->cmdline, .disk = o->disk, .disks = o->disks, .serial = run->serial,
+        .no_reboot = o->no_reboot || o->command,                   /* a command is not run twice */
+        .trace = {.mask = o->trace_mask, .file = run->trace_file ? run->trace_file : run->stderr_stream},
+        .log = &run->log, .loop = run->loop, .ended = on_vm_ended, .ended_arg = run,
+    };
+    config.port = command_ports(run->command, &config.ports);
+    int r = vm_new(&config, &run->vm);
+    if (r < 0)
+        return r;
+    command_attach(run->command, run->vm);
+    run->monitor.vm = run->vm;
+    return 0;
+}
+
+/* Everything up to the moment before the first instruction. */
+static int prepare(struct run *run)
+{
+    const struct run_options *o = &run->options;
+    run->stderr_stream = message_stream();
+    if (!run->stderr_stream)
+        return err(-ENOMEM, "no memory");
+    int r = o->status_file ? status_file_prepare(o->status_file) : 0;
+    const struct engine *engine = r == 0 ? choose_engine(run) : NULL;
+    if (r == 0)
+        r = find_guest(run);
+    if (r == 0)
+        r = open_trace(run);
+    if (r == 0)
+        r = loop_new(&run->loop);
+    if (r == 0)
+        r = run_io_open(run, &console_ops);
+    if (r == 0)
+        r = open_command(run);
+    if (r == 0)
+        r = make_cmdline(run);
+    if (r == 0)
+        r = open_vm(run, engine);
+    return r;
+}
+
+static int loop_and_machine(struct run *run)
+{
+    run->running_ns = run_now_ns();
+    message(&run->messages, LOG_INFO, "the guest starts, %.2f s after doppel: %u vCPU, %llu MiB, kernel %s",
+            (double)(run->running_ns - run->started_ns) / 1e9, run->options.cpus, (unsigned long long)(run->options.memory_bytes / MiB),
+            run->options.kernel ? run->options.kernel : run->guest.kernel);
+    int r = signals_open(run->loop, on_signal, run);
+    if (r < 0)
+        return r;
+    run_io_on_drained(run, check_finished, run);
+    if (run->tty && terminal_open(STDIN_FILENO) == 0)
+        terminal_raw();
+    r = vm_start(run->vm);
+    if (r == 0)
+        r = loop_run(run->loop);
+    return r;
+}
+
+static void say_speed(struct run *run)
+{
+    u64 ns = run_now_ns() - run->running_ns, insns = vm_insns(run->vm);
+    message(&run->messages, LOG_INFO, "the guest ran for %.2f s: %llu million instructions, %.1f million a second", (double)ns / 1e9,
+            (unsigned long long)(insns / 1000000), (double)insns / (double)MAX(ns, 1) * 1e3);
+}
+
+static void release(struct run *run)
+{
+    vm_free(run->vm);
+    command_free(run->command);
+    monitor_close(&run->monitor);
+    run_io_close(run);
+    if (run->loop) {
+        signals_close();
+        loop_free(run->loop);
+    }
+    if (run->trace_file)
+        fclose(run->trace_file);
+    if (run->stderr_stream)
+        fclose(run->stderr_stream);
+    free(run->cmdline);
+}
+
+/* A host error before or while the machine ran; ctl/ is where err() becomes a message. */
+static void host_error(struct status *s)
+{
+    message_error("%s", err_last());
+    *s = (struct status){.status = EXIT_HOST_ERROR, .end = "host-error", .failed = "host", .reason = err_last()};
+}
+
+static int usage_error(struct status *s)
+{
+    message_error("%s", err_last());
+    message_error("\"doppel help run\" lists the options");
+    *s = (struct status){.status = EXIT_USAGE, .end = "usage", .failed = "user", .reason = err_last()};
+    return EXIT_USAGE;
+}
+
+static int write_status(const struct run *run, const struct status *s)
+{
+    if (!run->options.status_file || status_file_write(run->options.status_file, s) == 0)
+        return s->status;
+    message_error("%s", err_last());
+    return s->status ? s->status : EXIT_HOST_ERROR;
+}
+
+static int run_guest(struct run *run)
+{
+    struct status s;
+    run->messages = (struct message_config){.quiet = run->options.quiet, .verbose = run->options.verbose};
+    run->log = (struct log){.sink = message_sink, .arg = &run->messages};
+    run->started_ns = run_now_ns();
+    int r = prepare(run);
+    if (r == 0)
+        r = loop_and_machine(run);
+    terminal_restore();
+    if (r < 0) {
+        host_error(&s);
+    } else {
+        run_end(run, &s);
+        say_speed(run);
+    }
+    int status = write_status(run, &s);
+    release(run);
+    return status;
+}
+
+int run_main(int argc, char **argv)
+{
+    u32 closed = run_reserve_streams();
+    struct status s;
+    struct run *run = calloc(1, sizeof(*run));
+    int status;
+    if (!run) {
+        message_error("no memory");
+        return EXIT_HOST_ERROR;
+    }
+    run->closed_streams = closed;
+    if (run_options_parse(&run->options, argc, argv) < 0) {
+        status = usage_error(&s);
+        write_status(run, &s);
+    } else {
+        status = run_guest(run);
+    }
+    free(run);
+    return status;
+}

@@ -1,0 +1,12 @@
+/* `doppel run`: one virtual machine in the foreground, from its options to its exit status. */
+#pragma once
+
+/* Exit statuses besides the command's own (sysexits.h for 64). */
+enum {
+    EXIT_HOST_ERROR = 1,
+    EXIT_USAGE = 64,
+    EXIT_GUEST_PANIC = 70,
+    EXIT_TRIPLE_FAULT = 71,
+};
+
+int run_main(int argc, char **argv);                               /* the words behind "run" */

@@ -1,0 +1,60 @@
+/*
+ * The parts of one run, shared by run.c (life cycle), run_io.c (who is connected to what) and run_end.c (how it ended). On the loop's thread.
+ */
+#pragma once
+
+#include "ctl/command.h"
+#include "ctl/guest.h"
+#include "ctl/message.h"
+#include "ctl/monitor.h"
+#include "ctl/run_options.h"
+#include "ctl/status_file.h"
+
+/* Standard streams that were closed when doppel started: bits of 1 << descriptor. */
+u32 run_reserve_streams(void);
+
+struct run {
+    struct run_options options;
+    u32 closed_streams;
+    struct message_config messages;
+    struct log log;
+    struct loop *loop;
+    struct guest guest;                                            /* dir is "" when the default guest is not used */
+    char *cmdline;
+    FILE *trace_file, *stderr_stream;                              /* trace_file: NULL without --trace FILE */
+    struct vm *vm;
+    struct monitor monitor;
+    struct command *command;
+
+    /* run_io.c */
+    bool tty;                                                      /* a terminal is the console's (or the command's) */
+    struct chardev *streams;                                       /* standard input and output as one, below `console` */
+    struct chardev *console;                                       /* with Ctrl-A; NULL: standard input and output are no console */
+    struct chardev *serial;                                        /* what COM1 is connected to: console, or one of the next two */
+    struct chardev *serial_file;                                   /* FILE, unix:PATH, or standard error */
+    struct chardev *serial_tail;                                   /* the last lines, for when the guest fails */
+    struct chardev *in, *out, *err;                                /* a command's, without a terminal */
+
+    /* Why it ends */
+    unsigned terms, ints;                                          /* SIGTERMs, SIGINTs so far */
+    int quit_signal;                                               /* the signal that ended or is to end it; 0: none */
+    bool quitting;                                                 /* at once: output is not waited for */
+    bool ended;
+    enum vm_end end;
+    char host_error[512];
+    unsigned shutdown_vcpu;                                        /* of a triple fault */
+    const struct x86 *shutdown_x86;                                /* the VM's */
+    u64 started_ns, running_ns;                                    /* host's monotonic clock */
+};
+
+/* run_io.c: connects console and command according to the options; 0 or a negative errno with err(). */
+struct console_ops;
+int run_io_open(struct run *run, const struct console_ops *ops);
+bool run_io_drained(const struct run *run);
+void run_io_on_drained(struct run *run, void (*drained)(void *arg), void *arg);
+void run_io_resize(struct run *run);
+void run_io_close(struct run *run);
+
+/* run_end.c: says what has to be said and fills in *s; reason lives as long as the run. */
+void run_end(struct run *run, struct status *s);
+u64 run_now_ns(void);
