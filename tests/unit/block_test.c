@@ -1,0 +1,369 @@
+/* Disk images: requests against a real file, the lock, and every kind of file that is no disk. */
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#include "back/block.h"
+#include "base/err.h"
+
+static char dir[] = "/tmp/doppel-block-XXXXXX";
+
+static char *path(const char *name)
+{
+    static char buf[2][128];
+    static int i;
+
+    snprintf(buf[i ^= 1], sizeof(buf[0]), "%s/%s", dir, name);
+    return buf[i];
+}
+
+static void make(const char *name, off_t size)
+{
+    int fd = open(path(name), O_RDWR | O_CREAT | O_TRUNC, 0600);
+
+    assert_true(fd >= 0 && ftruncate(fd, size) == 0);
+    close(fd);
+}
+
+static int setup(void **state)
+{
+    (void)state;
+    return !mkdtemp(dir);
+}
+
+static int teardown(void **state)
+{
+    char cmd[256];
+
+    (void)state;
+    snprintf(cmd, sizeof(cmd), "rm -rf %s", dir);
+    return system(cmd);
+}
+
+/* A request and its end. */
+struct job {
+    struct block_req req;
+    struct iovec iov[8];
+    pthread_mutex_t lock;
+    pthread_cond_t done;
+    bool finished;
+};
+
+static void job_done(struct block_req *r)
+{
+    struct job *j = container_of(r, struct job, req);
+
+    pthread_mutex_lock(&j->lock);
+    j->finished = true;
+    pthread_cond_signal(&j->done);
+    pthread_mutex_unlock(&j->lock);
+}
+
+static void job_start(struct job *j, struct block *b, enum block_op op, u64 offset, const struct iovec *iov, unsigned iovs)
+{
+    memset(j, 0, sizeof(*j));
+    pthread_mutex_init(&j->lock, NULL);
+    pthread_cond_init(&j->done, NULL);
+    if (iovs)
+        memcpy(j->iov, iov, iovs * sizeof(*iov));
+    j->req = (struct block_req){ .op = op, .offset = offset, .iov = j->iov, .iovs = iovs, .done = job_done };
+    block_submit(b, &j->req);
+}
+
+static int job_wait(struct job *j)
+{
+    pthread_mutex_lock(&j->lock);
+    while (!j->finished)
+        pthread_cond_wait(&j->done, &j->lock);
+    pthread_mutex_unlock(&j->lock);
+    return j->req.result;
+}
+
+static int io(struct block *b, enum block_op op, u64 offset, void *buf, size_t len)
+{
+    struct job j;
+
+    job_start(&j, b, op, offset, &(struct iovec){ buf, len }, op == BLOCK_FLUSH ? 0 : 1);
+    return job_wait(&j);
+}
+
+static void test_read_write(void **state)
+{
+    struct block *b;
+    u8 out[3000], in[3000];
+    struct job j;
+
+    (void)state;
+    make("disk", 1 * MiB);
+    assert_int_equal(block_open(path("disk"), false, &b), 0);
+    assert_int_equal(block_size(b), 1 * MiB);
+    for (unsigned i = 0; i < sizeof(out); i++)
+        out[i] = (u8)(i * 7);
+    /* scattered out, empty pieces among them; in by one piece */
+    job_start(&j, b, BLOCK_WRITE, 1024, (struct iovec[]){ { NULL, 0 }, { out, 1 }, { out + 1, 2000 }, { out, 0 }, { out + 2001, 999 } }, 5);
+    assert_int_equal(job_wait(&j), 0);
+    assert_int_equal(io(b, BLOCK_FLUSH, 0, NULL, 0), 0);
+    assert_int_equal(io(b, BLOCK_READ, 1024, in, sizeof(in)), 0);
+    assert_memory_equal(in, out, sizeof(in));
+    block_close(b);
+    assert_int_equal(block_open(path("disk"), true, &b), 0);
+    memset(in, 0, sizeof(in));
+    assert_int_equal(io(b, BLOCK_READ, 1024, in, sizeof(in)), 0);
+    assert_memory_equal(in, out, sizeof(in));
+    assert_int_equal(io(b, BLOCK_WRITE, 0, out, 512), -EROFS);
+    assert_int_equal(io(b, BLOCK_FLUSH, 0, NULL, 0), 0);
+    block_close(b);
+}
+
+static void test_bounds(void **state)
+{
+    struct block *b;
+    u8 buf[1024];
+
+    (void)state;
+    make("disk", 4096);
+    assert_int_equal(block_open(path("disk"), false, &b), 0);
+    assert_int_equal(io(b, BLOCK_READ, 3072, buf, 1024), 0);
+    assert_int_equal(io(b, BLOCK_READ, 3584, buf, 1024), -EINVAL);
+    assert_int_equal(io(b, BLOCK_WRITE, 4096, buf, 512), -EINVAL);
+    assert_int_equal(io(b, BLOCK_READ, ~0ull - 511, buf, 512), -EINVAL);
+    assert_int_equal(io(b, BLOCK_READ, 4096, buf, 0), 0);
+    block_close(b);
+}
+
+/* A file of 1000 bytes is a disk of two sectors; the second ends in zeroes. */
+static void test_odd_size(void **state)
+{
+    struct block *b;
+    u8 buf[1024];
+    int fd;
+
+    (void)state;
+    make("odd", 1000);
+    fd = open(path("odd"), O_WRONLY);
+    memset(buf, 0x11, sizeof(buf));
+    assert_int_equal(write(fd, buf, 1000), 1000);
+    close(fd);
+    assert_int_equal(block_open(path("odd"), false, &b), 0);
+    assert_int_equal(block_size(b), 1024);
+    memset(buf, 0xff, sizeof(buf));
+    assert_int_equal(io(b, BLOCK_READ, 0, buf, 1024), 0);
+    assert_int_equal(buf[999], 0x11);
+    for (unsigned i = 1000; i < 1024; i++)
+        assert_int_equal(buf[i], 0);
+    buf[1023] = 0x77;
+    assert_int_equal(io(b, BLOCK_WRITE, 512, buf + 512, 512), 0);
+    assert_int_equal(io(b, BLOCK_READ, 512, buf, 512), 0);
+    assert_int_equal(buf[511], 0x77);
+    block_close(b);
+}
+
+/* Somebody cuts the file short while we use it: an error, not zeroes. And when it grows, a refresh tells. */
+static void test_size_changes(void **state)
+{
+    struct block *b;
+    u8 buf[512];
+
+    (void)state;
+    make("disk", 8192);
+    assert_int_equal(block_open(path("disk"), false, &b), 0);
+    assert_int_equal(truncate(path("disk"), 1024), 0);
+    assert_int_equal(io(b, BLOCK_READ, 4096, buf, 512), -EIO);
+    assert_int_equal(truncate(path("disk"), 16384), 0);
+    assert_int_equal(io(b, BLOCK_READ, 8192, buf, 512), -EINVAL);
+    assert_int_equal(block_refresh(b), 0);
+    assert_int_equal(block_size(b), 16384);
+    assert_int_equal(io(b, BLOCK_READ, 8192, buf, 512), 0);
+    block_close(b);
+}
+
+/* More pieces than one system call takes. */
+static void test_many_pieces(void **state)
+{
+    enum { PIECES = 3000 };
+    static struct iovec iov[PIECES];
+    static u8 out[PIECES * 2], in[PIECES * 2];
+    struct block *b;
+    struct job j;
+
+    (void)state;
+    make("disk", 1 * MiB);
+    assert_int_equal(block_open(path("disk"), false, &b), 0);
+    for (unsigned i = 0; i < PIECES; i++) {
+        iov[i] = (struct iovec){ out + 2 * i, 2 };
+        out[2 * i] = (u8)i;
+        out[2 * i + 1] = (u8)(i >> 8);
+    }
+    job_start(&j, b, BLOCK_FLUSH, 0, NULL, 0);
+    assert_int_equal(job_wait(&j), 0);
+    j.finished = false;
+    j.req = (struct block_req){ .op = BLOCK_WRITE, .offset = 512, .iov = iov, .iovs = PIECES, .done = job_done };
+    block_submit(b, &j.req);
+    assert_int_equal(job_wait(&j), 0);
+    assert_int_equal(io(b, BLOCK_READ, 512, in, sizeof(in)), 0);
+    assert_memory_equal(in, out, sizeof(in));
+    block_close(b);
+}
+
+/* Many at once, and a close that comes before they are done. */
+static void test_close_waits(void **state)
+{
+    enum { JOBS = 200 };
+    static struct job job[JOBS];
+    static u8 buf[JOBS][4096];
+    struct block *b;
+
+    (void)state;
+    make("disk", JOBS * 4096);
+    assert_int_equal(block_open(path("disk"), false, &b), 0);
+    for (unsigned i = 0; i < JOBS; i++) {
+        memset(buf[i], (int)i + 1, sizeof(buf[i]));
+        job_start(&job[i], b, BLOCK_WRITE, i * 4096, &(struct iovec){ buf[i], 4096 }, 1);
+    }
+    block_close(b);
+    for (unsigned i = 0; i < JOBS; i++)
+        assert_true(job[i].finished && job[i].req.result == 0);
+    assert_int_equal(block_open(path("disk"), true, &b), 0);
+    for (unsigned i = 0; i < JOBS; i++) {
+        u8 in[4096];
+
+        assert_int_equal(io(b, BLOCK_READ, i * 4096, in, 4096), 0);
+        assert_memory_equal(in, buf[i], 4096);
+    }
+    block_close(b);
+}
+
+static void test_lock(void **state)
+{
+    struct block *a, *b;
+
+    (void)state;
+    make("disk", 4096);
+    assert_int_equal(block_open(path("disk"), false, &a), 0);
+    assert_int_equal(block_open(path("disk"), false, &b), -EBUSY);
+    assert_non_null(strstr(err_last(), "in use"));
+    assert_non_null(strstr(err_last(), path("disk")));
+    assert_int_equal(block_open(path("disk"), true, &b), -EBUSY);
+    block_close(a);
+    assert_int_equal(block_open(path("disk"), true, &a), 0);
+    assert_int_equal(block_open(path("disk"), true, &b), 0);
+    block_close(b);
+    assert_int_equal(block_open(path("disk"), false, &b), -EBUSY);
+    block_close(a);
+    assert_int_equal(block_open(path("disk"), false, &b), 0);
+    block_close(b);
+}
+
+static void refused(const char *name, bool readonly, int code, const char *reason)
+{
+    struct block *b = NULL;
+
+    assert_int_equal(block_open(name, readonly, &b), code);
+    assert_null(b);
+    if (!strstr(err_last(), name) || !strstr(err_last(), reason))
+        fail_msg("\"%s\" does not tell of %s: %s", err_last(), name, reason);
+}
+
+static void test_no_disks(void **state)
+{
+    (void)state;
+    refused(path("missing"), false, -ENOENT, "truncate");
+    refused(dir, false, -EINVAL, "a directory");
+    refused(dir, true, -EINVAL, "a directory");
+    make("empty", 0);
+    refused(path("empty"), false, -EINVAL, "is empty");
+    assert_int_equal(mkfifo(path("fifo"), 0600), 0);
+    refused(path("fifo"), false, -EINVAL, "a pipe");
+    refused(path("fifo"), true, -EINVAL, "a pipe");
+    refused("/dev/zero", true, -EINVAL, "a character device");
+    assert_int_equal(symlink("loop", path("loop")), 0);
+    refused(path("loop"), true, -ELOOP, "symbolic links");
+    refused("", true, -ENOENT, "no such file");
+}
+
+/* As an ordinary user, since root may read everything. */
+static void test_permissions(void **state)
+{
+    pid_t pid;
+    int status;
+
+    (void)state;
+    make("disk", 4096);
+    assert_int_equal(chmod(path("disk"), 0444), 0);
+    assert_int_equal(chmod(dir, 0755), 0);
+    pid = fork();
+    if (!pid) {
+        struct block *b;
+        int bad = 0;
+
+        if (!getuid() && setuid(65534) < 0)
+            _exit(9);
+        bad |= block_open(path("disk"), false, &b) != -EACCES || !strstr(err_last(), ",readonly");
+        bad |= (block_open(path("disk"), true, &b) != 0) << 1;
+        _exit(bad);
+    }
+    assert_int_equal(waitpid(pid, &status, 0), pid);
+    assert_true(WIFEXITED(status));
+    assert_int_equal(WEXITSTATUS(status), 0);
+    assert_int_equal(chmod(path("disk"), 0), 0);
+    pid = fork();
+    if (!pid) {
+        struct block *b;
+
+        if (!getuid() && setuid(65534) < 0)
+            _exit(9);
+        _exit(block_open(path("disk"), true, &b) != -EACCES || !strstr(err_last(), "permissions"));
+    }
+    assert_int_equal(waitpid(pid, &status, 0), pid);
+    assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+}
+
+/* The host has no more room (here by a limit on file sizes): the request's result says so, and nobody is killed by SIGXFSZ. */
+static void test_full(void **state)
+{
+    pid_t pid;
+    int status;
+
+    (void)state;
+    make("disk", 64 * KiB);
+    pid = fork();
+    if (!pid) {
+        struct rlimit limit = { 8192, 8192 };
+        struct block *b;
+        u8 buf[4096] = { 1 };
+        int bad = 0;
+
+        if (block_open(path("disk"), false, &b) < 0)
+            _exit(9);
+        setrlimit(RLIMIT_FSIZE, &limit);
+        bad |= io(b, BLOCK_WRITE, 0, buf, sizeof(buf)) != 0;
+        bad |= (io(b, BLOCK_WRITE, 32768, buf, sizeof(buf)) != -EFBIG) << 1;
+        bad |= (io(b, BLOCK_READ, 32768, buf, sizeof(buf)) != 0) << 2;
+        block_close(b);
+        _exit(bad);
+    }
+    assert_int_equal(waitpid(pid, &status, 0), pid);
+    assert_true(WIFEXITED(status));
+    assert_int_equal(WEXITSTATUS(status), 0);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_read_write), cmocka_unit_test(test_bounds), cmocka_unit_test(test_odd_size), cmocka_unit_test(test_size_changes),
+        cmocka_unit_test(test_many_pieces), cmocka_unit_test(test_close_waits), cmocka_unit_test(test_lock), cmocka_unit_test(test_no_disks),
+        cmocka_unit_test(test_permissions), cmocka_unit_test(test_full),
+    };
+
+    return cmocka_run_group_tests(tests, setup, teardown);
+}
