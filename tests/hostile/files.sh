@@ -1,0 +1,108 @@
+#!/bin/bash
+# Kernels, initrds, disks, sizes and consoles that are missing, broken or absurd: a clear error of at most 4 lines on standard error, within a few seconds, with
+# the right status, naming the file or the option. Run against the build with ASan and UBSan.
+. "$(dirname "$0")/../lib/tap.sh"
+DOPPEL=${DOPPEL_ASAN:-$top/build/asan/doppel}
+guest=${BUILD:-$top/build}/guest
+export DOPPEL_GUEST=$guest ASAN_OPTIONS=abort_on_error=1 UBSAN_OPTIONS=halt_on_error=1
+cd "$tmp" || exit 1
+base=(run --engine interp --quiet --console none)
+
+# name, status, word that the message holds, arguments: ends before the guest starts
+refused()
+{
+    local name=$1 want=$2 word=$3 start=$SECONDS lines
+    shift 3
+    timeout -k 5 15 "$DOPPEL" "$@" </dev/null >out 2>err
+    local status=$?
+    lines=$(wc -l <err)
+    if [ $status != "$want" ]; then not_ok "$name" "exit status $status, wanted $want" "$(head -n 8 err)"
+    elif [ "$lines" -gt 4 ] || [ "$lines" -lt 1 ]; then not_ok "$name" "$lines lines on standard error" "$(head -n 20 err)"
+    elif ! grep -qF -- "$word" err; then not_ok "$name" "the message does not name $word" "$(cat err)"
+    elif grep -qE 'Sanitizer|runtime error|bug:' err; then not_ok "$name" "$(cat err)"
+    elif [ $((SECONDS - start)) -gt 6 ]; then not_ok "$name" "took $((SECONDS - start)) s"
+    else ok "$name"; fi
+}
+# name, arguments: whatever the guest does with it, the monitor keeps to its statuses
+survives()
+{
+    local name=$1
+    shift
+    timeout -k 5 20 "$DOPPEL" "$@" </dev/null >out 2>err &
+    local pid=$!
+    sleep 4
+    pkill -KILL -P $pid 2>/dev/null                 # still running is fine: the guest is lost, doppel is not
+    wait $pid 2>/dev/null
+    local status=$?
+    if grep -qE 'Sanitizer|runtime error|bug:' err; then not_ok "$name" "$(head -n 40 err)"
+    else case $status in 0 | 1 | 70 | 71 | 137) ok "$name" ;; *) not_ok "$name" "exit status $status" "$(head -n 20 err)" ;; esac; fi
+}
+
+: >empty
+head -c 100 "$guest/vmlinuz" >truncated-head
+head -c 4000000 "$guest/vmlinuz" >truncated-half
+head -c 2000000 /dev/urandom >random
+mkdir folder
+mkfifo fifo
+# An arm64 Image and an ELF file of another machine.
+{ head -c 56 /dev/zero; printf 'ARMd'; head -c 100000 /dev/zero; } >arm64-image
+{ printf '\177ELF\002\001\001\000\000\000\000\000\000\000\000\000\002\000\267\000\001\000\000\000'; head -c 4096 /dev/zero; } >aarch64-elf
+{ head -c 18 /bin/busybox 2>/dev/null || head -c 18 /bin/ls; } >short-elf
+printf 'a shell script\n' >text
+install -m 000 /dev/null unreadable
+
+for k in missing empty truncated-head truncated-half random folder fifo arm64-image aarch64-elf short-elf text; do
+    refused "kernel: $k" 1 "$k" "${base[@]}" --kernel $k
+done
+for k in missing folder fifo; do
+    refused "initrd: $k" 1 "$k" "${base[@]}" --kernel "$guest/vmlinuz" --initrd $k
+done
+survives "initrd: random bytes" "${base[@]}" --kernel "$guest/vmlinuz" --initrd random --append "console=ttyS0 panic=-1" --no-reboot
+survives "initrd: empty" "${base[@]}" --kernel "$guest/vmlinuz" --initrd empty --no-reboot
+for d in missing folder fifo empty; do
+    refused "disk: $d" 1 "$d" "${base[@]}" --disk $d
+done
+if [ "$(id -u)" = 0 ]; then
+    chmod 755 "$tmp"
+    user=(setpriv --reuid 65534 --regid 65534 --clear-groups)
+    if "${user[@]}" test -x "$DOPPEL"; then
+        save=$DOPPEL DOPPEL=setpriv
+        for o in kernel disk; do
+            refused "$o: unreadable" 1 unreadable "${user[@]:1}" "$save" "${base[@]}" --$o unreadable
+        done
+        DOPPEL=$save
+    else
+        skip "kernel, disk: unreadable" "an ordinary user cannot reach $DOPPEL"
+    fi
+fi
+truncate -s 1M ro.img; chmod 444 ro.img
+truncate -s 1M busy.img
+exec 7<>busy.img; flock 7
+timeout 10 "$DOPPEL" "${base[@]}" --disk busy.img </dev/null >out 2>err & first=$!
+refused "disk: twice in one machine" 1 twice.img "${base[@]}" --disk "$(truncate -s 1M twice.img; echo twice.img)" --disk twice.img
+kill $first 2>/dev/null; wait $first 2>/dev/null; exec 7>&-
+
+for m in 0 1 1K -5 3M 99999999999999999999G 1000000G abc 512X "" 0x100; do
+    refused "--memory '$m'" 64 --memory "${base[@]}" --memory "$m"
+done
+refused "memory too small for the kernel" 1 memory "${base[@]}" --memory 16M
+for c in 0 -1 65 1000000 two ""; do
+    refused "--cpus '$c'" 64 --cpus "${base[@]}" --cpus "$c"
+done
+refused "unknown option" 64 --nonsense "${base[@]}" --nonsense
+refused "unknown engine" 64 --engine run --quiet --engine warp
+refused "unknown command" 64 fly fly
+refused "--trace of nothing known" 64 --trace "${base[@]}" --trace bogus
+refused "--disk with an unknown attribute" 64 --disk "${base[@]}" --disk "ro.img,shiny"
+refused "command line too long" 1 append "${base[@]}" --append "$(head -c 70000 /dev/zero | tr '\0' x)"
+refused "console: a folder" 1 folder run --engine interp --quiet --console folder
+refused "console: a socket in a missing folder" 1 nowhere run --engine interp --quiet --console unix:nowhere/sock
+refused "status file: a missing folder" 1 nowhere run --engine interp --quiet --status-file nowhere/status -- true
+
+# Outputs that cannot be written: the guest is not harmed and still gives its status.
+export BOOT_SECONDS=280
+timeout 280 "$DOPPEL" run --engine interp --quiet -- sh -c 'echo lost; exit 5' </dev/null >/dev/full 2>err
+status=$?
+grep -qE 'Sanitizer|runtime error|bug:' err && status="sanitizer: $(head -n 5 err)"
+like "standard output is full: the end is told" "$status" '^(5|1|141)$'
+done_testing
