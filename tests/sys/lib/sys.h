@@ -225,6 +225,7 @@ u64 descriptor(u32 base, u32 limit, u32 access); /* limit is the field itself, 2
 u64 gate(u16 sel, u32 offset, u32 access, u8 low); /* low: parameter count, or IST */
 void idt_set(unsigned vector, u16 sel, const void *handler, u32 access, u8 ist); /* access: D_P | D_DPL | TYPE */
 void idt_default(unsigned vector);          /* back to the catcher: interrupt gate, DPL 0 (0x80: DPL 3) */
+extern char trap_entry[];                   /* the catcher: 16 bytes per vector */
 
 /* Called by the catcher with the interrupted general registers before anything else; returns true to resume where the trap came from (trap.ip, trap.flags may be changed). */
 extern bool (*trap_hook)(void);
