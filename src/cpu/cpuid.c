@@ -476,9 +476,9 @@ static void leaf_kvm(const struct cpuid_policy *p, u32 leaf, struct cpuid_regs *
     switch (leaf) {
     case KVM_CPUID_SIGNATURE:
         r->eax = KVM_CPUID_TIMING;
-        memcpy(&r->ebx, KVM_SIGNATURE, 4);
-        memcpy(&r->ecx, KVM_SIGNATURE + 4, 4);
-        memcpy(&r->edx, KVM_SIGNATURE + 8, 4);
+        memcpy(&r->ebx, &KVM_SIGNATURE[0], 4);
+        memcpy(&r->ecx, &KVM_SIGNATURE[4], 4);
+        memcpy(&r->edx, &KVM_SIGNATURE[8], 4);
         break;
     case KVM_CPUID_FEATURES:
         r->eax = F(KVM_FEATURE_CLOCKSOURCE2) | F(KVM_FEATURE_NOP_IO_DELAY) | F(KVM_FEATURE_CLOCKSOURCE_STABLE_BIT);

@@ -54,6 +54,10 @@ enum sys_plain {
     SYS_CLTS, SYS_HLT, SYS_INVD, SYS_WBINVD, SYS_INVLPG, SYS_RDMSR, SYS_WRMSR, SYS_RDTSC, SYS_RDTSCP, SYS_RDPMC, SYS_CPUID, SYS_SYSCALL,
     SYS_SYSENTER, SYS_SYSEXIT, SYS_SWAPGS, SYS_VMCALL, SYS_PLAINS
 };
+int op_syscall(struct icpu *c, const struct op *op);      /* fastcall.c */
+int op_sysenter(struct icpu *c, const struct op *op);
+int op_sysexit(struct icpu *c, const struct op *op);
+int op_swapgs(struct icpu *c, const struct op *op);
 int bind_plain(struct icpu *c, const struct decoded *d, struct op *op, unsigned which);
 
 /* ---- descriptors (SDM vol. 3A 3.4.5, 5.8, 7.2): seg.c ---- */
