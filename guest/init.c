@@ -40,6 +40,7 @@
 
 #define CHUNK 65536
 #define STOP_MS 2000                                               /* between SIGTERM and SIGKILL at shutdown */
+#define OWN_END_MS 200                                             /* the command called poweroff: until it gets SIGTERM */
 #define COMMAND_STOP_MS 5000                                       /* the same for the command, when the power button is pressed */
 #define PORT_RETRY_MS 20
 #define PIPE_BYTES (256 << 10)
@@ -87,7 +88,8 @@ struct init {
     pid_t shell;                                                   /* 0: none */
     int64_t shell_at;                                              /* not before, in now_ms() */
     int how;                                                       /* RB_*: the machine is to end so; 0: not */
-    int64_t kill_at;                                               /* SIGTERM was sent: SIGKILL follows then; 0: not */
+    int64_t kill_at;                                               /* what still runs then is killed; 0: no haste */
+    int kill_with;                                                 /* the command, by this signal */
     bool stopping;                                                 /* all processes were told to end */
     bool port_down;                                                /* the host has not connected a port: look again soon */
     struct ctl ctl;
@@ -322,6 +324,7 @@ static bool pump_fill(struct pump *p)
         p->done = 0;
         p->have = n;
         p->taken += n;
+        p->eof = p->taken == p->limit;                             /* now: nothing that still comes would wake us up for it */
         return true;
     }
     if (n < 0 && (errno == EAGAIN || errno == EINTR))
@@ -446,8 +449,8 @@ static void stop_all(struct init *s)
     s->kill_at = now_ms() + STOP_MS;
 }
 
-/* The power button, poweroff, reboot, halt. A command is asked to end first, so that its status still reaches the host. */
-static void end_request(struct init *s, int how)
+/* The power button, or (own) poweroff, reboot, halt. A command is asked to end first, so that its status still reaches the host. */
+static void end_request(struct init *s, int how, bool own)
 {
     bool again = s->how;
 
@@ -458,14 +461,11 @@ static void end_request(struct init *s, int how)
         stop_all(s);
         return;
     }
-    if (s->cmd.state == CMD_RUNNING) {
-        kill(-s->cmd.pid, SIGTERM);
-        kill(-s->cmd.pid, SIGCONT);
-    }
-    s->kill_at = now_ms() + COMMAND_STOP_MS;
+    s->kill_with = SIGTERM;
+    s->kill_at = now_ms() + (own ? OWN_END_MS : 0);                /* "poweroff" itself has a status too */
 }
 
-/* Time is up. */
+/* Time is up for what still runs. */
 static void kill_rest(struct init *s)
 {
     if (s->stopping) {
@@ -474,8 +474,13 @@ static void kill_rest(struct init *s)
             usleep(i * 200);                                       /* one that hangs in the kernel does not hold us up */
         finish(s);
     } else if (s->cmd.state == CMD_RUNNING) {
-        kill(-s->cmd.pid, SIGKILL);
-        s->kill_at = now_ms() + COMMAND_STOP_MS;                   /* for what it has written */
+        kill(-s->cmd.pid, s->kill_with);
+        kill(-s->cmd.pid, SIGCONT);
+        s->kill_with = SIGKILL;
+        s->kill_at = now_ms() + COMMAND_STOP_MS;
+    } else if (s->kill_with == SIGTERM) {
+        s->kill_with = SIGKILL;
+        s->kill_at = now_ms() + COMMAND_STOP_MS;                   /* it has ended; this is for what it has written */
     } else {
         stop_all(s);
     }
@@ -856,15 +861,15 @@ static void on_signals(struct init *s)
     while (read(s->signals, &info, sizeof info) == sizeof info)
         switch (info.ssi_signo) {
         case SIGUSR1:
-            end_request(s, RB_HALT_SYSTEM);
+            end_request(s, RB_HALT_SYSTEM, true);
             break;
         case SIGUSR2:
         case SIGPWR:
-            end_request(s, RB_POWER_OFF);
+            end_request(s, RB_POWER_OFF, true);
             break;
         case SIGTERM:
         case SIGINT:                                               /* Ctrl-Alt-Del */
-            end_request(s, RB_AUTOBOOT);
+            end_request(s, RB_AUTOBOOT, true);
             break;
         }
     reap(s);
@@ -893,7 +898,7 @@ static void on_buttons(struct init *s)
     for (unsigned i = 0; i < s->buttons; i++)
         while (read(s->button[i], &e, sizeof e) == sizeof e)
             if (e.type == EV_KEY && e.code == KEY_POWER && e.value == 1)
-                end_request(s, RB_POWER_OFF);
+                end_request(s, RB_POWER_OFF, false);
 }
 
 struct watch {
@@ -970,6 +975,8 @@ static void run(struct init *s)
             kill_rest(s);
         if (s->cmd.state == CMD_NONE && !s->shell && !s->stopping && now_ms() >= s->shell_at)
             shell_start(s);
+        if (s->stopping)
+            reap(s);                                               /* nobody may be left to wait for */
         wait_events(s);
     }
 }
