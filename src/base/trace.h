@@ -28,7 +28,10 @@ struct trace {
 /* Parses "exits,faults,interrupts,msr,pio,mmio,cr3,insn" or "all" or "" into a mask. Returns 0 or -EINVAL with err() naming the bad word. */
 int trace_parse(const char *list, u32 *mask);
 void trace_line(const struct trace *t, enum trace_kind kind, int vcpu, const char *fmt, ...) __attribute__((format(printf, 4, 5)));
-#define trace_on(t, kind) unlikely((t) && ((t)->mask & (kind)))
+static inline bool trace_on(const struct trace *t, u32 kinds)
+{
+    return unlikely(t && (t->mask & kinds));
+}
 #define trace(t, kind, vcpu, ...)                                                                     \
     do {                                                                                              \
         if (trace_on(t, kind))                                                                        \
