@@ -103,14 +103,16 @@ static void fill_memory(const struct decoded *d, const ZydisDecodedOperand *o, s
 
 static void fill_operands(const struct decoded *d, struct op *op)
 {
-    bool high, imm = false;
+    bool high, imm = false, implied = false;
     for (unsigned i = 0; i < d->insn.operand_count; i++) {
         const ZydisDecodedOperand *o = &d->opnd[i];
         if (is_memory_operand(o)) {
             fill_memory(d, o, op);
-        } else if (o->type == ZYDIS_OPERAND_TYPE_MEMORY && !(op->flags & OPF_MEM) && o->mem.base != ZYDIS_REGISTER_RSP) {
-            if (o->mem.segment != ZYDIS_REGISTER_ES || i == 0)
-                op->seg = (u8)decode_seg(o->mem.segment);          /* string instructions: the one that a prefix may override */
+        } else if (o->type == ZYDIS_OPERAND_TYPE_MEMORY && !(op->flags & OPF_MEM)) {
+            unsigned base = decode_base(o->mem.base);
+            if (base == RSI || (!implied && base != RSP))
+                op->seg = (u8)decode_seg(o->mem.segment);          /* string instructions: the operand that a prefix may override */
+            implied = true;
         } else if (o->type == ZYDIS_OPERAND_TYPE_REGISTER && o->encoding == ZYDIS_OPERAND_ENCODING_MODRM_REG) {
             op->reg = (u8)decode_gpr(o->reg.value, &high);
             if (op->reg == REG_ZERO)

@@ -1,0 +1,244 @@
+/*
+ * Near branches: Jcc, JMP, CALL, RET, LOOPcc, JrCXZ (SDM vol. 2). In 64-bit mode operands are 64 bits wide whatever the prefixes say, as Intel has it.
+ *
+ * A target that is not canonical, or beyond CS's limit, is a #GP(0) of the branch itself: nothing has been pushed or popped then. A
+ * conditional branch does not end its block: not taken, the next op follows.
+ */
+#include "cpu/interp/ops.h"
+#include "cpu/interp/sys.h"
+
+/* op->disp of relative branches: from the block's start to the target. */
+static void bind_target(struct op *op)
+{
+    op->disp = (s64)op->imm + op->off + op->len;
+}
+
+static int jump64(struct icpu *c, u64 target)
+{
+    if (unlikely(!tlb_canonical(target)))
+        return fault_gp(c, 0);
+    c->rip = target;
+    return OP_NEAR;
+}
+
+static u64 cut_target(const struct op *op, u64 target)             /* to the operand size, outside 64-bit mode */
+{
+    return op->size == 2 ? (u16)target : (u32)target;
+}
+
+static int jump32(struct icpu *c, const struct op *op, u64 target)
+{
+    target = cut_target(op, target);
+    if (unlikely(target > c->rip_limit))
+        return fault_gp(c, 0);
+    c->rip = target;
+    return OP_NEAR;
+}
+
+#define JCC(cc)                                                                                       \
+    static int jcc64_##cc(struct icpu *c, const struct op *op)                                        \
+    {                                                                                                 \
+        if (CC_##cc(c->fl))                                                                           \
+            return jump64(c, c->r[REG_RIP] + (u64)op->disp);                                          \
+        return OP_NEXT;                                                                               \
+    }                                                                                                 \
+    static int jcc32_##cc(struct icpu *c, const struct op *op)                                        \
+    {                                                                                                 \
+        if (CC_##cc(c->fl))                                                                           \
+            return jump32(c, op, c->r[REG_RIP] + (u64)op->disp);                                      \
+        return OP_NEXT;                                                                               \
+    }
+FOR_CONDITIONS(JCC)
+
+int bind_jcc(struct icpu *c, const struct decoded *d, struct op *op, unsigned arg)
+{
+#define JCC_ROW(cc) [cc] = { jcc32_##cc, jcc64_##cc },
+    static const op_fn table[16][2] = { FOR_CONDITIONS(JCC_ROW) };
+    (void)c;
+    bind_target(op);
+    op->fn = table[arg][d->mode == IMODE_LONG64];
+    return BIND_OK;
+}
+
+/* ---- JMP ---- */
+static int jmp64_rel(struct icpu *c, const struct op *op)
+{
+    return jump64(c, c->r[REG_RIP] + (u64)op->disp);
+}
+
+static int jmp32_rel(struct icpu *c, const struct op *op)
+{
+    return jump32(c, op, c->r[REG_RIP] + (u64)op->disp);
+}
+
+static int jmp64_reg(struct icpu *c, const struct op *op)
+{
+    return jump64(c, c->r[op->rm]);
+}
+
+static int jmp64_mem(struct icpu *c, const struct op *op)
+{
+    u64 target;
+    return unlikely(op_load_u64(c, op, &target)) ? OP_FAULT : jump64(c, target);
+}
+
+static int target32(struct icpu *c, const struct op *op, u64 *target) /* of an indirect branch */
+{
+    *target = c->r[op->rm];
+    return op->flags & OPF_MEM ? mem_load(c, op, op->size, target) : 0;
+}
+
+static int jmp32_indirect(struct icpu *c, const struct op *op)
+{
+    u64 target;
+    return target32(c, op, &target) ? OP_FAULT : jump32(c, op, target);
+}
+
+/* relative, register, memory */
+static unsigned branch_kind(const struct decoded *d, struct op *op)
+{
+    if (d->opnd[0].type == ZYDIS_OPERAND_TYPE_IMMEDIATE) {
+        bind_target(op);
+        return 0;
+    }
+    return d->opnd[0].type == ZYDIS_OPERAND_TYPE_REGISTER ? 1 : 2;
+}
+
+int bind_jmp(struct icpu *c, const struct decoded *d, struct op *op, unsigned arg)
+{
+    static const op_fn table[2][3] = { { jmp32_rel, jmp32_indirect, jmp32_indirect }, { jmp64_rel, jmp64_reg, jmp64_mem } };
+    if (sys_form(d))
+        return bind_sys_form(c, d, op, arg);
+    op->fn = table[d->mode == IMODE_LONG64][branch_kind(d, op)];
+    return BIND_LAST;
+}
+
+/* ---- CALL ---- */
+static inline int call64(struct icpu *c, const struct op *op, u64 target)
+{
+    u64 ret = op_next_rip(c, op), la = c->r[RSP] - 8;
+    if (unlikely(!tlb_canonical(target)))
+        return fault_gp(c, 0);
+    u8 *p = tlb_hit(c, la, 8, MMU_WRITE);
+    if (likely(p)) {
+        host_store_u64(p, ret);
+        c->r[RSP] = la;
+    } else if (stack_push(c, 8, ret)) {
+        return OP_FAULT;
+    }
+    c->rip = target;
+    return OP_NEAR;
+}
+
+static int call64_rel(struct icpu *c, const struct op *op)
+{
+    return call64(c, op, c->r[REG_RIP] + (u64)op->disp);
+}
+
+static int call64_reg(struct icpu *c, const struct op *op)
+{
+    return call64(c, op, c->r[op->rm]);
+}
+
+static int call64_mem(struct icpu *c, const struct op *op)
+{
+    u64 target;
+    return unlikely(op_load_u64(c, op, &target)) ? OP_FAULT : call64(c, op, target);
+}
+
+static int call32(struct icpu *c, const struct op *op, u64 target)
+{
+    target = cut_target(op, target);
+    if (target > c->rip_limit)
+        return fault_gp(c, 0);
+    if (stack_push(c, op->size, next_ip(c, op)))
+        return OP_FAULT;
+    c->rip = target;
+    return OP_NEAR;
+}
+
+static int call32_rel(struct icpu *c, const struct op *op)
+{
+    return call32(c, op, c->r[REG_RIP] + (u64)op->disp);
+}
+
+static int call32_indirect(struct icpu *c, const struct op *op)
+{
+    u64 target;
+    return target32(c, op, &target) ? OP_FAULT : call32(c, op, target);
+}
+
+int bind_call(struct icpu *c, const struct decoded *d, struct op *op, unsigned arg)
+{
+    static const op_fn table[2][3] = { { call32_rel, call32_indirect, call32_indirect }, { call64_rel, call64_reg, call64_mem } };
+    if (sys_form(d))
+        return bind_sys_form(c, d, op, arg);
+    op->fn = table[d->mode == IMODE_LONG64][branch_kind(d, op)];
+    return BIND_LAST;
+}
+
+/* ---- RET ---- */
+static int ret64(struct icpu *c, const struct op *op)              /* op->imm: bytes of arguments to drop */
+{
+    u64 target, rsp = c->r[RSP];
+    u8 *p = tlb_hit(c, rsp, 8, MMU_READ);
+    if (likely(p))
+        target = host_load_u64(p);
+    else if (stack_peek(c, 0, 8, &target))
+        return OP_FAULT;
+    if (unlikely(!tlb_canonical(target)))
+        return fault_gp(c, 0);
+    c->r[RSP] = rsp + 8 + op->imm;
+    c->rip = target;
+    return OP_NEAR;
+}
+
+static int ret32(struct icpu *c, const struct op *op)
+{
+    u64 target;
+    if (stack_peek(c, 0, op->size, &target))
+        return OP_FAULT;
+    target = cut_target(op, target);
+    if (target > c->rip_limit)
+        return fault_gp(c, 0);
+    stack_move(c, op->size + (s64)op->imm);
+    c->rip = target;
+    return OP_NEAR;
+}
+
+int bind_ret(struct icpu *c, const struct decoded *d, struct op *op, unsigned arg)
+{
+    if (sys_form(d))
+        return bind_sys_form(c, d, op, arg);
+    op->imm &= 0xffff;
+    op->fn = d->mode == IMODE_LONG64 ? ret64 : ret32;
+    return BIND_LAST;
+}
+
+/* ---- LOOP, JCXZ: the counter has the address size ---- */
+static int op_loop(struct icpu *c, const struct op *op)
+{
+    u64 count = get_reg(c, RCX, op->asize);
+    bool taken, zf = c->fl & FL_ZF;
+    switch (op->aux) {
+    case ZYDIS_MNEMONIC_LOOP: taken = --count; break;
+    case ZYDIS_MNEMONIC_LOOPE: taken = --count && zf; break;
+    case ZYDIS_MNEMONIC_LOOPNE: taken = --count && !zf; break;
+    default: taken = !count; break;
+    }
+    u64 target = c->r[REG_RIP] + (u64)op->disp;
+    int r = !taken ? OP_NEXT : c->mode == IMODE_LONG64 ? jump64(c, target) : jump32(c, op, target);
+    if (r != OP_FAULT && (op->aux == ZYDIS_MNEMONIC_LOOP || op->aux == ZYDIS_MNEMONIC_LOOPE || op->aux == ZYDIS_MNEMONIC_LOOPNE))
+        set_reg(c, RCX, op->asize, count);
+    return r;
+}
+
+int bind_loop(struct icpu *c, const struct decoded *d, struct op *op, unsigned arg)
+{
+    (void)c;
+    (void)d;
+    bind_target(op);
+    op->aux = arg;
+    op->fn = op_loop;
+    return BIND_OK;
+}
