@@ -57,11 +57,9 @@ static int read_header(struct boot_load *l, struct image *im)
     im->size = im->h.syssize * 16ull;
     if (!im->size)
         return damaged(l, "its size");
-    /* The last paragraph may be counted, but not stored. */
-    if (f->size <= im->offset || f->size - im->offset + 15 < im->size)
+    if (!range_in(im->offset, im->size, f->size))
         return err(-EIO, "kernel %s: is truncated: %llu of %llu bytes are there; get it again", f->path, (unsigned long long)f->size,
                    (unsigned long long)(im->offset + im->size));
-    im->size = MIN(im->size, f->size - im->offset);
     return 0;
 }
 
