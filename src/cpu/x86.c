@@ -173,7 +173,7 @@ static void activity_state(struct x86 *x, struct stream *s)
 {
     u32 activity = x->activity;
     stream_u32(s, &activity);
-    if (activity > X86_SHUTDOWN)
+    if (s->load && activity > X86_SHUTDOWN)
         stream_bad(s, "processor activity");
     else
         x->activity = activity;
