@@ -1,0 +1,165 @@
+/*
+ * Fuzzing of whole virtio devices (disk, console, entropy) behind PCI: the input is a hostile driver's program. It may do everything by single register accesses, or
+ * take a step that a driver takes (start the device, add a chain, kick) with parameters of its own, so that the deep places are reached.
+ *
+ *   each step, 8 bytes: what, device, n (2), value (4)
+ */
+#include "../dev/virtio_guest.h"
+#include "dev/virtio_blk.h"
+#include "dev/virtio_console.h"
+#include "dev/virtio_rng.h"
+
+#include <fcntl.h>
+
+#define DEVICES 3
+#define PORTS 2
+#define STARTS 6
+
+static struct guest g;
+static struct loop *loop;
+static struct device *dev[DEVICES];
+static struct virtio_console *con;
+static struct vdev drv[DEVICES];
+static unsigned starts, taken;
+
+static size_t guest_data(void *arg UNUSED, const void *data UNUSED, size_t len)
+{
+    return taken++ % 3 ? len : len / 2;
+}
+
+static void stop(void *arg)
+{
+    loop_stop(arg);
+}
+
+static void turn(void)
+{
+    loop_post(loop, stop, loop);
+    bug_on(loop_run(loop) < 0);
+}
+
+static struct block *open_image(void)
+{
+    char image[] = "/tmp/doppel-fuzz-XXXXXX";
+    int fd = mkstemp(image);
+    struct block *b;
+
+    bug_on(fd < 0 || ftruncate(fd, 1 * MiB) < 0);
+    close(fd);
+    bug_on(block_open(image, false, &b) < 0);
+    unlink(image);
+    return b;
+}
+
+static void build(void)
+{
+    static const struct vport_ops ops = { .guest_data = guest_data };
+    static const struct vport_config port[PORTS] = { { .name = "a", .ops = &ops }, { .name = "b", .ops = &ops, .console = true } };
+    struct virtio_blk *blk;
+    struct virtio_rng *rng;
+
+    guest_new(&g);
+    bug_on(loop_new(&loop) < 0 || virtio_blk_new(&g.ram, NULL, open_image(), "fuzz", &blk) < 0 ||
+           virtio_console_new(&g.ram, NULL, loop, port, PORTS, &con) < 0 || virtio_rng_new(&g.ram, NULL, &rng) < 0);
+    dev[0] = (struct device *)blk;
+    dev[1] = (struct device *)con;
+    dev[2] = (struct device *)rng;
+    for (unsigned i = 0; i < DEVICES; i++)
+        bug_on(virtio_pci_attach(g.pci, i + 1, guest_line(&g), 10, (struct virtio *)dev[i]) < 0);
+}
+
+static void start(struct vdev *d, unsigned device, u32 val)
+{
+    if (starts++ >= STARTS)
+        return;
+    vdev_find(d, &g, device + 1);
+    if (common_get(d, COMMON(num_queues), 2) > VIRTIO_QUEUES_MAX)
+        return;                                                    /* its BAR does not decode */
+    vdev_start(d, &g, device + 1, BIT(VIRTIO_F_VERSION_1) | (val & 3) | (u64)(val >> 2 & 3) << VIRTIO_RING_F_INDIRECT_DESC, 16);
+}
+
+static void add(struct vdev *d, unsigned n, u32 val)
+{
+    struct gq *q = &d->q[n % 8];
+    struct buf b[3];
+
+    if (!q->size)
+        return;
+    for (unsigned i = 0; i < 3; i++) {
+        b[i] = (struct buf){ (u64)(val >> 8) * 64 % GUEST_RAM + i * 8192, i == 0 ? 16 : (u32)1 << (val & 15), val >> (i + 4) & 1 };
+        val = val * 5 + 1;
+    }
+    gq_add(q, b, 1 + n / 8 % 3);
+    if (n & 64)
+        gq_desc(q, q->next_desc % 16, (u64)val * 16 % GUEST_RAM, 16 * (n >> 8), VRING_DESC_F_INDIRECT, 0);
+}
+
+static void save_and_load(struct device *d, u32 val)
+{
+    struct stream s, l;
+
+    pthread_mutex_lock(&d->lock);
+    stream_save_init(&s);
+    d->ops->state(d, &s);
+    pthread_mutex_unlock(&d->lock);
+    d->ops->reset(d);
+    if (s.len && (val & 1))
+        s.buf[val % s.len] ^= (u8)(val >> 24);                     /* a damaged or malicious file */
+    pthread_mutex_lock(&d->lock);
+    stream_load_init(&l, s.buf, s.len);
+    d->ops->state(d, &l);
+    pthread_mutex_unlock(&d->lock);
+    if (l.error)
+        d->ops->reset(d);                                          /* as whoever loads does */
+    stream_free(&s);
+}
+
+static void step(const u8 *a)
+{
+    unsigned device = a[1] % DEVICES, n = a[2] | a[3] << 8;
+    struct vdev *d = &drv[device];
+    struct vport *port = virtio_console_port(con, n % PORTS);
+    u64 val;
+    u32 v;
+
+    memcpy(&v, a + 4, 4);
+    val = v;
+    switch (a[0] % 12) {
+    case 0: bus_access(g.mmio, bar_address(&g, device + 1, 0) + n % 0x4000, 1u << (a[0] >> 6), true, &val); break;
+    case 1: bus_access(g.mmio, bar_address(&g, device + 1, n >> 15) + n % 0x4000, 1u << (a[0] >> 6), a[0] & 32, &val); break;
+    case 2: ecam_write(&g, device + 1, n % 256, v, 1u << (a[0] >> 6) % 3); break;
+    case 3: put(&g, n * 4, &v, 4); break;
+    case 4:
+        if (d->notify)
+            vdev_kick(d, n % 8);
+        break;
+    case 5: turn(); break;
+    case 6: start(d, device, v); break;
+    case 7: add(d, n, v); break;
+    case 8: vport_send(port, dev, v % sizeof(dev)); break;
+    case 9: vport_resume(port); break;
+    case 10: n & 2 ? vport_set_open(port, v & 1) : vport_resize(port, (u16)v, (u16)n); break;
+    case 11: save_and_load(dev[device], v); break;
+    }
+}
+
+int LLVMFuzzerTestOneInput(const u8 *data, size_t len)
+{
+    if (!con)
+        build();
+    g.heap = GUEST_HEAP;
+    starts = taken = 0;
+    memset(drv, 0, sizeof(drv));
+    for (; len >= 8; data += 8, len -= 8)
+        step(data);
+    for (unsigned i = 0; i < DEVICES; i++) {
+        if (dev[i]->ops->quiesce)
+            dev[i]->ops->quiesce(dev[i]);
+        dev[i]->ops->reset(dev[i]);
+    }
+    turn();
+    memset(g.ram.run[0].hva, 0, 256 * KiB);
+    for (unsigned i = 0; i < DEVICES; i++)
+        bug_on(((struct virtio *)dev[i])->status);
+    return 0;
+}
