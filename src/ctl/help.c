@@ -36,7 +36,7 @@ static const struct help_row example_rows[] = {
     {"doppel run -- sh -c 'uname -r; exit 3'", "Prints the guest's kernel version, exits with 3."},
     {"doppel run --cpus 2 --memory 1G --disk disk.img,readonly", "Two processors, and a disk that is only read."},
     {"doppel run --kernel bzImage --initrd initrd.img --append 'console=ttyS0 quiet'", "A kernel of your own."},
-    {"doppel run --console unix:/tmp/c --status-file s & socat -,raw,echo=0 UNIX:/tmp/c", "A guest in the background, and its console."},
+    {"doppel run --console unix:/tmp/c & socat -,raw,echo=0 UNIX:/tmp/c", "A guest in the background, and its console."},
     {"doppel run --trace exits,interrupts,file=trace.txt -- true", "What the guest made its processor do."},
 };
 
@@ -72,6 +72,10 @@ void help_fill(FILE *f, const char *text, unsigned indent, unsigned at)
 static void row(FILE *f, const char *term, const char *text, unsigned column)
 {
     unsigned at = (unsigned)fprintf(f, "  %s", term);
+    if (!*text) {
+        fputc('\n', f);
+        return;
+    }
     if (at + 2 > column) {
         fputc('\n', f);
         at = 0;

@@ -31,6 +31,14 @@ static void check_finished(void *arg)
         loop_stop(run->loop);
 }
 
+/* An output that drains lets its port go on (out_writable), which is posted work: look behind that. */
+static void on_drained(void *arg)
+{
+    struct run *run = arg;
+    if (run->ended)
+        loop_post(run->loop, check_finished, run);
+}
+
 /* Posted behind whatever the devices had posted: the last output of the guest is on its way by now. */
 static void on_vm_ended(void *arg, const struct vm_result *r)
 {
@@ -333,7 +341,7 @@ static int loop_and_machine(struct run *run)
     int r = signals_open(run->loop, on_signal, run);
     if (r < 0)
         return r;
-    run_io_on_drained(run, check_finished, run);
+    run_io_on_drained(run, on_drained, run);
     if (run->tty && terminal_open(STDIN_FILENO) == 0)
         terminal_raw();
     r = vm_start(run->vm);

@@ -19,6 +19,7 @@ static struct {
     struct termios cooked;
     atomic_bool raw;
     struct sigaction previous[ARRAY_SIZE(crash_signals)];
+    u8 crash_stack[CRASH_STACK];                                   /* the main thread's normal one may be what has overflowed */
 } terminal = {.fd = -1};
 
 bool terminal_is_raw(void)
@@ -74,12 +75,10 @@ static void crashed(int signo, siginfo_t *info, void *context UNUSED)
         raise(signo);
 }
 
-/* A stack of its own for the main thread, whose normal one may be what has overflowed. It lasts as long as the process. */
 static void install_crash_handlers(void)
 {
-    stack_t stack = {.ss_sp = malloc(CRASH_STACK), .ss_size = CRASH_STACK};
-    if (stack.ss_sp && sigaltstack(&stack, NULL) < 0)
-        free(stack.ss_sp);
+    stack_t stack = {.ss_sp = terminal.crash_stack, .ss_size = sizeof(terminal.crash_stack)};
+    sigaltstack(&stack, NULL);
     struct sigaction action = {.sa_sigaction = crashed, .sa_flags = SA_SIGINFO | SA_ONSTACK};
     sigemptyset(&action.sa_mask);
     for (size_t i = 0; i < ARRAY_SIZE(crash_signals); i++)
