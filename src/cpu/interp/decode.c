@@ -168,14 +168,10 @@ static void fill_prefixes(const struct decoded *d, struct op *op)
         op->flags |= OPF_LOCK;
     if (d->insn.attributes & ZYDIS_ATTRIB_HAS_REX)
         op->flags |= OPF_REX;
-    for (unsigned i = 0; i < d->insn.raw.prefix_count; i++) {      /* the last one counts */
-        if (d->insn.raw.prefixes[i].type == ZYDIS_PREFIX_TYPE_MANDATORY)
-            continue;
-        if (d->insn.raw.prefixes[i].value == 0xf3)
-            op->flags = (op->flags & (u16)~OPF_REPNE) | OPF_REP;
-        else if (d->insn.raw.prefixes[i].value == 0xf2)
-            op->flags = (op->flags & (u16)~OPF_REP) | OPF_REPNE;
-    }
+    if (d->insn.attributes & (ZYDIS_ATTRIB_HAS_REP | ZYDIS_ATTRIB_HAS_REPE))
+        op->flags |= OPF_REP;
+    if (d->insn.attributes & ZYDIS_ATTRIB_HAS_REPNE)
+        op->flags |= OPF_REPNE;
 }
 
 static int op_too_long(struct icpu *c, const struct op *op)
