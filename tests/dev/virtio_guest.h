@@ -134,12 +134,13 @@ struct buf {
 
 static inline void gq_init(struct gq *q, struct guest *g, u16 size)
 {
+    static const u8 zero[4096];
     u64 area = guest_alloc(g, 16 * size + 2 * size + 8 + 8 * size + 4096);
 
     *q = (struct gq){ .g = g, .size = size, .desc = area, .avail = area + 16 * size };
     q->used = ALIGN_UP(q->avail + 2 * size + 6, 4);
-    for (u64 p = area; p < g->heap; p++)
-        put(g, p, "", 1);
+    for (u64 p = area; p < g->heap; p += sizeof(zero))
+        put(g, p, zero, MIN(sizeof(zero), g->heap - p));
 }
 
 static inline void gq_desc(struct gq *q, u16 n, u64 gpa, u32 len, u16 flags, u16 next)

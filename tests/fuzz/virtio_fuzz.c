@@ -1,8 +1,9 @@
 /*
  * Fuzzing of whole virtio devices (disk, console, entropy) behind PCI: the input is a hostile driver's program. It may do everything by single register accesses, or
- * take a step that a driver takes (start the device, add a chain, kick) with parameters of its own, so that the deep places are reached.
+ * take a step that a driver takes (start the device, add a chain, a disk request, a control message, kick) with parameters of its own, so that the deep places
+ * are reached.
  *
- *   each step, 8 bytes: what, device, n (2), value (4)
+ *   byte 0: which devices are started before the program runs; then steps of 8 bytes: what, device, n (2), value (4)
  */
 #include "../dev/virtio_guest.h"
 #include "dev/virtio_blk.h"
@@ -10,6 +11,8 @@
 #include "dev/virtio_rng.h"
 
 #include <fcntl.h>
+#include <linux/virtio_blk.h>
+#include <linux/virtio_console.h>
 
 #define DEVICES 3
 #define PORTS 2
@@ -75,7 +78,7 @@ static void start(struct vdev *d, unsigned device, u32 val)
     vdev_find(d, &g, device + 1);
     if (common_get(d, COMMON(num_queues), 2) > VIRTIO_QUEUES_MAX)
         return;                                                    /* its BAR does not decode */
-    vdev_start(d, &g, device + 1, BIT(VIRTIO_F_VERSION_1) | (val & 3) | (u64)(val >> 2 & 3) << VIRTIO_RING_F_INDIRECT_DESC, 16);
+    vdev_start(d, &g, device + 1, BIT(VIRTIO_F_VERSION_1) | (vdev_features(d) & ~((val & 3) | (u64)(val >> 2 & 3) << VIRTIO_RING_F_INDIRECT_DESC)), 16);
 }
 
 static void add(struct vdev *d, unsigned n, u32 val)
@@ -92,6 +95,32 @@ static void add(struct vdev *d, unsigned n, u32 val)
     gq_add(q, b, 1 + n / 8 % 3);
     if (n & 64)
         gq_desc(q, q->next_desc % 16, (u64)val * 16 % GUEST_RAM, 16 * (n >> 8), VRING_DESC_F_INDIRECT, 0);
+}
+
+/* Nearly right requests: header, data, status. */
+static void disk_request(struct vdev *d, unsigned n, u32 val)
+{
+    struct virtio_blk_outhdr h = { .type = n % 12, .sector = val % 2100 };
+    u64 at = GUEST_RAM / 2 + n % 16 * 0x10000ull;
+    bool write = h.type != VIRTIO_BLK_T_OUT;
+
+    if (!d->q[0].size)
+        return;
+    put(&g, at, &h, sizeof(h));
+    gq_add(&d->q[0], (struct buf[]){ { at, n & 0x1000 ? 15 : 16, false }, { at + 64, val >> 16 & 0x7e00, write }, { at + 32, 1, true } }, 3);
+    vdev_kick(d, 0);
+}
+
+static void control_message(struct vdev *d, unsigned n, u32 val)
+{
+    struct virtio_console_control msg = { .id = n % (PORTS + 1), .event = n >> 4 & 7, .value = (u16)val };
+
+    if (!d->q[3].size)
+        return;
+    put(&g, GUEST_RAM / 2, &msg, sizeof(msg));
+    gq_add(&d->q[3], (struct buf[]){ { GUEST_RAM / 2, sizeof(msg) - (n >> 12 & 1), n >> 13 & 1 } }, 1);
+    gq_add(&d->q[2], (struct buf[]){ { GUEST_RAM / 2 + 4096, 4 + n % 64, true } }, 1);
+    vdev_kick(d, 3);
 }
 
 static void save_and_load(struct device *d, u32 val)
@@ -124,7 +153,7 @@ static void step(const u8 *a)
 
     memcpy(&v, a + 4, 4);
     val = v;
-    switch (a[0] % 12) {
+    switch (a[0] % 14) {
     case 0: bus_access(g.mmio, bar_address(&g, device + 1, 0) + n % 0x4000, 1u << (a[0] >> 6), true, &val); break;
     case 1: bus_access(g.mmio, bar_address(&g, device + 1, n >> 15) + n % 0x4000, 1u << (a[0] >> 6), a[0] & 32, &val); break;
     case 2: ecam_write(&g, device + 1, n % 256, v, 1u << (a[0] >> 6) % 3); break;
@@ -140,6 +169,8 @@ static void step(const u8 *a)
     case 9: vport_resume(port); break;
     case 10: n & 2 ? vport_set_open(port, v & 1) : vport_resize(port, (u16)v, (u16)n); break;
     case 11: save_and_load(dev[device], v); break;
+    case 12: disk_request(&drv[0], n, v); break;
+    case 13: control_message(&drv[1], n, v); break;
     }
 }
 
@@ -150,8 +181,11 @@ int LLVMFuzzerTestOneInput(const u8 *data, size_t len)
     g.heap = GUEST_HEAP;
     starts = taken = 0;
     memset(drv, 0, sizeof(drv));
-    for (; len >= 8; data += 8, len -= 8)
-        step(data);
+    for (unsigned i = 0; i < DEVICES && len; i++)
+        if (data[0] >> i & 1)
+            start(&drv[i], i, data[0] >> 4);
+    for (; len > 8; data += 8, len -= 8)
+        step(data + 1);
     for (unsigned i = 0; i < DEVICES; i++) {
         if (dev[i]->ops->quiesce)
             dev[i]->ops->quiesce(dev[i]);
