@@ -222,12 +222,18 @@ static void trace_insn(const struct icpu *c, const struct block *b)
                (unsigned long long)c->r[RSI], (unsigned long long)c->r[RDI], (unsigned long long)icpu_rflags(c));
 }
 
-/* Software interrupts clear TF on their way: no single-step trap follows them (SDM vol. 3B 17.3.1.4). */
-static bool is_software_interrupt(const struct block *b)
+/*
+ * Does a single-step trap follow the instruction that has just run? TF counts as it was before, with two exceptions: software interrupts clear it on
+ * their way and are not followed by a trap (SDM vol. 3B 17.3.1.4); SYSCALL and SYSRET look at what they have loaded.
+ */
+static bool single_steps(const struct icpu *c, const struct block *b, bool tf_before)
 {
     unsigned len = b->op[0].len;
-    u8 last = b->bytes[len - 1];
-    return last == 0xcc || last == 0xce || last == 0xf1 || (len >= 2 && b->bytes[len - 2] == 0xcd);
+    const u8 *end = b->bytes + len;
+    if (len >= 2 && end[-2] == 0x0f && (end[-1] == 0x05 || end[-1] == 0x07))
+        return c->flags & FLAG_TF;
+    bool software_interrupt = end[-1] == 0xcc || end[-1] == 0xce || end[-1] == 0xf1 || (len >= 2 && end[-2] == 0xcd);
+    return tf_before && !software_interrupt;
 }
 
 static bool wants_step(const struct icpu *c)
@@ -268,7 +274,7 @@ static void step(struct icpu *c)
     /* MOV SS and POP SS hold debug traps back until after the next instruction (SDM vol. 3A 6.8.3); STI, opcode 0xfb, does not. */
     if (c->x->shadow && b->bytes[b->op[0].len - 1] != 0xfb)
         return;
-    traps = c->db_pending | (tf && !is_software_interrupt(b) ? DR6_BS : 0);
+    traps = c->db_pending | (single_steps(c, b, tf) ? DR6_BS : 0);
     if (traps)
         debug_trap(c, traps);
 }
