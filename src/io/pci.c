@@ -20,6 +20,7 @@
 
 struct pci_bus {
     struct pci_config cfg;
+    u64 io_used, mem_used, mem64_used;                             /* bytes of the windows given out, from their bases on */
     struct pci_fn *fn[PCI_DEVICES];
 };
 
@@ -436,13 +437,13 @@ void pci_wire_intx(struct pci_fn *f, struct irq_line intx, u8 gsi)
     fix(f, PCI_INTERRUPT_LINE, gsi, 1);
 }
 
-static bool allocate(struct pci_window *w, u64 size, u64 *addr)
+static bool allocate(const struct pci_window *w, u64 *used, u64 size, u64 *addr)
 {
-    u64 at = ALIGN_UP(w->base + w->used, size);
+    u64 at = ALIGN_UP(w->base + *used, size);
 
     if (!in_window(w, at, size))
         return false;
-    w->used = at + size - w->base;
+    *used = at + size - w->base;
     *addr = at;
     return true;
 }
@@ -450,7 +451,7 @@ static bool allocate(struct pci_window *w, u64 size, u64 *addr)
 int pci_bar(struct pci_fn *f, unsigned n, enum pci_bar_kind kind, u64 size, const char *name)
 {
     struct pci_bar *bar = &f->bar[n];
-    struct pci_config *c = &f->bus->cfg;
+    struct pci_bus *b = f->bus;
     bool io = kind == PCI_BAR_IO, mem64 = kind == PCI_BAR_MEM64, fits;
     struct region region = { .min = 1, .max = 4, .read = region_read, .write = region_write, .dev = bar, .lock = f->lock, .name = name };
     unsigned reg = PCI_BASE_ADDRESS_0 + n * 4, flags = io ? PCI_BASE_ADDRESS_SPACE_IO : mem64 ? PCI_BASE_ADDRESS_MEM_TYPE_64 : 0;
@@ -458,9 +459,9 @@ int pci_bar(struct pci_fn *f, unsigned n, enum pci_bar_kind kind, u64 size, cons
 
     bug_on(n >= PCI_BARS || bar->kind != PCI_BAR_NONE || (mem64 && n == PCI_BARS - 1) || !size || (size & (size - 1)) || size < (io ? 4 : 16));
     if (io)
-        fits = allocate(&c->io, size, &addr);
+        fits = allocate(&b->cfg.io, &b->io_used, size, &addr);
     else
-        fits = allocate(&c->mem, size, &addr) || (mem64 && allocate(&c->mem64, size, &addr));
+        fits = allocate(&b->cfg.mem, &b->mem_used, size, &addr) || (mem64 && allocate(&b->cfg.mem64, &b->mem64_used, size, &addr));
     if (!fits)
         return err(-ENOSPC, "PCI: no room for %s (%llu bytes) in the window for BARs", name, (unsigned long long)size);
     bar->kind = kind;

@@ -30,7 +30,6 @@
 
 struct pci_window {
     u64 base, size;                                                /* size 0: none */
-    u64 used;                                                      /* pci.c's: bytes given out from base on */
 };
 struct pci_config {
     struct bus *pio, *mmio;
