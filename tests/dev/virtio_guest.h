@@ -155,7 +155,7 @@ static inline void gq_offer(struct gq *q, u16 head)
 {
     put(q->g, q->avail + 4 + 2ull * (q->avail_idx % q->size), &head, 2);
     q->avail_idx++;
-    put(q->g, q->avail + 2, &q->avail_idx, 2);
+    __atomic_store_n((u16 *)(void *)ram_hva(&q->g->ram, q->avail + 2), q->avail_idx, __ATOMIC_RELEASE);
 }
 
 /* A chain of n buffers in the next n descriptors; returns its head. */
@@ -174,10 +174,7 @@ static inline u16 gq_add(struct gq *q, const struct buf *b, unsigned n)
 
 static inline u16 gq_used_idx(struct gq *q)
 {
-    u16 idx;
-
-    get(q->g, q->used + 2, &idx, 2);
-    return idx;
+    return __atomic_load_n((u16 *)(void *)ram_hva(&q->g->ram, q->used + 2), __ATOMIC_ACQUIRE);
 }
 
 /* The next used element, or false. */
