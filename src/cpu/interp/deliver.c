@@ -149,6 +149,8 @@ static int frame_stack64(struct icpu *c, const struct event *e, unsigned cpl, un
         seg_null_ss(&ss, cpl);
     if ((f->new_ss || ist) && tss_stack64(c, cpl, ist, ext_of(e), &rsp))
         return OP_FAULT;
+    if (!is_canonical(rsp))
+        return fault_raise_error(c, VEC_SS, ext_of(e));
     stack_init(c, &f->s, &ss, rsp & ~15ull, cpl, true, ext_of(e));
     return 0;
 }
@@ -262,6 +264,8 @@ static bool saves_rf(unsigned vector)
  */
 static bool combine(struct icpu *c, unsigned first)
 {
+    if (c->fault.vector == VEC_PF)
+        c->x->cr2 = c->fault.cr2;
     switch (trap_combine(first, c->fault.vector)) {
     case TRAP_SERIAL:
         return true;

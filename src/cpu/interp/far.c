@@ -136,6 +136,8 @@ static int gate_new_stack(struct icpu *c, const struct gate *g, struct stack *s)
     if (g->size == 8) {
         if (tss_stack64(c, g->cpl, 0, 0, &rsp))
             return OP_FAULT;
+        if (!is_canonical(rsp))
+            return fault_raise_error(c, VEC_SS, 0);
         seg_null_ss(&ss, g->cpl);
     } else if (tss_stack(c, g->cpl, 0, &sel, &rsp) || stack_seg_read(c, sel, g->cpl, VEC_TS, 0, &ss)) {
         return OP_FAULT;
