@@ -73,7 +73,9 @@ static void fail(struct command *c, const char *fmt, ...)
 
 static void send_flush(struct command *c)
 {
-    size_t n = c->ctl && c->send_len ? vport_send(c->ctl, c->send, c->send_len) : 0;
+    if (!c->ctl || !c->send_len)
+        return;
+    size_t n = vport_send(c->ctl, c->send, c->send_len);
     memmove(c->send, c->send + n, c->send_len - n);
     c->send_len -= n;
 }

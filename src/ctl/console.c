@@ -48,6 +48,8 @@ static struct console *console_of(struct chardev *c)
 
 static bool queue_add(struct queue *q, const u8 *buf, size_t len)
 {
+    if (!len)
+        return true;
     if (q->head + q->len + len > q->cap && q->head) {
         memmove(q->p, q->p + q->head, q->len);
         q->head = 0;
