@@ -312,7 +312,7 @@ static void code_limits(void)
     eq_trap(GP, 0);
     eq("EIP of HLT", trap.ip, 15);
     test("code limit: a branch with 16-bit operand size cuts EIP");
-    RUN16(0x66, 0xe9, 0xfe, 0xff);
+    RUN16(0x66, 0xe9, 0xf0, 0x7f);
     eq_trap(GP, 0);
     RUN16(0xb8, 0x0a, 0, 1, 0, 0x66, 0xff, 0xe0, 0x90, 0x90, 0xcd, 0x80);
     eq_trap(VEC_DONE, NONE);

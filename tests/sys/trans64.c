@@ -533,6 +533,8 @@ static void compatibility(void)
 {
     ulong v = 0, w = 0;
 
+    asm volatile("mov %0, %%ds; mov %0, %%es" ::"r"(UDS));   /* data segments count again */
+
     test("compatibility: 32-bit code: REX prefixes are INC and DEC, addresses wrap at 4 GiB");
     asm volatile(COMPAT0(".byte 0x41, 0x48") : "=c"(v), "=a"(w) : "0"(5ul), "1"(7ul));
     eq_trap(NONE, NONE);
