@@ -1,0 +1,366 @@
+/*
+ * insn_test [--seed N] [--case N] [--mnemonic NAME] [--show] [--native]: compares generated instructions on this processor and under interp.
+ *
+ * One TAP line for each mnemonic, then the coverage by operand form, and what is not tested with the reason. A failing case is printed with its
+ * number; --case N runs it alone, --show prints its whole state.
+ *
+ * Compared: registers, RIP, flags (defined ones), vectors, masks, MXCSR, x87 state with its pointers, memory, and the fault with its error code and address.
+ */
+#include <signal.h>
+#include <stdarg.h>
+#include <string.h>
+#include <strings.h>
+#include <unistd.h>
+
+#include "cpu/trap.h"
+#include "insn.h"
+
+#define FORMS_MAX 20000
+#define REPORT_PER_MNEMONIC 3
+
+static struct {
+    u64 seed;
+    long only_case;
+    const char *mnemonic;
+    bool show, native_only;
+} opt = {.seed = 1, .only_case = -1};
+
+struct tally {
+    unsigned cases, failed, faults;
+};
+static struct tally tally[ZYDIS_MNEMONIC_MAX_VALUE + 1];
+static struct form {
+    ZydisMnemonic m;
+    char name[60];
+    unsigned cases;
+} forms[FORMS_MAX];
+static unsigned form_count, form_bucket[1u << 16];
+static struct {
+    unsigned cases, failed, undefined;
+} total;
+static const struct icase *running;
+
+/* ---- what differs ---- */
+
+static char report[4000];
+static size_t report_len;
+
+static void differ(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+static void differ(const char *fmt, ...)
+{
+    va_list ap;
+
+    va_start(ap, fmt);
+    if (report_len < sizeof report - 200)
+        report_len += (size_t)vsnprintf(report + report_len, 200, fmt, ap);
+    va_end(ap);
+}
+
+static u64 undefined_flags(const struct icase *i)
+{
+    return i->z.cpu_flags ? i->z.cpu_flags->undefined : 0;
+}
+
+static void compare_vectors(const struct vectors *a, const struct vectors *b)
+{
+    for (unsigned r = 0; r < 32; r++) {
+        if (!memcmp(a->zmm[r], b->zmm[r], 64))
+            continue;
+        differ("#   zmm%-2u native", r);
+        for (unsigned w = 8; w-- > 0;)
+            differ(" %016llx", *(const unsigned long long *)(a->zmm[r] + 8 * w));
+        differ("\n#         interp");
+        for (unsigned w = 8; w-- > 0;)
+            differ(" %016llx", *(const unsigned long long *)(b->zmm[r] + 8 * w));
+        differ("\n");
+    }
+    for (unsigned r = 0; r < 8; r++) {
+        if (a->k[r] != b->k[r])
+            differ("#   k%u native %llx interp %llx\n", r, (unsigned long long)a->k[r], (unsigned long long)b->k[r]);
+        if (memcmp(a->st[r], b->st[r], 10))
+            differ("#   st%u native %04x:%016llx interp %04x:%016llx\n", r, a->st[r][8] | a->st[r][9] << 8, *(const unsigned long long *)a->st[r],
+                   b->st[r][8] | b->st[r][9] << 8, *(const unsigned long long *)b->st[r]);
+    }
+    if (a->mxcsr != b->mxcsr)
+        differ("#   mxcsr native %x interp %x\n", a->mxcsr, b->mxcsr);
+    if (a->fcw != b->fcw || a->fsw != b->fsw || a->ftw != b->ftw)
+        differ("#   fcw fsw ftw native %x %x %x interp %x %x %x\n", a->fcw, a->fsw, a->ftw, b->fcw, b->fsw, b->ftw);
+    if ((a->fsw & 0x80) && (a->fop != b->fop || a->fip != b->fip || a->fdp != b->fdp))
+        differ("#   fop fip fdp native %x %llx %llx interp %x %llx %llx\n", a->fop, (unsigned long long)a->fip, (unsigned long long)a->fdp, b->fop,
+               (unsigned long long)b->fip, (unsigned long long)b->fdp);
+}
+
+static void compare_memory(const struct outcome *a, const struct outcome *b)
+{
+    for (unsigned p = 0; p < PAGES; p++) {
+        if (page_kind(p) != KIND_RW || !memcmp(a->mem[p], b->mem[p], PAGE_SIZE))
+            continue;
+        for (unsigned n = 0, shown = 0; n < PAGE_SIZE && shown < 4; n++) {
+            if (a->mem[p][n] == b->mem[p][n])
+                continue;
+            differ("#   [%llx] native %02x interp %02x\n", PAGE_VA(p) + n, a->mem[p][n], b->mem[p][n]);
+            shown++;
+        }
+    }
+}
+
+static void compare_fault(const struct icase *i, const struct outcome *a, const struct outcome *b)
+{
+    u64 ea = a->error, eb = b->error;
+
+    if (a->vector != b->vector)
+        differ("#   fault native %s interp %s\n", trap_name(a->vector), trap_name(b->vector));
+    if (a->vector != b->vector)
+        return;
+    if (a->vector == VEC_PF) {
+        if (a->cr2 != b->cr2)
+            differ("#   cr2 native %llx interp %llx\n", (unsigned long long)a->cr2, (unsigned long long)b->cr2);
+        if (a->cr2 >> 47)                                          /* Linux hides whether a kernel page is present */
+            ea &= ~1ull, eb &= ~1ull;
+    }
+    if (trap_has_error(a->vector) && ea != eb)
+        differ("#   error native %llx interp %llx\n", (unsigned long long)ea, (unsigned long long)eb);
+    (void)i;
+}
+
+static bool compare(const struct icase *i, const struct outcome *a, const struct outcome *b)
+{
+    static const char *const name[] = {"rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"};
+    u64 flags = a->s.rflags ^ b->s.rflags;
+
+    report_len = 0;
+    report[0] = 0;
+    compare_fault(i, a, b);
+    for (unsigned r = 0; r < 16; r++) {
+        if (a->s.gpr[r] != b->s.gpr[r])
+            differ("#   %s native %llx interp %llx\n", name[r], (unsigned long long)a->s.gpr[r], (unsigned long long)b->s.gpr[r]);
+    }
+    if (a->s.rip != b->s.rip)
+        differ("#   rip native %llx interp %llx\n", (unsigned long long)a->s.rip, (unsigned long long)b->s.rip);
+    if (flags & undefined_flags(i))
+        total.undefined++;
+    if (flags & ~undefined_flags(i))
+        differ("#   rflags native %llx interp %llx\n", (unsigned long long)a->s.rflags, (unsigned long long)b->s.rflags);
+    if (a->s.fs_base != b->s.fs_base || a->s.gs_base != b->s.gs_base)
+        differ("#   fs, gs base native %llx %llx interp %llx %llx\n", (unsigned long long)a->s.fs_base, (unsigned long long)a->s.gs_base,
+               (unsigned long long)b->s.fs_base, (unsigned long long)b->s.gs_base);
+    compare_vectors(&a->s.v, &b->s.v);
+    compare_memory(a, b);
+    return report_len == 0;
+}
+
+/* ---- reports ---- */
+
+static void describe(const struct icase *i)
+{
+    ZydisFormatter f;
+    char text[128];
+
+    ZydisFormatterInit(&f, ZYDIS_FORMATTER_STYLE_INTEL);
+    ZydisFormatterFormatInstruction(&f, &i->z, i->o, i->z.operand_count_visible, text, sizeof text, i->in.rip, NULL);
+    printf("# case %u%s: %s (", i->number, i->compat ? " (32-bit)" : "", text);
+    for (unsigned n = 0; n < i->len; n++)
+        printf("%02x", i->code[n]);
+    printf(") at %llx, memory %s\n", (unsigned long long)i->in.rip, i->what);
+}
+
+static void show(const struct icase *i)
+{
+    static const char *const name[] = {"rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"};
+
+    for (unsigned r = 0; r < 16; r++)
+        printf("#   %-3s %016llx%s", name[r], (unsigned long long)i->in.gpr[r], r % 4 == 3 ? "\n" : "  ");
+    printf("#   rflags %llx fs %llx gs %llx mxcsr %x fcw %x fsw %x ftw %x\n", (unsigned long long)i->in.rflags, (unsigned long long)i->in.fs_base,
+           (unsigned long long)i->in.gs_base, i->in.v.mxcsr, i->in.v.fcw, i->in.v.fsw, i->in.v.ftw);
+    for (unsigned r = 0; r < 32; r++) {
+        printf("#   zmm%-2u", r);
+        for (unsigned w = 8; w-- > 0;)
+            printf(" %016llx", *(const unsigned long long *)(i->in.v.zmm[r] + 8 * w));
+        printf("\n");
+    }
+    for (unsigned r = 0; r < 8; r++)
+        printf("#   st%u %02x%02x:%016llx  k%u %016llx\n", r, i->in.v.st[r][9], i->in.v.st[r][8], *(const unsigned long long *)i->in.v.st[r], r,
+               (unsigned long long)i->in.v.k[r]);
+}
+
+static void cover(const struct icase *i)
+{
+    struct form f = {.m = i->z.mnemonic};
+    u32 h = (u32)f.m * 2654435761u;
+
+    gen_form(i, f.name, sizeof f.name);
+    for (const char *c = f.name; *c; c++)
+        h = (h ^ (u8)*c) * 16777619u;
+    for (h ^= h >> 16;; h++) {
+        unsigned *slot = &form_bucket[h & 0xffff];
+
+        if (!*slot) {
+            if (form_count == FORMS_MAX - 1)
+                return;
+            *slot = ++form_count;
+            forms[*slot] = f;
+        }
+        if (forms[*slot].m == f.m && !strcmp(forms[*slot].name, f.name)) {
+            forms[*slot].cases++;
+            return;
+        }
+    }
+}
+
+static int by_mnemonic(const void *a, const void *b)
+{
+    const struct form *x = a, *y = b;
+
+    return x->m != y->m ? (x->m < y->m ? -1 : 1) : strcmp(x->name, y->name);
+}
+
+static void print_coverage(void)
+{
+    qsort(forms + 1, form_count, sizeof forms[0], by_mnemonic);
+    printf("# coverage: mnemonic: operand form (bits) x cases\n");
+    for (unsigned n = 1; n <= form_count;) {
+        ZydisMnemonic m = forms[n].m;
+
+        printf("# %s:", ZydisMnemonicGetString(m));
+        for (; n <= form_count && forms[n].m == m; n++)
+            printf(" %s x%u%s", forms[n].name[0] ? forms[n].name : "-", forms[n].cases, n < form_count && forms[n + 1].m == m ? ";" : "");
+        printf("\n");
+    }
+}
+
+/* Mnemonics of Zydis that no case has. */
+static void print_untested(void)
+{
+    printf("# not tested:");
+    for (unsigned m = 1; m <= ZYDIS_MNEMONIC_MAX_VALUE; m++) {
+        ZydisDecodedInstruction z = {.mnemonic = (ZydisMnemonic)m};
+        const char *why = gen_excluded(&z);
+
+        if (tally[m].cases == 0 && why)
+            printf(" %s (%s);", ZydisMnemonicGetString((ZydisMnemonic)m), why);
+    }
+    printf("\n# not tested, because privileged (sys tests), hidden by the CPUID policy, of other processors, or segment loads:");
+    for (unsigned m = 1; m <= ZYDIS_MNEMONIC_MAX_VALUE; m++) {
+        ZydisDecodedInstruction z = {.mnemonic = (ZydisMnemonic)m};
+
+        if (tally[m].cases == 0 && !gen_excluded(&z))
+            printf(" %s", ZydisMnemonicGetString((ZydisMnemonic)m));
+    }
+    printf("\n");
+}
+
+static void on_alarm(int sig)
+{
+    (void)sig;
+    printf("Bail out! case %u does not end\n", running ? running->number : 0);
+    fflush(stdout);
+    _exit(1);
+}
+
+static void run_case(struct icase *i, const u8 *pattern)
+{
+    static struct outcome a, b;
+    struct tally *t = &tally[i->z.mnemonic];
+    bool ok;
+
+    running = i;
+    if (opt.show) {
+        describe(i);
+        show(i);
+        fflush(stdout);
+    }
+    alarm(30);
+    native_run(i, pattern, &a);
+    if (opt.native_only)
+        ok = true;
+    else if (guest_run(i, pattern, &b)) {
+        report_len = (size_t)snprintf(report, sizeof report, "#   interp did not end in an exception\n");
+        ok = false;
+    } else {
+        ok = compare(i, &a, &b);
+    }
+    t->cases++;
+    total.cases++;
+    t->faults += a.vector != VEC_BP;
+    cover(i);
+    if (ok)
+        return;
+    total.failed++;
+    if (t->failed++ < REPORT_PER_MNEMONIC || opt.mnemonic || opt.only_case >= 0) {
+        describe(i);
+        fputs(report, stdout);
+    }
+}
+
+static bool chosen(const struct icase *i)
+{
+    return (opt.only_case < 0 || (unsigned)opt.only_case == i->number) &&
+           (!opt.mnemonic || !strcasecmp(opt.mnemonic, ZydisMnemonicGetString(i->z.mnemonic)));
+}
+
+static int options(int argc, char **argv)
+{
+    for (int n = 1; n < argc; n++) {
+        if (!strcmp(argv[n], "--seed") && n + 1 < argc)
+            opt.seed = strtoull(argv[++n], NULL, 0);
+        else if (!strcmp(argv[n], "--case") && n + 1 < argc)
+            opt.only_case = strtol(argv[++n], NULL, 0);
+        else if (!strcmp(argv[n], "--mnemonic") && n + 1 < argc)
+            opt.mnemonic = argv[++n];
+        else if (!strcmp(argv[n], "--show"))
+            opt.show = true;
+        else if (!strcmp(argv[n], "--native"))
+            opt.native_only = true;
+        else {
+            fprintf(stderr, "usage: insn_test [--seed N] [--case N] [--mnemonic NAME] [--show] [--native]\n");
+            return -1;
+        }
+    }
+    return 0;
+}
+
+int main(int argc, char **argv)
+{
+    static u8 pattern[PAGES * PAGE_SIZE];
+    static struct icase i;
+    struct xlayout layout;
+    const char *why = NULL;
+    struct gen *g;
+    unsigned line = 0;
+
+    if (options(argc, argv))
+        return 64;
+    xlayout_host(&layout);
+    gen_pattern(opt.seed, pattern);
+    if (guest_open(&layout)) {
+        printf("Bail out! cannot make the guest\n");
+        return 1;
+    }
+    if (native_open(&layout, &why)) {                              /* after the engine, whose handlers get what is not ours */
+        printf("1..1\nok 1 - insn # SKIP %s\n", why);
+        return 0;
+    }
+    signal(SIGALRM, on_alarm);
+    g = gen_open(opt.seed, &layout, pattern);
+    bug_on(!g);
+    while (gen_next(g, &i)) {
+        if (chosen(&i))
+            run_case(&i, pattern);
+    }
+    gen_close(g);
+    alarm(0);
+    for (unsigned m = 0; m <= ZYDIS_MNEMONIC_MAX_VALUE; m++) {
+        if (tally[m].cases)
+            printf("%s %u - %s (%u cases, %u of them fault)%s\n", tally[m].failed ? "not ok" : "ok", ++line, ZydisMnemonicGetString((ZydisMnemonic)m),
+                   tally[m].cases, tally[m].faults, tally[m].failed ? " FAILED" : "");
+    }
+    if (opt.only_case < 0 && !opt.mnemonic) {
+        print_coverage();
+        print_untested();
+        printf("%s %u - at least 20000 cases\n", total.cases >= 20000 ? "ok" : "not ok", ++line);
+    }
+    printf("1..%u\n# %u mnemonics, %u operand forms, %u cases, %u failed; in %u an undefined flag differs\n", line, line, form_count, total.cases,
+           total.failed, total.undefined);
+    guest_close();
+    return total.failed || (opt.only_case < 0 && !opt.mnemonic && total.cases < 20000);
+}
