@@ -364,6 +364,23 @@ static void test_slow_guest(void **state UNUSED)
     assert_int_equal(end[0].rooms, 1);                             /* nobody waits for this one */
 }
 
+/* Nobody kicks for buffers that the device did not ask for: while the host waits for room, the device asks (avail_event). */
+static void test_asks_for_room(void **state UNUSED)
+{
+    u16 event;
+
+    open_ports();
+    fill_rx(0, 0, 3);
+    turn();
+    assert_int_equal(vport_send(end[0].port, "abc", 3), 3);        /* takes one; nobody waits */
+    control(0, VIRTIO_CONSOLE_PORT_OPEN, 0);
+    assert_int_equal(vport_send(end[0].port, "abc", 3), 0);        /* waits from here on */
+    control(0, VIRTIO_CONSOLE_PORT_OPEN, 1);
+    assert_int_equal(end[0].rooms, 1);
+    get(&g, d.q[0].used + 4 + 8 * QUEUE, &event, 2);
+    assert_int_equal(event, 1);
+}
+
 static void test_host_closes(void **state UNUSED)
 {
     u16 value;
@@ -574,7 +591,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         T(test_handshake), T(test_bad_control), T(test_control_without_buffers), T(test_from_guest), T(test_slow_consumer), T(test_to_guest),
-        T(test_slow_guest), T(test_host_closes), T(test_without_multiport), T(test_reset_drains), T(test_reset_while_stalled),
+        T(test_slow_guest), T(test_asks_for_room), T(test_host_closes), T(test_without_multiport), T(test_reset_drains), T(test_reset_while_stalled),
         T(test_reset_inside_callback), T(test_broken_ring), T(test_small_control_buffer), T(test_state), T(test_throughput),
     };
 

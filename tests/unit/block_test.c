@@ -129,6 +129,7 @@ static void test_bounds(void **state)
 {
     struct block *b;
     u8 buf[1024];
+    struct job j;
 
     (void)state;
     make("disk", 4096);
@@ -138,6 +139,8 @@ static void test_bounds(void **state)
     assert_int_equal(io(b, BLOCK_WRITE, 4096, buf, 512), -EINVAL);
     assert_int_equal(io(b, BLOCK_READ, ~0ull - 511, buf, 512), -EINVAL);
     assert_int_equal(io(b, BLOCK_READ, 4096, buf, 0), 0);
+    job_start(&j, b, BLOCK_WRITE, 3072, (struct iovec[]){ { buf, 512 }, { buf, 512 }, { buf, 512 } }, 3); /* only the last piece is outside */
+    assert_int_equal(job_wait(&j), -EINVAL);
     block_close(b);
 }
 

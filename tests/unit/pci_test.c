@@ -307,6 +307,9 @@ static void test_msix(void **state UNUSED)
     msix_signal(VECTORS);                                          /* there is no such vector */
     msix_signal(0xffff);
     assert_int_equal(g.msi_total, 3);
+    pci_fn_reset(&p.fn);
+    assert_int_equal(bus_read(g.mmio, table(65) + 12, 4), 1);
+    assert_int_equal(bus_read(g.mmio, table(65), 8), 0);
 }
 
 static void test_msix_table_accesses(void **state UNUSED)
