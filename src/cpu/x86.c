@@ -18,7 +18,8 @@
 #define XSAVE_XCOMP_BV 520
 
 #define MXCSR_INIT 0x1f80u
-#define MXCSR_VALID 0xffffu
+#define MXCSR_MASK_RESET 0xffffu
+#define MXCSR_VALID 0x2ffffu              /* with AMD's MM; the engine masks what this host does not have */
 #define FCW_RESET 0x40u
 #define CR0_RESET (CR0_CD | CR0_NW | CR0_ET)
 #define DR6_RESET 0xffff0ff0u
@@ -65,7 +66,7 @@ void x86_reset(struct x86 *x, bool bsp)
     put32(x->xsave + XSAVE_FCW, FCW_RESET);
     x->xsave[XSAVE_FTW] = 0xff;            /* tag word 0x5555: every register holds zero */
     put32(x->xsave + XSAVE_MXCSR, MXCSR_INIT);
-    put32(x->xsave + XSAVE_MXCSR_MASK, MXCSR_VALID);
+    put32(x->xsave + XSAVE_MXCSR_MASK, MXCSR_MASK_RESET);
     x->xsave[XSAVE_BV] = XSTATE_X87;
     x->activity = bsp ? X86_RUNNING : X86_WAIT_SIPI;
 }

@@ -231,6 +231,10 @@ static int deliver_idt(struct icpu *c, const struct event *e)
 static int deliver_event(struct icpu *c, const struct event *e)
 {
     c->x->shadow = false;
+    if (e->vector == VEC_DB && !e->software) {
+        c->x->dr7 &= ~(u64)DR7_GD;         /* the handler may use the debug registers */
+        c->x->debugctl &= ~(u64)DEBUGCTL_BTF;
+    }
     return in_real(c) ? deliver_ivt(c, e) : deliver_idt(c, e);
 }
 
@@ -289,10 +293,6 @@ int deliver_fault(struct icpu *c)
         e.flags = saves_rf(f.vector) ? flags | FLAG_RF : flags;
         if (f.vector == VEC_PF)
             c->x->cr2 = f.cr2;
-        if (f.vector == VEC_DB) {
-            c->x->dr7 &= ~(u64)DR7_GD;
-            c->x->debugctl &= ~(u64)DEBUGCTL_BTF;
-        }
         trace_event(c, &f);
         int r = deliver_event(c, &e);
         if (r == OP_JUMP)

@@ -2,7 +2,7 @@
  * Far JMP, CALL and RET in all modes: direct, through call gates, to task gates and TSSs (SDM vol. 2 JMP, CALL, RET; vol. 3A 5.8).
  *
  * The order of checks is that of the manual's pseudo-code. Frames are written before CS, SS and RSP change, so a fault leaves only bytes below the
- * stack pointer behind.
+ * stack pointer behind. A 64-bit operand size of memory operands is as on Intel, also where the guest is told that it runs on AMD (which ignores REX.W there).
  */
 #include "cpu/interp/sys.h"
 

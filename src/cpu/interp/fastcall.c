@@ -10,7 +10,7 @@
 #define FLAT_CODE32 0xc9bu
 #define FLAT_DATA 0xc93u
 #define DPL3 0x60u
-#define SYSRET_FLAGS 0x3c7fd7u
+#define SYSRET_FLAGS 0x3c7fd7u             /* all but RF, VM and reserved bits */
 
 static void flat_seg(struct icpu *c, unsigned seg, u16 sel, unsigned attr)
 {
@@ -56,10 +56,9 @@ static int op_sysret(struct icpu *c, const struct op *op)
     flat_seg(c, SEG_SS, amd ? (u16)(base + 8) : (u16)(base + 8) | 3, FLAT_DATA | DPL3);
     c->rip = wide ? c->r[RCX] : (u32)c->r[RCX];
     if (in_long_mode(c))
-        flags_write(c, c->r[R11], SYSRET_FLAGS | FLAG_RF | FLAG_VM);
+        flags_write(c, c->r[R11] & SYSRET_FLAGS, SYSRET_FLAGS | FLAG_RF | FLAG_VM);
     else
-        flags_write(c, FLAG_IF, FLAG_IF);
-    c->flags &= ~(u32)(FLAG_RF | FLAG_VM);
+        flags_write(c, FLAG_IF, FLAG_IF | FLAG_RF | FLAG_VM);
     icpu_mode(c);
     return OP_JUMP;
 }
