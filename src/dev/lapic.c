@@ -1,5 +1,5 @@
 /*
- * Local APIC (Intel SDM vol. 3A chapter 11; section numbers below are of that volume) and the message bus between APICs.
+ * Local APIC (Intel SDM vol. 3A chapter 11; section numbers below are of that volume). The bus between them is lapic_bus.c.
  *
  * Modelled: xAPIC registers, x2APIC MSRs and the transitions between the modes, fixed/lowest-priority/NMI/SMI/INIT/start-up/ExtINT messages, physical and
  * logical destinations, shorthands, six LVT entries, error status, one-shot/periodic/TSC-deadline timer, directed EOI (SVR bit 12).
@@ -12,21 +12,15 @@
  * (their locks come earlier, or are equals), and so must let go of their own first. What the vCPU asks all the time is mirrored in atomics:
  * `deliverable`, `extint_open`, `tpr`, `base`. bus_move() and timer_arm() take leaf locks.
  */
-#include "dev/lapic.h"
-
 #include <errno.h>
-#include <stdatomic.h>
 #include <string.h>
 
 #include "base/err.h"
+#include "dev/lapic_int.h"
 
 #define MSR_APIC_BASE 0x1b
 #define MSR_TSC_DEADLINE 0x6e0
 #define MSR_X2APIC 0x800
-#define BASE_BSP BIT(8)
-#define BASE_EXTD BIT(10)
-#define BASE_EN BIT(11)
-#define BASE_MODE (BASE_EN | BASE_EXTD)
 
 /* Registers: MMIO offset / 16 = MSR - 0x800 (table 11-6) */
 enum {
@@ -35,7 +29,6 @@ enum {
     REG_INITIAL = 0x38, REG_CURRENT = 0x39, REG_DIVIDE = 0x3e, REG_SELF_IPI = 0x3f,
 };
 
-enum { LVT_TIMER, LVT_THERMAL, LVT_PERF, LVT_LINT0, LVT_LINT1, LVT_ERROR, LVTS };
 #define LVT_MASKED 0x10000u
 #define LVT_LEVEL 0x8000u
 #define LVT_REMOTE_IRR 0x4000u
@@ -51,7 +44,6 @@ static const u32 lvt_mask[LVTS] = {
 #define LVT_READ_ONLY 0x5000u                                      /* delivery status, remote IRR: software writes back what it read */
 
 #define VERSION (0x15 | (LVTS - 1) << 16 | 1 << 24)                /* integrated APIC, 6 LVT entries, EOI broadcasts can be suppressed */
-#define SVR_ENABLE 0x100u
 #define SVR_NO_BROADCAST 0x1000u
 #define SVR_MASK 0x11ffu
 
@@ -66,45 +58,6 @@ static const u32 lvt_mask[LVTS] = {
 #define ICR_LEVEL 0x8000u
 
 #define PERIOD_MIN_NS 50000u
-
-struct lapic_bus {
-    struct lapic_config cfg;
-    struct lapic **lapic;
-    unsigned n;
-    struct i8259 *pic;
-    struct apic_eoi_sink eoi_sink;
-};
-
-struct lapic {
-    struct device device;
-    struct lapic_bus *bus;
-    struct bus *cpu_bus;
-    int region;
-    struct cpu_port cpu;
-    u32 id;
-    bool bsp;
-
-    _Atomic u64 base;                                              /* IA32_APIC_BASE */
-    _Atomic u8 tpr;
-    u32 ldr, dfr, svr;
-    u32 esr, errors;                                               /* as last latched; since then */
-    u64 icr;
-    u32 lvt[LVTS];
-    u32 irr[8], isr[8], tmr[8];
-    u8 lint;                                                       /* levels of LINT0 and LINT1, bits 0 and 1 */
-    bool extint_message;                                           /* an ExtINT message waits for its INTA cycle */
-
-    struct timer timer;
-    bool armed;
-    u32 initial;
-    u8 divide;                                                     /* the register: bits 3, 1, 0 */
-    u64 deadline_ns;                                               /* count modes, while armed */
-    u64 deadline_tsc;                                              /* TSC-deadline mode: 0 when not armed */
-    s64 tsc_adjust;
-
-    _Atomic int deliverable;                                       /* vector, or -1 */
-    _Atomic bool extint_open;                                      /* the i8259's INTR reaches the processor through here */
-};
 
 /* ---- vectors ---- */
 
@@ -129,17 +82,7 @@ static bool vector_get(const u32 set[8], u8 v)
     return set[v / 32] >> (v % 32) & 1;
 }
 
-static bool hw_enabled(const struct lapic *l)
-{
-    return atomic_load_explicit(&l->base, memory_order_relaxed) & BASE_EN;
-}
-
-static bool x2apic(const struct lapic *l)
-{
-    return (atomic_load_explicit(&l->base, memory_order_relaxed) & BASE_MODE) == BASE_MODE;
-}
-
-static u8 ppr(const struct lapic *l)                               /* 11.8.3.1 */
+u8 lapic_ppr(const struct lapic *l)                               /* 11.8.3.1 */
 {
     int serving = highest(l->isr);
     u8 tpr = atomic_load(&l->tpr);
@@ -150,16 +93,16 @@ static u8 ppr(const struct lapic *l)                               /* 11.8.3.1 *
 /* Recomputes the mirrors after any change of registers; tells the vCPU when there is something new for it. */
 static void refresh(struct lapic *l)
 {
-    int v = hw_enabled(l) ? highest(l->irr) : -1;
+    int v = lapic_hw_enabled(l) ? highest(l->irr) : -1;
     u32 lint0 = l->lvt[LVT_LINT0];
     bool open;
 
-    if (v >= 0 && v >> 4 <= ppr(l) >> 4)
+    if (v >= 0 && v >> 4 <= lapic_ppr(l) >> 4)
         v = -1;
     if (atomic_exchange(&l->deliverable, v) != v && v >= 0)
         l->cpu.signal(l->cpu.vcpu, CPU_INTR, 0);
 
-    if (hw_enabled(l))
+    if (lapic_hw_enabled(l))
         open = (!(lint0 & LVT_MASKED) && LVT_MODE(lint0) == APIC_EXTINT) || l->extint_message;
     else
         open = l->bsp; /* 11.4.3: LINT0 is the processor's INTR pin; the board wires the boot processor's */
@@ -180,7 +123,7 @@ static void error(struct lapic *l, u32 bit)
 
 static void accept_fixed(struct lapic *l, u8 vector, bool level)
 {
-    if (!hw_enabled(l) || !(l->svr & SVR_ENABLE))
+    if (!lapic_hw_enabled(l) || !(l->svr & SVR_ENABLE))
         return;
     if (vector < 16) {
         error(l, ESR_RECEIVE_ILLEGAL);
@@ -192,9 +135,9 @@ static void accept_fixed(struct lapic *l, u8 vector, bool level)
 }
 
 /* Any delivery mode, from a message or from the LVT. */
-static void accept(struct lapic *l, u8 mode, u8 vector, bool level)
+void lapic_accept(struct lapic *l, u8 mode, u8 vector, bool level)
 {
-    if (!hw_enabled(l))
+    if (!lapic_hw_enabled(l))
         return;
     switch (mode) {
     case APIC_FIXED:
@@ -220,7 +163,7 @@ static void lvt_fire(struct lapic *l, int entry)
     bool fixed_only = entry == LVT_TIMER || entry == LVT_ERROR;
 
     if (!(v & LVT_MASKED))
-        accept(l, fixed_only ? APIC_FIXED : LVT_MODE(v), (u8)v, false);
+        lapic_accept(l, fixed_only ? APIC_FIXED : LVT_MODE(v), (u8)v, false);
 }
 
 /* LINT pins: ExtINT follows the i8259 itself (extint_open); fixed may be level-triggered; the rest is edge-triggered. */
@@ -228,7 +171,7 @@ static void lint_fire(struct lapic *l, int entry)
 {
     u32 v = l->lvt[entry];
 
-    if ((v & LVT_MASKED) || !hw_enabled(l))
+    if ((v & LVT_MASKED) || !lapic_hw_enabled(l))
         return;
     if (LVT_MODE(v) == APIC_EXTINT) {
         l->cpu.signal(l->cpu.vcpu, CPU_INTR, 0);
@@ -242,14 +185,14 @@ static void lint_fire(struct lapic *l, int entry)
     }
 }
 
-static void lint_set(struct lapic *l, int pin, int level)
+void lapic_lint_set(struct lapic *l, int pin, int level)
 {
     bool was = l->lint >> pin & 1;
 
     l->lint = (u8)((l->lint & ~(1 << pin)) | level << pin);
     if (!level || was)
         return;
-    if (!hw_enabled(l) && pin == 0 && l->bsp)
+    if (!lapic_hw_enabled(l) && pin == 0 && l->bsp)
         l->cpu.signal(l->cpu.vcpu, CPU_INTR, 0);
     else
         lint_fire(l, LVT_LINT0 + pin);
@@ -424,87 +367,6 @@ static void lvt_write(struct lapic *l, int entry, u32 val)
 
 /* ---- messages ---- */
 
-static bool matches(const struct lapic *l, const struct apic_msg *m)
-{
-    u32 ldr = l->ldr;
-
-    if (m->dest == (m->wide ? UINT32_MAX : 0xff))
-        return true;
-    if (!m->logical)
-        return m->dest == l->id;
-    if (x2apic(l)) { /* 11.12.10: cluster in the high half, member bits in the low half */
-        ldr = (l->id >> 4) << 16 | 1u << (l->id & 15);
-        return m->dest >> 16 == ldr >> 16 && (m->dest & ldr & 0xffff);
-    }
-    if (m->dest > 0xff)
-        return false;
-    ldr >>= 24;
-    if (l->dfr >> 28 == 0xf) /* 11.6.2.2: flat model, else cluster */
-        return m->dest & ldr;
-    return m->dest >> 4 == ldr >> 4 && (m->dest & ldr & 0xf);
-}
-
-/*
- * Lowest priority: of those that would accept, the one with the lowest processor priority; among equals, where the vector points to, so that the
- * vectors spread and each keeps its processor (and its caches).
- */
-static void send_lowest(struct lapic_bus *lb, const struct apic_msg *m, const struct lapic *except)
-{
-    struct lapic *best = NULL;
-    unsigned best_ppr = 256;
-
-    for (unsigned i = 0; i < lb->n; i++) {
-        struct lapic *l = lb->lapic[(i + m->vector) % lb->n];
-
-        pthread_mutex_lock(&l->device.lock);
-        if (l != except && hw_enabled(l) && (l->svr & SVR_ENABLE) && matches(l, m) && ppr(l) < best_ppr) {
-            best_ppr = ppr(l);
-            best = l;
-        }
-        pthread_mutex_unlock(&l->device.lock);
-    }
-    if (!best)
-        return;
-    pthread_mutex_lock(&best->device.lock);
-    accept(best, APIC_FIXED, m->vector, m->level);
-    pthread_mutex_unlock(&best->device.lock);
-}
-
-static void send(struct lapic_bus *lb, const struct apic_msg *m, const struct lapic *except)
-{
-    if (m->mode == APIC_LOWEST) {
-        send_lowest(lb, m, except);
-        return;
-    }
-    for (unsigned i = 0; i < lb->n; i++) {
-        struct lapic *l = lb->lapic[i];
-
-        if (l == except)
-            continue;
-        pthread_mutex_lock(&l->device.lock);
-        if (matches(l, m))
-            accept(l, m->mode, m->vector, m->level);
-        pthread_mutex_unlock(&l->device.lock);
-    }
-}
-
-void lapic_bus_send(struct lapic_bus *lb, const struct apic_msg *m)
-{
-    send(lb, m, NULL);
-}
-
-/* 11.11: 0xfee, destination, redirection hint (bit 3, which changes nothing here), destination mode (bit 2). */
-static void msi_send(void *arg, u64 addr, u32 data)
-{
-    struct apic_msg m = {
-        .dest = (u32)(addr >> 12) & 0xff, .vector = (u8)data, .mode = (data >> 8) & 7, .logical = addr & 4, .level = data & ICR_LEVEL,
-    };
-
-    if (addr >> 20 != 0xfee || (m.level && !(data & ICR_ASSERT)))
-        return;
-    send(arg, &m, NULL);
-}
-
 /* 11.6.1. Takes locks itself. Level-triggered IPIs do not exist any more: all are sent as edges, and a de-assert is no message. */
 static void send_ipi(struct lapic *l, u64 icr, bool wide)
 {
@@ -526,21 +388,21 @@ static void send_ipi(struct lapic *l, u64 icr, bool wide)
     }
     switch (shorthand) {
     case 0:
-        send(lb, &m, NULL);
+        lapic_bus_send_except(lb, &m, NULL);
         break;
     case 1: /* table 11-3: self and all-including-self are valid for fixed only */
         if (m.mode != APIC_FIXED)
             break;
         pthread_mutex_lock(&l->device.lock);
-        accept(l, APIC_FIXED, m.vector, false);
+        lapic_accept(l, APIC_FIXED, m.vector, false);
         pthread_mutex_unlock(&l->device.lock);
         break;
     case 2:
         if (m.mode == APIC_FIXED)
-            send(lb, &all, NULL);
+            lapic_bus_send_except(lb, &all, NULL);
         break;
     case 3:
-        send(lb, &all, l);
+        lapic_bus_send_except(lb, &all, l);
         break;
     }
 }
@@ -570,14 +432,14 @@ static void eoi(struct lapic *l)
 
 static bool reg_read(struct lapic *l, unsigned reg, u64 *val)
 {
-    bool x2 = x2apic(l);
+    bool x2 = lapic_x2apic(l);
 
     switch (reg) {
     case REG_ID: *val = x2 ? l->id : l->id << 24; return true;
     case REG_VERSION: *val = VERSION; return true;
     case REG_TPR: *val = atomic_load(&l->tpr); return true;
-    case REG_PPR: *val = ppr(l); return true;
-    case REG_LDR: *val = x2 ? (l->id >> 4) << 16 | 1u << (l->id & 15) : l->ldr; return true;
+    case REG_PPR: *val = lapic_ppr(l); return true;
+    case REG_LDR: *val = x2 ? lapic_x2apic_ldr(l) : l->ldr; return true;
     case REG_SVR: *val = l->svr; return true;
     case REG_ISR ... REG_ISR + 7: *val = l->isr[reg - REG_ISR]; return true;
     case REG_TMR ... REG_TMR + 7: *val = l->tmr[reg - REG_TMR]; return true;
@@ -589,7 +451,7 @@ static bool reg_read(struct lapic *l, unsigned reg, u64 *val)
     case REG_CURRENT: *val = timer_current(l); return true;
     case REG_DIVIDE: *val = l->divide; return true;
     /* These exist in xAPIC mode only. */
-    case REG_APR: *val = ppr(l); return !x2;
+    case REG_APR: *val = lapic_ppr(l); return !x2;
     case REG_EOI:
     case REG_RRD: *val = 0; return !x2;
     case REG_DFR: *val = l->dfr; return !x2;
@@ -716,7 +578,7 @@ static int x2apic_read(struct lapic *l, unsigned reg, u64 *val)
     bool there;
 
     pthread_mutex_lock(&l->device.lock);
-    there = x2apic(l) && reg_read(l, reg, val);
+    there = lapic_x2apic(l) && reg_read(l, reg, val);
     pthread_mutex_unlock(&l->device.lock);
     return there ? 0 : -1;
 }
@@ -725,7 +587,7 @@ static int x2apic_write(struct lapic *l, unsigned reg, u64 val)
 {
     s64 writable = x2apic_writable(reg);
 
-    if (!x2apic(l))
+    if (!lapic_x2apic(l))
         return -1;
     if (reg == REG_ICR) {
         if ((u32)val & ~(ICR_MASK | ICR_STATUS))
@@ -810,7 +672,7 @@ static int base_write(struct lapic *l, u64 val)
 
 bool lapic_enabled(const struct lapic *l)
 {
-    return hw_enabled(l);
+    return lapic_hw_enabled(l);
 }
 
 void lapic_virtual_wire(struct lapic *l)
@@ -1041,12 +903,9 @@ static void lapic_state(struct device *d, struct stream *s)
 static void lapic_free(struct device *d)
 {
     struct lapic *l = (struct lapic *)d;
-    struct lapic_bus *lb = l->bus;
 
     timer_disarm(&l->timer);
-    for (unsigned i = 0; i < lb->n; i++)
-        if (lb->lapic[i] == l)
-            lb->lapic[i] = lb->lapic[--lb->n];
+    lapic_bus_remove(l->bus, l);
     pthread_mutex_destroy(&d->lock);
     free(l);
 }
@@ -1061,14 +920,10 @@ static const struct device_ops lapic_ops = {
 int lapic_new(struct lapic_bus *lb, struct bus *cpu_bus, u32 id, bool bsp, struct cpu_port cpu, struct lapic **out)
 {
     struct lapic *l = calloc(1, sizeof(*l));
-    struct lapic **grown = realloc(lb->lapic, (lb->n + 1) * sizeof(*grown));
+    int r;
 
-    if (grown)
-        lb->lapic = grown;
-    if (!l || !grown) {
-        free(l);
+    if (!l)
         return err(-ENOMEM, "lapic: out of memory");
-    }
     device_init(&l->device, &lapic_ops);
     l->bus = lb;
     l->cpu_bus = cpu_bus;
@@ -1078,71 +933,15 @@ int lapic_new(struct lapic_bus *lb, struct bus *cpu_bus, u32 id, bool bsp, struc
     timer_init(&l->timer, lb->cfg.clock, timer_fired, l);
     atomic_init(&l->deliverable, -1);
 
-    struct region r = { .base = LAPIC_BASE, .size = 0, .min = 4, .max = 4, .read = mmio_read, .write = mmio_write, .dev = l, .name = "lapic" };
-    l->region = bus_add(cpu_bus, &r);
-    if (l->region < 0) {
-        int e = l->region;
-
-        pthread_mutex_destroy(&l->device.lock);
-        free(l);
-        return e;
+    struct region region = { .base = LAPIC_BASE, .min = 4, .max = 4, .read = mmio_read, .write = mmio_write, .dev = l, .name = "lapic" };
+    r = l->region = bus_add(cpu_bus, &region); /* mapped by the reset */
+    if (r >= 0)
+        r = lapic_bus_add(lb, l);
+    if (r < 0) {
+        lapic_free(&l->device);
+        return r;
     }
     lapic_reset(&l->device);
-    lb->lapic[lb->n++] = l;
     *out = l;
     return 0;
-}
-
-/* ---- bus ---- */
-
-int lapic_bus_new(const struct lapic_config *cfg, struct lapic_bus **out)
-{
-    struct lapic_bus *lb = calloc(1, sizeof(*lb));
-
-    if (!lb)
-        return err(-ENOMEM, "lapic: out of memory");
-    bug_on(cfg->phys_bits < 32 || cfg->phys_bits > 52);
-    lb->cfg = *cfg;
-    *out = lb;
-    return 0;
-}
-
-void lapic_bus_free(struct lapic_bus *lb)
-{
-    if (!lb)
-        return;
-    free(lb->lapic);
-    free(lb);
-}
-
-/* INTR of the i8259 is wired to LINT0 of every local APIC. */
-static void pic_line_set(void *chip, int n UNUSED, int level)
-{
-    struct lapic_bus *lb = chip;
-
-    for (unsigned i = 0; i < lb->n; i++) {
-        pthread_mutex_lock(&lb->lapic[i]->device.lock);
-        lint_set(lb->lapic[i], 0, level);
-        pthread_mutex_unlock(&lb->lapic[i]->device.lock);
-    }
-}
-
-struct irq_line lapic_bus_pic_line(struct lapic_bus *lb)
-{
-    return (struct irq_line){ pic_line_set, lb, 0 };
-}
-
-void lapic_bus_set_pic(struct lapic_bus *lb, struct i8259 *pic)
-{
-    lb->pic = pic;
-}
-
-struct msi_sink lapic_bus_msi(struct lapic_bus *lb)
-{
-    return (struct msi_sink){ msi_send, lb };
-}
-
-void lapic_bus_set_eoi_sink(struct lapic_bus *lb, struct apic_eoi_sink sink)
-{
-    lb->eoi_sink = sink;
 }
