@@ -15,7 +15,7 @@ struct device;
 struct device_ops {
     const char *name;                                              /* chip, as in its file's name */
     void (*reset)(struct device *d);                               /* power-on state; vCPUs stand still; takes the lock itself */
-    void (*quiesce)(struct device *d);                             /* finish or record I/O in flight; bounded in time; may be NULL */
+    void (*quiesce)(struct device *d);                             /* finish or record I/O in flight; bounded in time; takes the lock itself; may be NULL */
     void (*state)(struct device *d, struct stream *s);             /* saves or loads; the caller holds the device's lock */
     void (*free)(struct device *d);
 };
