@@ -5,7 +5,7 @@
 #define UPTR(p)  ((void *)(p))
 
 #define TRY_BEGIN "movl $-1, trap\n\tmovl $0, trap+4\n\tmovl %%esp, trap_sp\n\tmovl $9991f, trap_fix\n\t"
-#define TRY_END   "\n9991:\tmovl $0, %%ss:trap_fix\n\t"
+#define TRY_END   "\n9991:\tmovl $0, %%ss:trap_fix\n\tmovl %%ss:trap_sp, %%esp\n\t"
 /* Runs the instructions; a fault ends them. Inside asm volatile(TRY("...") : outputs : inputs : clobbers). */
 #define TRY(insns) TRY_BEGIN insns TRY_END
 /* The same at CPL 3. Ends with vector 0x80 when nothing faults. */

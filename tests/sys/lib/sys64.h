@@ -6,7 +6,7 @@
 
 /* Runs the instructions; a fault ends them. Inside asm volatile(TRY("...") : outputs : inputs : clobbers). Operands in registers or globals only. */
 #define TRY(insns)                                                                                                  \
-    "movl $-1, trap\n\tmovl $0, trap+4\n\tmovq %%rsp, trap_sp\n\tmovq $9991f, trap_fix\n\t" insns "\n9991:\tmovq $0, trap_fix\n\t"
+    "movl $-1, trap\n\tmovl $0, trap+4\n\tmovq %%rsp, trap_sp\n\tmovq $9991f, trap_fix\n\t" insns "\n9991:\tmovq $0, trap_fix\n\tmovq trap_sp, %%rsp\n\t"
 
 /* The same at CPL 3 in 64-bit code on the user stack; labels inside are supervisor addresses. Ends with vector 0x80 when nothing faults. */
 #define USER(insns) USER_AS("0x2b", insns "\n\tint $0x80\n")
@@ -15,7 +15,7 @@
 #define USER_AS(cs, insns)                                                                                          \
     "movl $-1, trap\n\tmovl $0, trap+4\n\tmovq %%rsp, trap_sp\n\tmovq $9991f, trap_fix\n\t"                          \
     "pushq $0x23\n\tpushq $user_stack_end + 0x10000000\n\tpushq user_flags\n\tpushq $" cs "\n\t"                  \
-    "pushq $9990f + 0x10000000\n\tiretq\n9990:\t" insns "\n9991:\tmovq $0, trap_fix\n\t"
+    "pushq $9990f + 0x10000000\n\tiretq\n9990:\t" insns "\n9991:\tmovq $0, trap_fix\n\tmovq trap_sp, %%rsp\n\t"
 /* In 32-bit code at CPL 0 (compatibility mode), and back. Stack and code are below 4 GiB. */
 #define COMPAT0(insns)                                                                                              \
     TRY("pushq $0x38\n\tpushq $9992f\n\tlretq\n9992:\t.code32\n\t" insns "\n\tljmp $8, $9993f\n\t.code64\n9993:\t")
