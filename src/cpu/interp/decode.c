@@ -199,12 +199,13 @@ static int bind(struct icpu *c, const struct decoded *d, struct op *op)
 int decode_one(struct icpu *c, const u8 *bytes, unsigned n, unsigned off, struct op *op)
 {
     struct decoded d = { .bytes = bytes, .mode = c->mode };
-    *op = (struct op){ .off = (u8)off, .len = 1, .base = REG_ZERO, .index = REG_ZERO, .seg = SEG_DS };
+    *op = (struct op){ .off = (u8)off, .base = REG_ZERO, .index = REG_ZERO, .seg = SEG_DS };
     ZyanStatus s = ZydisDecoderDecodeFull(&c->code->decoder[c->mode], bytes, n, &d.insn, d.opnd);
     if (s == ZYDIS_STATUS_NO_MORE_DATA)
         return DECODE_MORE;
     if (ZYAN_FAILED(s)) {
         op->fn = s == ZYDIS_STATUS_INSTRUCTION_TOO_LONG ? op_too_long : op_ud;
+        op->len = (u8)MIN(n, ZYDIS_MAX_INSTRUCTION_LENGTH);        /* all that may have led to this: a change of it is a change of the block */
         return BIND_LAST;
     }
     op->len = d.insn.length;
