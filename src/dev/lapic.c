@@ -32,7 +32,6 @@ enum {
 #define LVT_MASKED 0x10000u
 #define LVT_LEVEL 0x8000u
 #define LVT_REMOTE_IRR 0x4000u
-#define LVT_LOW 0x2000u
 #define LVT_MODE(v) (((v) >> 8) & 7)
 #define TIMER_MODE(v) (((v) >> 17) & 3)
 enum { TIMER_ONESHOT, TIMER_PERIODIC, TIMER_DEADLINE };

@@ -207,6 +207,7 @@ static void priority_can_be_set(void **state UNUSED)
     irq(0, 1);
     irq(6, 1);
     assert_int_equal(i8259_ack(pic), 0x26);
+    assert_int_equal(intr.level, 0); /* IR0 is below IR6 now */
     out8(&bench, M0, 0xe6); /* rotate on specific EOI: IR6 lowest */
     pulse(6);
     irq(7, 1);

@@ -277,6 +277,9 @@ static void lowest_priority_goes_to_one(void **state UNUSED)
     m.dest = 0x06;
     lapic_bus_send(lb, &m);
     assert_int_equal(receivers(0x61), 1 << 1);
+    wr(1, TPR, 0);
+    wr(1, ICR, 0xc4161); /* to all but itself: also when it is the least busy one */
+    assert_int_equal(receivers(0x61) & 0x2, 0);
 }
 
 /* 11.6.1 and table 11-3 */
@@ -570,21 +573,31 @@ static void periodic_does_not_drift(void **state UNUSED)
     assert_int_equal(rd(0, CURRENT), 4000000);
 }
 
+/* Shots of a period of one nanosecond come no closer than 50 us. Real time passes in bench_run(), so only looks that were quick enough count. */
 static void tiny_periods_do_not_flood(void **state UNUSED)
 {
-    u64 before;
+    unsigned quick = 0;
 
     wr(0, LVT_TIMER, 0x20042);
     wr(0, DIVIDE, 0xb);
     wr(0, INITIAL, 1);
-    cpu[0].signals[CPU_INTR] = 0;
-    before = clock_ns(bench.clock);
-    for (int i = 0; i < 20; i++) {
+    for (int i = 0; i < 200; i++) {
+        u64 shot;
+
+        bench_pass(&bench, MS);
+        shot = clock_ns(bench.clock);
         bench_run(&bench, 0);
-        if (ack(0) >= 0)
+        assert_int_equal(ack(0), 0x42);
+        wr(0, EOI, 0);
+        bench_run(&bench, 5 * US);
+        if (clock_ns(bench.clock) < shot + 50 * US) {
+            quick++;
+            assert_int_equal(peek(0), -1);
+        } else if (ack(0) >= 0) {
             wr(0, EOI, 0);
+        }
     }
-    assert_true(cpu[0].signals[CPU_INTR] <= (clock_ns(bench.clock) - before) / 50000 + 1);
+    assert_true(quick > 0);
 }
 
 static void masked_timers_run_silently(void **state UNUSED)
@@ -750,9 +763,9 @@ static void eoi_can_be_directed(void **state UNUSED)
     rte(9, 0x8052, 2);
     pin(9, 1);
     ack(2);
+    pin(9, 0);
     wr(2, EOI, 0);
     assert_int_equal(io_rd(0x10 + 18), 0xc052);
-    pin(9, 0);
     bus_write(bench.mmio, IOAPIC_BASE + 0x40, 0x51, 4);
     assert_int_equal(io_rd(0x10 + 18), 0xc052);
     bus_write(bench.mmio, IOAPIC_BASE + 0x40, 0x52, 4);
