@@ -244,7 +244,7 @@ static bool wants_step(const struct icpu *c)
 static void step(struct icpu *c)
 {
     bool tf = c->flags & FLAG_TF, rf = c->flags & FLAG_RF;
-    u64 traps = rf ? 0 : breakpoints_at(c, (c->cs_base + c->rip) & c->rip_mask);
+    u64 traps = rf || c->ss_shadow ? 0 : breakpoints_at(c, (c->cs_base + c->rip) & c->rip_mask);
     if (traps) {
         debug_trap(c, traps);
         return;
@@ -256,7 +256,7 @@ static void step(struct icpu *c)
     }
     if (trace_on(c->v->m->trace, TRACE_INSN))
         trace_insn(c, b);
-    c->x->shadow = false;                                          /* it covers this instruction only; the instruction may set it again */
+    c->ss_shadow = c->x->shadow = false;                           /* it covers this instruction only; the instruction may set it again */
     c->flags &= ~FLAG_RF;
     c->block = b;
     c->r[REG_RIP] = c->rip;
@@ -272,7 +272,8 @@ static void step(struct icpu *c)
     if (r == OP_RESTART && rf)
         c->flags |= FLAG_RF;
     /* MOV SS and POP SS hold debug traps back until after the next instruction (SDM vol. 3A 6.8.3); STI, opcode 0xfb, does not. */
-    if (c->x->shadow && b->bytes[b->op[0].len - 1] != 0xfb)
+    c->ss_shadow = c->x->shadow && b->bytes[b->op[0].len - 1] != 0xfb;
+    if (c->ss_shadow)
         return;
     traps = c->db_pending | (single_steps(c, b, tf) ? DR6_BS : 0);
     if (traps)

@@ -110,6 +110,7 @@ struct icpu {
     u64 code_tag;                  /* translation generation, mode and privilege: what a jump cache entry must match (code.h) */
     u32 pkru;                      /* the register; who changes it calls tlb_views() */
     bool step;                     /* one instruction at a time: repeated string instructions return OP_RESTART after each iteration */
+    bool ss_shadow;                /* single-stepping: the shadow is that of MOV SS or POP SS, which holds back debug exceptions, too */
     bool irq_wait;                 /* the local APIC had an interrupt when IF or the shadow forbade it: look again */
     void *fp;                      /* fp.c's: stub buffer, bounce buffer */
 };
