@@ -7,8 +7,8 @@
 #include "ctl/run.h"
 #include "ctl/run_state.h"
 
-#define LAST_LINES 20
-#define LAST_BYTES 4096
+#define LAST_LINES 48
+#define LAST_BYTES 8192
 
 u64 run_now_ns(void)
 {

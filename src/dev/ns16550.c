@@ -5,6 +5,9 @@
  * arrives as fast as the FIFO has room. When the back end takes nothing, bytes stay in the FIFO and THRE stays low until it does: the guest's driver
  * waits as for a slow line, no vCPU does, and nothing is lost that the guest sent by the rules. The receiver's time-out does run, by the programmed baud rate.
  *
+ * The peer honours hardware flow control: it sends only while RTS is on. So what was typed (or piped in) before the guest's driver opened the line is still
+ * there when it does, and is not cleared away with the FIFO that every driver resets then.
+ *
  * The interrupt output is gated by OUT2, as PC boards wire it. Carrier (DCD) and DSR follow the back end's peer; CTS is always there.
  * Left out: the effect of word length, parity and stop bits on data; DMA mode; baud rates on the line.
  *
@@ -43,6 +46,7 @@ enum { RBR_THR, IER, IIR_FCR, LCR, MCR, LSR, MSR, SCR };
 #define LCR_BREAK 0x40
 #define LCR_DLAB 0x80
 
+#define MCR_RTS  0x02
 #define MCR_OUT2 0x08
 #define MCR_LOOP 0x10
 
@@ -215,7 +219,7 @@ static size_t can_receive(void *front)
     size_t room;
 
     pthread_mutex_lock(&u->device.lock);
-    room = u->mcr & MCR_LOOP ? 0 : fifo_size(u) - u->rx.n;
+    room = u->mcr & MCR_LOOP || !(u->mcr & MCR_RTS) ? 0 : fifo_size(u) - u->rx.n;
     pthread_mutex_unlock(&u->device.lock);
     return room;
 }
@@ -347,11 +351,11 @@ static u8 lsr_read(struct ns16550 *u)
 
 static void mcr_write(struct ns16550 *u, u8 val)
 {
-    bool was_loop = u->mcr & MCR_LOOP;
+    bool was_loop = u->mcr & MCR_LOOP, was_rts = u->mcr & MCR_RTS;
 
     u->mcr = val & 0x1f;
     set_modem(u);
-    if (was_loop && !(val & MCR_LOOP))
+    if (!(val & MCR_LOOP) && (val & MCR_RTS) && (was_loop || !was_rts))
         chardev_rx_ready(u->back);
 }
 

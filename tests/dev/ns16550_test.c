@@ -53,7 +53,7 @@ static int setup(void **state UNUSED)
     fake = (struct fake){ .c = { .ops = &fake_ops, .opened = true }, .room = 200 };
     if (ns16550_new(bench.pio, 0x3f8, "com1", bench.clock, wire_line(&irq), &fake.c, &uart))
         return -1;
-    wr(MCR, 0x08); /* OUT2 opens the interrupt */
+    wr(MCR, 0x0a); /* OUT2 opens the interrupt, RTS the peer's sending */
     return 0;
 }
 
@@ -309,6 +309,21 @@ static void out2_gates_the_interrupt(void **state UNUSED)
     assert_int_equal(irq.level, 1);
 }
 
+/* The peer keeps its bytes until the driver is ready, and is told when it is. */
+static void rts_holds_input_back(void **state UNUSED)
+{
+    unsigned before;
+
+    wr(MCR, 0x08);
+    assert_int_equal(chardev_front_room(&fake.c), 0);
+    before = fake.ready;
+    wr(MCR, 0x0a);
+    assert_int_equal(fake.ready, before + 1);
+    assert_int_not_equal(chardev_front_room(&fake.c), 0);
+    wr(MCR, 0x0a);
+    assert_int_equal(fake.ready, before + 1);
+}
+
 static void a_peer_that_leaves_drops_the_carrier(void **state UNUSED)
 {
     wr(IER, 0x08);
@@ -371,7 +386,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         T(reset_state), T(registers_keep_their_bits), T(output_goes_out_at_once), T(transmitter_interrupt), T(a_slow_host_holds_the_guest_up),
         T(an_overfull_fifo_drops), T(input_without_fifo), T(input_with_fifo), T(input_time_out), T(priorities_of_interrupts), T(loopback),
-        T(out2_gates_the_interrupt), T(a_peer_that_leaves_drops_the_carrier), T(nothing_attached), T(its_state_can_be_moved),
+        T(out2_gates_the_interrupt), T(rts_holds_input_back), T(a_peer_that_leaves_drops_the_carrier), T(nothing_attached), T(its_state_can_be_moved),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
