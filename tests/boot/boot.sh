@@ -35,6 +35,7 @@ truncate -s 32M "$tmp/c.img"
 if command -v mke2fs >/dev/null && command -v e2fsck >/dev/null; then
     mke2fs -q -t ext4 "$tmp/c.img"
     doppel "${run[@]}" --disk "$tmp/c.img" -- sh -c 'mount -t ext4 /dev/vda /mnt && cp /bin/busybox /mnt/copy && sha256sum /mnt/copy | cut -c1-64 && umount /mnt'
+    like "ext4: the guest made a file" "$out" '^[0-9a-f]{64}$'
     is "ext4: e2fsck finds nothing" "$(e2fsck -fn "$tmp/c.img" >/dev/null 2>&1; echo $?)" 0
     is "ext4: the file is there" "$(debugfs -R 'cat copy' "$tmp/c.img" 2>/dev/null | sha256sum | cut -c1-64)" "$out"
 else
