@@ -132,8 +132,8 @@ static const struct {
               F(29) | F(30) | F(31), .always = F(1)},
     /* AVX512_VBMI PKU VBMI2 GFNI VAES VPCLMUL VNNI BITALG VPOPCNTDQ RDPID; always UMIP */
     [W_7C] = {7, 0, ECX, .pass = F(1) | F(3) | F(6) | F(8) | F(9) | F(10) | F(11) | F(12) | F(14) | F(22), .always = F(2)},
-    /* FSRM; Intel: MD_CLEAR no, IBRS/IBPB and ARCH_CAPABILITIES yes: "enhanced IBRS" replaces retpolines */
-    [W_7D] = {7, 0, EDX, .pass = F(4), .intel = F(26) | F(29)},
+    /* FSRM VP2INTERSECT AVX512_FP16; Intel: MD_CLEAR no, IBRS/IBPB and ARCH_CAPABILITIES yes: "enhanced IBRS" replaces retpolines */
+    [W_7D] = {7, 0, EDX, .pass = F(4) | F(8) | F(23), .intel = F(26) | F(29)},
     /* AVX_VNNI AVX512_BF16 FZRM FSRS FSRC */
     [W_71A] = {7, 1, EAX, .pass = F(4) | F(5) | F(10) | F(11) | F(12)},
     /* XSAVEOPT XSAVEC XGETBV1 XSAVES */
@@ -179,6 +179,7 @@ static const struct {
     {W_7B, 5, W_71A, F(4)},
     {W_7B, 16, W_7B, F(17) | F(21) | F(28) | F(30) | F(31)},            /* AVX512F: DQ IFMA CD BW VL */
     {W_7B, 16, W_7C, F(1) | F(6) | F(11) | F(12) | F(14)},              /* VBMI VBMI2 VNNI BITALG VPOPCNTDQ */
+    {W_7B, 16, W_7D, F(8) | F(23)},                                     /* VP2INTERSECT FP16 */
     {W_7B, 16, W_71A, F(5)},                                            /* BF16 */
     {W_E1D, 29, W_1C, F(13) | F(17)},                                   /* long mode: CX16 PCID */
     {W_1C, 17, W_7B, F(10)},                                            /* PCID: INVPCID */

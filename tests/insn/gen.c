@@ -67,7 +67,8 @@ const char *gen_excluded(const ZydisDecodedInstruction *z)
     case ZYDIS_ISA_SET_SNP: case ZYDIS_ISA_SET_AMD_INVLPGB: case ZYDIS_ISA_SET_PT: case ZYDIS_ISA_SET_MOVDIR: case ZYDIS_ISA_SET_ENQCMD:
     case ZYDIS_ISA_SET_SERIALIZE: case ZYDIS_ISA_SET_RTM: case ZYDIS_ISA_SET_TSX_LDTRK: case ZYDIS_ISA_SET_PCONFIG: case ZYDIS_ISA_SET_TDX:
     case ZYDIS_ISA_SET_KEYLOCKER: case ZYDIS_ISA_SET_KEYLOCKER_WIDE: case ZYDIS_ISA_SET_HRESET: case ZYDIS_ISA_SET_LWP: case ZYDIS_ISA_SET_AMX_TILE:
-    case ZYDIS_ISA_SET_AMX_INT8: case ZYDIS_ISA_SET_AMX_BF16: case ZYDIS_ISA_SET_CLDEMOTE:
+    case ZYDIS_ISA_SET_AMX_INT8: case ZYDIS_ISA_SET_AMX_BF16: case ZYDIS_ISA_SET_CLDEMOTE: case ZYDIS_ISA_SET_PADLOCK_ACE:
+    case ZYDIS_ISA_SET_PADLOCK_PHE: case ZYDIS_ISA_SET_PADLOCK_PMM: case ZYDIS_ISA_SET_PADLOCK_RNG:
         return "hidden by the CPUID policy, or decoded as something else";
     default:
         return NULL;
@@ -99,6 +100,11 @@ static bool form_excluded(const struct icase *i)
     /* AMD and Intel differ in near branches with an operand-size prefix in 64-bit mode. */
     if (near && !i->compat && (z->attributes & ZYDIS_ATTRIB_HAS_OPERANDSIZE))
         return true;
+    /* A repeat prefix before LOOPcc is undefined; AMD takes it for the condition. */
+    for (unsigned n = 0; n < z->raw.prefix_count; n++) {
+        if ((z->mnemonic == ZYDIS_MNEMONIC_LOOPE || z->mnemonic == ZYDIS_MNEMONIC_LOOPNE) && (z->raw.prefixes[n].value & 0xfe) == 0xf2)
+            return true;
+    }
     if (z->mnemonic == ZYDIS_MNEMONIC_INT)                         /* the host's own system calls; #DB */
         return i->o[0].imm.value.u == 0x80 || i->o[0].imm.value.u == 1;
     return false;
@@ -404,6 +410,8 @@ static void bend_string(struct gen *g, struct icase *i)
         i->in.rflags |= FLAG_DF;
     if (one_in(&g->r, 2))
         i->in.gpr[RAX] = memory_at(g, i->in.gpr[RDI] + 8, 8);
+    if (i->z.meta.category == ZYDIS_CATEGORY_IOSTRINGOP && !i->in.gpr[RCX])
+        i->in.gpr[RCX] = 1;                                        /* INS, OUTS: whether none of them is allowed is up to the processor */
     if (i->compat)
         i->in.gpr[RSI] = (u32)i->in.gpr[RSI], i->in.gpr[RDI] = (u32)i->in.gpr[RDI];
 }
@@ -457,7 +465,7 @@ static void bend(struct gen *g, struct icase *i, const ZydisDecodedOperand *mem,
 
     if (i->z.meta.branch_type != ZYDIS_BRANCH_TYPE_NONE)
         bend_branch(g, i, t);
-    if (i->z.meta.category == ZYDIS_CATEGORY_STRINGOP)
+    if (i->z.meta.category == ZYDIS_CATEGORY_STRINGOP || i->z.meta.category == ZYDIS_CATEGORY_IOSTRINGOP)
         bend_string(g, i);
     if (mem && mem->mem.type == ZYDIS_MEMOP_TYPE_VSIB)
         bend_indices(g, i, mem);
@@ -495,7 +503,7 @@ static void bend(struct gen *g, struct icase *i, const ZydisDecodedOperand *mem,
         r[RBX] = target(g, i, 1);
         break;
     case ZYDIS_MNEMONIC_MASKMOVQ: case ZYDIS_MNEMONIC_MASKMOVDQU: case ZYDIS_MNEMONIC_VMASKMOVDQU:
-        r[RDI] = target(g, i, 16);
+        r[RDI] = PAGE_VA(PAGE_DATA1) - rnd_below(&g->r, 64);       /* with no byte selected a fault is up to the processor, so there is none */
         break;
     case ZYDIS_MNEMONIC_LDMXCSR: case ZYDIS_MNEMONIC_VLDMXCSR:
         patch(i, t, rnd(&g->r) & (one_in(&g->r, 4) ? ~0u : 0xffff));

@@ -196,6 +196,27 @@ static int bind(struct icpu *c, const struct decoded *d, struct op *op)
     return BIND_LAST;
 }
 
+/* What Zydis 4.0 knows and this processor does not: Knights Corner's VEX-coded POPCNT and its like; AMD has no register form of the prefetches. */
+static bool foreign(const ZydisDecodedInstruction *z)
+{
+    if (z->meta.isa_ext == ZYDIS_ISA_EXT_KNC || z->meta.isa_ext == ZYDIS_ISA_EXT_KNCE || z->meta.isa_ext == ZYDIS_ISA_EXT_KNCV)
+        return true;
+    return z->meta.isa_set == ZYDIS_ISA_SET_PREFETCH_NOP && z->opcode == 0x0d && z->raw.modrm.mod == 3 && cpuid_host(0, 0)->ecx == 0x444d4163;
+}
+
+/* F3 90 with REX.B, which Zydis 4.0 calls PAUSE, is XCHG r8, rax: decoded without the F3. */
+static int decode_xchg_r8(struct icpu *c, const ZydisDecodedInstruction *z, const u8 *bytes, unsigned off, struct op *op)
+{
+    u8 plain[ZYDIS_MAX_INSTRUCTION_LENGTH];
+    unsigned n = 0;
+    for (unsigned i = 0; i < z->length; i++)
+        if (bytes[i] != 0xf3)
+            plain[n++] = bytes[i];
+    int r = decode_one(c, plain, n, off, op);
+    op->len = z->length;
+    return r;
+}
+
 int decode_one(struct icpu *c, const u8 *bytes, unsigned n, unsigned off, struct op *op)
 {
     struct decoded d = { .bytes = bytes, .mode = c->mode };
@@ -208,7 +229,13 @@ int decode_one(struct icpu *c, const u8 *bytes, unsigned n, unsigned off, struct
         op->len = (u8)MIN(n, ZYDIS_MAX_INSTRUCTION_LENGTH);        /* all that may have led to this: a change of it is a change of the block */
         return BIND_LAST;
     }
+    if (d.insn.mnemonic == ZYDIS_MNEMONIC_PAUSE && d.insn.attributes & ZYDIS_ATTRIB_HAS_REX && d.insn.raw.rex.B)
+        return decode_xchg_r8(c, &d.insn, bytes, off, op);
     op->len = d.insn.length;
+    if (foreign(&d.insn)) {
+        op->fn = op_ud;
+        return BIND_LAST;
+    }
     op->size = (u8)(d.insn.operand_width / 8);
     op->asize = (u8)(d.insn.address_width / 8);
     fill_prefixes(&d, op);

@@ -5,7 +5,7 @@
  * A memory operand in plain RAM inside one page is used in place, so alignment faults are the processor's own. Any other passes through a bounce buffer with the
  * same address modulo 64; a store is probed before the instruction runs, so that its fault finds everything unchanged.
  *
- * Not modelled: CR0.NE = 0 sends x87 errors to a FERR# pin that nobody watches (fp_x87.c); #AC is checked on the bounce path only.
+ * Not modelled: CR0.NE = 0 sends x87 errors to a FERR# pin that nobody watches (fp_x87.c).
  */
 #include <errno.h>
 #include <string.h>
@@ -29,7 +29,7 @@ struct isa_feature {
 
 /* Several rows for one set: all are needed. Sets without a row do not exist here. */
 static const struct isa_feature isa_features[] = {
-    F1(X87, EDX, 0), F1(FCMOV, EDX, 15), F1(FCMOV, EDX, 0), F1(PENTIUMMMX, EDX, 23), F1(FXSAVE, EDX, 24), F1(FXSAVE64, EDX, 24),
+    F1(X87, EDX, 0), F1(FCMOV, EDX, 15), F1(FCMOV, EDX, 0), F1(PPRO, EDX, 15), F1(PENTIUMMMX, EDX, 23), F1(FXSAVE, EDX, 24), F1(FXSAVE64, EDX, 24),
     F1(SSE, EDX, 25), F1(SSEMXCSR, EDX, 25), F1(SSE2, EDX, 26), F1(SSE2MMX, EDX, 26), F1(SSE3, ECX, 0), F1(SSE3X87, ECX, 0),
     F1(SSSE3, ECX, 9), F1(SSSE3MMX, ECX, 9), F1(SSE4, ECX, 19), F1(SSE42, ECX, 20), {ZYDIS_ISA_SET_SSE4A, 0, ECX, 6, 0x80000001},
     F1(AES, ECX, 25), F1(PCLMULQDQ, ECX, 1), F7(SHA, EBX, 29), F7(GFNI, ECX, 8),
@@ -159,22 +159,38 @@ int fp_stub_fault(struct icpu *c, u64 result)
 
 /* ---- handlers ---- */
 
+/* Runs the stub. MMX instructions change TOP and the tags even before they execute; a fault takes that back. */
+static inline __attribute__((always_inline)) int execute(struct icpu *c, const struct fp_insn *i, void *mem, bool mmx)
+{
+    struct fp *f = icpu_fp(c);
+    u16 fsw = f->x87.fsw;
+    u8 ftw = f->x87.ftw;
+    u64 r;
+
+    if (mmx)
+        fp_mmx_enter(f);
+    r = i->code(f, c, mem);
+    if (likely(!r))
+        return OP_NEXT;
+    if (mmx)
+        fp_mmx_undo(f, fsw, ftw);
+    return fp_stub_fault(c, r);
+}
+
 /* The memory operand is not one piece of RAM that may be touched directly. */
 static int bounce(struct icpu *c, const struct fp_insn *i, u64 la)
 {
     struct fp *f = icpu_fp(c);
     u8 *p = f->bounce + (la & 63);
-    u64 r;
 
     if ((la & (i->align - 1u)) && !(f->mxcsr & MXCSR_MM))
         return fault_gp(c, 0);
-    if (i->writes ? lin_probe(c, la, i->bytes, MMU_WRITE) : lin_load_bytes(c, la, p, i->bytes))
+    if (i->writes && lin_probe(c, la, i->bytes, MMU_WRITE))
         return OP_FAULT;
-    if (i->cls == FP_MMX)
-        fp_mmx_enter(f);
-    r = i->code(f, c, p);
-    if (unlikely(r))
-        return fp_stub_fault(c, r);
+    if ((!i->writes || i->merges) && lin_load_bytes(c, la, p, i->bytes))
+        return OP_FAULT;
+    if (execute(c, i, p, i->cls == FP_MMX))
+        return OP_FAULT;
     return i->writes ? lin_store_bytes(c, la, p, i->bytes) : OP_NEXT;
 }
 
@@ -188,36 +204,36 @@ static inline __attribute__((always_inline)) int check(struct icpu *c, const str
 static inline __attribute__((always_inline)) int run_reg(struct icpu *c, const struct op *op, enum fp_class cls)
 {
     const struct fp_insn *i = op->ptr;
-    u64 r;
 
-    if (unlikely(check(c, i, cls)))
-        return OP_FAULT;
-    if (cls == FP_MMX)
-        fp_mmx_enter(icpu_fp(c));
-    r = i->code(icpu_fp(c), c, NULL);
-    return likely(!r) ? OP_NEXT : fp_stub_fault(c, r);
+    return unlikely(check(c, i, cls)) ? OP_FAULT : execute(c, i, NULL, cls == FP_MMX);
+}
+
+/* Not in the TLB's fast view. Misalignment of operands that must be aligned comes before a bad address. */
+static int slow_mem(struct icpu *c, const struct op *op, const struct fp_insn *i, enum mmu_access access)
+{
+    void *p;
+    u64 la;
+
+    if (mem_linear(c, op, i->bytes, access, &la)) {
+        bool misaligned = fp_offset_in_line(c, op) & (i->align - 1u);
+
+        return misaligned && !(icpu_fp(c)->mxcsr & MXCSR_MM) ? fault_gp(c, 0) : OP_FAULT;
+    }
+    if (fp_ac_armed(c) && i->align == 1 && (la & (i->unit - 1u)))
+        return fault_raise_error(c, VEC_AC, 0);
+    p = lin_host(c, la, i->bytes, access);
+    return p ? execute(c, i, p, i->cls == FP_MMX) : bounce(c, i, la);
 }
 
 static inline __attribute__((always_inline)) int run_mem(struct icpu *c, const struct op *op, enum fp_class cls, enum mmu_access access)
 {
     const struct fp_insn *i = op->ptr;
     void *p;
-    u64 la, r;
 
     if (unlikely(check(c, i, cls)))
         return OP_FAULT;
     p = op_hit(c, op, i->bytes, access);
-    if (unlikely(!p)) {
-        if (mem_linear(c, op, i->bytes, access, &la))
-            return OP_FAULT;
-        p = lin_host(c, la, i->bytes, access);
-        if (!p)
-            return bounce(c, i, la);
-    }
-    if (cls == FP_MMX)
-        fp_mmx_enter(icpu_fp(c));
-    r = i->code(icpu_fp(c), c, p);
-    return likely(!r) ? OP_NEXT : fp_stub_fault(c, r);
+    return likely(p) ? execute(c, i, p, cls == FP_MMX) : slow_mem(c, op, i, access);
 }
 
 #define HANDLERS(name, cls)                                                                           \
@@ -280,6 +296,9 @@ static bool unaligned_sse(ZydisMnemonic m)
     case ZYDIS_MNEMONIC_MOVUPS: case ZYDIS_MNEMONIC_MOVUPD: case ZYDIS_MNEMONIC_MOVDQU: case ZYDIS_MNEMONIC_LDDQU:
     case ZYDIS_MNEMONIC_PCMPESTRI: case ZYDIS_MNEMONIC_PCMPESTRM: case ZYDIS_MNEMONIC_PCMPISTRI: case ZYDIS_MNEMONIC_PCMPISTRM:
         return true;
+    case ZYDIS_MNEMONIC_SHA1MSG1: case ZYDIS_MNEMONIC_SHA1MSG2: case ZYDIS_MNEMONIC_SHA1NEXTE: case ZYDIS_MNEMONIC_SHA1RNDS4:
+    case ZYDIS_MNEMONIC_SHA256MSG1: case ZYDIS_MNEMONIC_SHA256MSG2: case ZYDIS_MNEMONIC_SHA256RNDS2:
+        return true;                                               /* AMD's take any address, so the processor is asked */
     default:
         return false;
     }
@@ -312,16 +331,31 @@ static bool is_maskmov(ZydisMnemonic m)
     return m == ZYDIS_MNEMONIC_VMASKMOVPS || m == ZYDIS_MNEMONIC_VMASKMOVPD || m == ZYDIS_MNEMONIC_VPMASKMOVD || m == ZYDIS_MNEMONIC_VPMASKMOVQ;
 }
 
-/* Exception classes without fault suppression, and those whose vector is one element. */
-static bool no_suppression(ZydisExceptionClass e)
+/* Exception classes without fault suppression; VDBPSADBW is one that Zydis 4.0 puts elsewhere. */
+static bool no_suppression(const ZydisDecodedInstruction *z)
 {
-    switch (e) {
+    switch (z->meta.exception_class) {
     case ZYDIS_EXCEPTION_CLASS_E1NF: case ZYDIS_EXCEPTION_CLASS_E2NF: case ZYDIS_EXCEPTION_CLASS_E3NF: case ZYDIS_EXCEPTION_CLASS_E4NF:
     case ZYDIS_EXCEPTION_CLASS_E5NF: case ZYDIS_EXCEPTION_CLASS_E6NF: case ZYDIS_EXCEPTION_CLASS_E9NF: case ZYDIS_EXCEPTION_CLASS_E10NF:
     case ZYDIS_EXCEPTION_CLASS_E11NF:
         return true;
     default:
-        return false;
+        return z->mnemonic == ZYDIS_MNEMONIC_VDBPSADBW;
+    }
+}
+
+/* How many elements an embedded broadcast makes of one; 0: there is none. Static ones (VBROADCASTxx) fill the destination. */
+static unsigned broadcast(const ZydisDecodedInstruction *z, const ZydisDecodedOperand *dst)
+{
+    if (z->avx.broadcast.is_static)
+        return dst->element_count;
+    switch (z->avx.broadcast.mode) {
+    case ZYDIS_BROADCAST_MODE_1_TO_2: return 2;
+    case ZYDIS_BROADCAST_MODE_1_TO_4: return 4;
+    case ZYDIS_BROADCAST_MODE_1_TO_8: return 8;
+    case ZYDIS_BROADCAST_MODE_1_TO_16: return 16;
+    case ZYDIS_BROADCAST_MODE_1_TO_32: return 32;
+    default: return 0;
     }
 }
 
@@ -329,28 +363,30 @@ static bool no_suppression(ZydisExceptionClass e)
 static void bind_mask(struct fp_insn *i, const struct decoded *d, const ZydisDecodedOperand *mem)
 {
     const ZydisDecodedInstruction *z = &d->insn;
-    const ZydisDecodedOperand *dst = &d->opnd[0];
-    ZydisExceptionClass e = z->meta.exception_class;
-    bool scalar = e == ZYDIS_EXCEPTION_CLASS_E3 || e == ZYDIS_EXCEPTION_CLASS_E10;
-    bool vector = dst->type == ZYDIS_OPERAND_TYPE_REGISTER && ZydisRegisterGetClass(dst->reg.value) != ZYDIS_REGCLASS_MASK;
+    unsigned copies = broadcast(z, &d->opnd[0]);
 
     i->esize = (u8)(mem->element_size / 8);
+    i->elements = (u8)(i->bytes / i->esize);
+    i->group = 1;
     if (is_maskmov(z->mnemonic)) {
         i->kind = FP_MASK_V;
         i->mask = (u8)ZydisRegisterGetId(d->opnd[1].reg.value);
-        i->elements = (u8)(i->bytes / i->esize);
         return;
     }
-    if (z->encoding != ZYDIS_INSTRUCTION_ENCODING_EVEX || z->avx.mask.reg == ZYDIS_REGISTER_K0 || no_suppression(e))
+    if (z->encoding != ZYDIS_INSTRUCTION_ENCODING_EVEX || z->avx.mask.reg == ZYDIS_REGISTER_K0)
         return;
+    if (no_suppression(z)) {
+        i->merges = i->writes;
+        return;
+    }
     i->kind = is_packed(z->mnemonic) ? FP_MASK_PACKED : FP_MASK_K;
     i->mask = (u8)ZydisRegisterGetId(z->avx.mask.reg);
-    if (scalar || dst == mem)
-        i->elements = (u8)(i->bytes / i->esize);
-    else if (vector)
-        i->elements = (u8)dst->element_count;
-    else                                                           /* a comparison into a mask register */
-        i->elements = (u8)(z->avx.vector_length / mem->element_size);
+    if (copies)
+        i->elements = (u8)copies;
+    if (z->mnemonic == ZYDIS_MNEMONIC_VGF2P8AFFINEQB || z->mnemonic == ZYDIS_MNEMONIC_VGF2P8AFFINEINVQB) {
+        i->group = 8;                                              /* a matrix of 8 bytes for 8 mask bits */
+        i->elements = (u8)(z->avx.vector_length / 8);
+    }
 }
 
 static bool bind_memory(struct fp_insn *i, const struct decoded *d, const ZydisDecodedOperand *mem)
@@ -360,6 +396,7 @@ static bool bind_memory(struct fp_insn *i, const struct decoded *d, const ZydisD
         return false;
     i->writes = mem->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE;
     i->align = alignment(&d->insn, i->bytes);
+    i->unit = i->bytes & (i->bytes - 1) ? 1 : (u8)i->bytes;
     bind_mask(i, d, mem);
     return true;
 }
@@ -405,7 +442,7 @@ int fp_bind(struct icpu *c, const struct decoded *d, struct op *op, unsigned arg
 
     if (!f->isa[z->meta.isa_set] || (z->attributes & ZYDIS_ATTRIB_HAS_LOCK))
         return BIND_UD;
-    if (z->meta.isa_ext == ZYDIS_ISA_EXT_X87 || z->meta.isa_set == ZYDIS_ISA_SET_SSE3X87)
+    if (z->encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY && z->opcode_map == ZYDIS_OPCODE_MAP_DEFAULT && (z->opcode & 0xf8) == 0xd8)
         return fp_bind_x87(c, d, op);
     cls = classify(d);
     if (cls < 0 || z->operand_count == 0)

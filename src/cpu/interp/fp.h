@@ -87,13 +87,16 @@ struct fp_insn {
     u64 (*code)(struct fp *f, struct icpu *c, void *mem);
     struct fp_insn *next;                                          /* in its hash bucket */
     u16 bytes;                                                     /* of the memory operand; 0: none */
-    bool writes;                                                   /* the memory operand is written, else read; none is both */
+    bool writes;                                                   /* the memory operand is written, else read */
+    bool merges;                                                   /* parts that a mask excludes are written with what they were */
     u8 cls;                                                        /* enum fp_class */
     bool xmm;                                                      /* MMX class: has an XMM operand too, so CR4.OSFXSR counts */
     u8 align;                                                      /* #GP unless the memory operand is aligned to this; 1: any */
+    u8 unit;                                                       /* #AC, when armed, unless it is aligned to this */
     u8 kind;                                                       /* enum fp_mask_kind */
     u8 esize;                                                      /* bytes of an element, where masked */
-    u8 elements;                                                   /* of the vector that the mask governs */
+    u8 elements;                                                   /* of the vector that the mask governs; more than in memory when broadcast */
+    u8 group;                                                      /* mask bits for each element in memory, if finer than that */
     u8 mask;                                                       /* mask register, or vector register with FP_MASK_V */
     u8 key_len;
     u8 key[FP_KEY_MAX];                                            /* class, guest GPRs, the instruction with its memory operand as [M] */
@@ -164,6 +167,12 @@ static inline int fp_check(struct icpu *c, enum fp_class cls)
     return cls == FP_SSE ? fp_check_sse(c) : cls == FP_AVX ? fp_check_avx(c, XCR0_AVX) : cls == FP_AVX512 ? fp_check_avx(c, XCR0_AVX512) : fp_deny(c, cls);
 }
 
+/* Alignment checking is in force (SDM vol. 3A 6.15 interrupt 17). The fast view then never matches, so only slow paths ask. */
+static inline bool fp_ac_armed(const struct icpu *c)
+{
+    return (c->flags & FLAG_AC) && c->cpl == 3 && (c->x->cr0 & CR0_AM);
+}
+
 /* What comes of a stub's nonzero result: OP_FAULT. */
 int fp_stub_fault(struct icpu *c, u64 result);
 
@@ -175,6 +184,7 @@ struct fp_insn *fp_stub_make(struct fp *f, const struct decoded *d, enum fp_clas
 void fp_stub_here(const struct fp *f);                             /* this thread runs f's stubs from now on: its faults in them are the guest's */
 
 /* fp_mask.c: handler of ops with a masked memory operand, and the binder of gathers and scatters */
+unsigned fp_offset_in_line(const struct icpu *c, const struct op *op); /* the operand's linear address modulo 64, whether it may be accessed or not */
 int fp_op_masked(struct icpu *c, const struct op *op);
 int fp_bind_vsib(struct icpu *c, const struct decoded *d, struct op *op);
 
@@ -182,6 +192,7 @@ int fp_bind_vsib(struct icpu *c, const struct decoded *d, struct op *op);
 int fp_bind_x87(struct icpu *c, const struct decoded *d, struct op *op);
 /* MMX instructions address registers by number: makes TOP zero and all registers valid, as each of them does. */
 void fp_mmx_enter(struct fp *f);
+void fp_mmx_undo(struct fp *f, u16 fsw, u8 ftw);                   /* the instruction has faulted: what TOP and the tags were before */
 /* FSW.ES and FSW.B follow from the flags and masks. */
 void fp_x87_summary(struct fp_legacy *l);
 void fp_x87_init(struct fp *f);                                    /* as FNINIT; registers keep their contents */

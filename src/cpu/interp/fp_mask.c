@@ -37,7 +37,7 @@ static u64 active_elements(const struct fp *f, const struct fp_insn *i)
         return n < 64 ? BIT(n) - 1 : ~0ull;
     }
     for (unsigned n = 0; n < i->elements; n++)
-        active |= (k >> n & 1) << n % in_memory;
+        active |= (k >> n & 1) << n / i->group % in_memory;
     return active;
 }
 
@@ -59,8 +59,7 @@ static int transfer(struct icpu *c, const struct op *op, u8 *p, u64 active, bool
     return 0;
 }
 
-/* The operand's address modulo 64, which is all that alignment checks look at. */
-static unsigned offset_in_line(const struct icpu *c, const struct op *op)
+unsigned fp_offset_in_line(const struct icpu *c, const struct op *op)
 {
     bool based = c->mode != IMODE_LONG64 || op->seg >= SEG_FS;
 
@@ -72,10 +71,10 @@ static int masked_bounce(struct icpu *c, const struct op *op)
     const struct fp_insn *i = op->ptr;
     struct fp *f = icpu_fp(c);
     u64 active = active_elements(f, i), r;
-    u8 *p = f->bounce + offset_in_line(c, op);
+    u8 *p = f->bounce + fp_offset_in_line(c, op);
 
-    if ((p - f->bounce) & (i->align - 1))
-        return fault_gp(c, 0);
+    if (active && fp_ac_armed(c) && i->align == 1 && (fp_offset_in_line(c, op) & (i->unit - 1u)))
+        return fault_raise_error(c, VEC_AC, 0);
     memset(p, 0, i->bytes);
     if (transfer(c, op, p, active, i->writes, i->writes))
         return OP_FAULT;
@@ -101,7 +100,8 @@ int fp_op_masked(struct icpu *c, const struct op *op)
             c->fault = before;                                     /* perhaps of an element that the mask excludes */
             return masked_bounce(c, op);
         }
-        p = lin_host(c, la, i->bytes, access);
+        if (!fp_ac_armed(c))
+            p = lin_host(c, la, i->bytes, access);
     }
     if (!p)
         return masked_bounce(c, op);

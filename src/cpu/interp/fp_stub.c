@@ -126,6 +126,7 @@ static bool uses_mxcsr(const ZydisDecodedInstruction *i)
     }
     switch (i->mnemonic) {                                         /* no exceptions, but denormals by MXCSR.DAZ */
     case ZYDIS_MNEMONIC_VRCP14PD: case ZYDIS_MNEMONIC_VRCP14PS: case ZYDIS_MNEMONIC_VRCP14SD: case ZYDIS_MNEMONIC_VRCP14SS:
+    case ZYDIS_MNEMONIC_VFPCLASSPD: case ZYDIS_MNEMONIC_VFPCLASSPS: case ZYDIS_MNEMONIC_VFPCLASSSD: case ZYDIS_MNEMONIC_VFPCLASSSS:
     case ZYDIS_MNEMONIC_VRSQRT14PD: case ZYDIS_MNEMONIC_VRSQRT14PS: case ZYDIS_MNEMONIC_VRSQRT14SD: case ZYDIS_MNEMONIC_VRSQRT14SS:
         return true;
     default:

@@ -46,6 +46,12 @@ void fp_mmx_enter(struct fp *f)
     f->x87.ftw = 0xff;
 }
 
+void fp_mmx_undo(struct fp *f, u16 fsw, u8 ftw)
+{
+    set_top(&f->x87, FSW_TOP(fsw));
+    f->x87.ftw = ftw;
+}
+
 void fp_x87_init(struct fp *f)
 {
     struct fp_legacy *l = &f->x87;
@@ -145,6 +151,8 @@ static int op_x87_mem(struct icpu *c, const struct op *op)
 
     if (fp_deny(c, FP_X87) || mem_linear(c, op, i->bytes, access, &la))
         return OP_FAULT;
+    if (fp_ac_armed(c) && (la & (i->unit - 1u)))
+        return fault_raise_error(c, VEC_AC, 0);
     p = lin_host(c, la, i->bytes, access);
     if (p)
         return run(c, op, p);
@@ -171,6 +179,7 @@ int fp_bind_x87(struct icpu *c, const struct decoded *d, struct op *op)
     if (mem) {
         i->bytes = mem->size / 8;
         i->writes = mem->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE;
+        i->unit = (u8)(i->bytes == 10 ? 8 : i->bytes);
         if (i->bytes == 0 || i->bytes > 10)
             return BIND_UD;
     }
