@@ -120,7 +120,7 @@ int trap_catch(struct frame *f)
 
 /* ---- code made at run time ---- */
 static u8 exec_code[4096] __attribute__((aligned(4096)));
-u8 exec_data[256] __attribute__((aligned(64)));
+u8 exec_data[1024] __attribute__((aligned(64)));
 void exec_call(ulong ip, void *data, ulong user);
 
 void exec(const void *code, unsigned n, bool user)

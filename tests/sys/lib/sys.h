@@ -237,7 +237,7 @@ extern u8 user_stack[], user_stack_end[];   /* 8 KiB for CPL 3 (by its superviso
 extern u8 ring0_stack[], ring0_stack_end[]; /* the TSS's */
 extern u8 image_end[];
 
-/* Runs n bytes of code as a procedure, at CPL 0 or (user) 3: general registers are zero, except SI, DI and BX, which point to 256 bytes at exec_data. The result is in `trap`
+/* Runs n bytes of code as a procedure, at CPL 0 or (user) 3: general registers are zero, except SI, DI and BX, which point to 1 KiB at exec_data. The result is in `trap`
  * (NONE: it returned). exec_ip() is where the first byte was, as `trap.ip` would show it. */
 void exec(const void *code, unsigned n, bool user);
 ulong exec_ip(bool user);
