@@ -1,12 +1,12 @@
 /*
  * CPUID policy (SDM vol. 2A CPUID; AMD APM vol. 3 appendix E; KVM's leaves as in Linux' asm/kvm_para.h).
  *
- * The guest's leaves are computed once into feature words and a few constants; cpuid_get() fills in what depends on the vCPU and its state. After
- * the machine is open the policy is constant: any thread reads it without a lock.
+ * The guest's leaves are computed once into feature words and a few constants; cpuid_get() fills in what depends on the
+ * vCPU and its state. After the machine is open the policy is constant: any thread reads it without a lock.
  *
- * Speculation: a software engine never runs guest code in a way that the guest's own mitigations would protect, so the guest is told that
- * it needs none (no retpolines, no return thunks, no buffer clearing). An engine that runs the guest's kernel on the bare processor must
- * take the host's answers instead.
+ * Speculation: a software engine never runs guest code in a way that the guest's own mitigations would protect, so the
+ * guest is told that it needs none (no retpolines, no return thunks, no buffer clearing). An engine that runs the
+ * guest's kernel on the bare processor must take the host's answers instead.
  *
  * Not modelled: leaves for AMX, SGX, PT, RDT, performance monitoring, SVM, SEV.
  */
@@ -114,25 +114,36 @@ enum { EAX, EBX, ECX, EDX };
 #define F(n) (1u << (n))
 
 /*
- * Which bits may pass from the host, and which are shown on any host because doppel itself carries them. amd, intel: shown only to that vendor's guests.
+ * Which bits may pass from the host, and which are shown on any host because doppel itself carries them. amd, intel:
+ * shown only to that vendor's guests.
  */
 static const struct {
     u32 leaf;
     u8 subleaf, reg;
     u32 pass, always, amd, intel;
 } word[WORDS] = {
-    /* SSE3 PCLMUL SSSE3 FMA CX16 PCID SSE4.1 SSE4.2 MOVBE POPCNT AES XSAVE AVX F16C RDRAND; always X2APIC TSC_DEADLINE HYPERVISOR */
-    [W_1C] = {1, 0, ECX, .pass = F(0) | F(1) | F(9) | F(12) | F(13) | F(17) | F(19) | F(20) | F(22) | F(23) | F(25) | F(26) | F(28) | F(29) | F(30),
+    /* SSE3 PCLMUL SSSE3 FMA CX16 PCID SSE4.1 SSE4.2 MOVBE POPCNT AES XSAVE AVX F16C RDRAND; always X2APIC TSC_DEADLINE
+       HYPERVISOR */
+    [W_1C] = {1, 0, ECX,
+              .pass = F(0) | F(1) | F(9) | F(12) | F(13) | F(17) | F(19) | F(20) | F(22) | F(23) | F(25) | F(26) |
+                      F(28) | F(29) | F(30),
               .always = F(21) | F(24) | F(31)},
     /* FPU VME DE PSE TSC MSR PAE MCE CX8 APIC SEP MTRR PGE MCA CMOV PAT PSE36 CLFSH MMX FXSR SSE SSE2 */
-    [W_1D] = {1, 0, EDX, .pass = F(0) | F(1) | F(2) | F(3) | F(4) | F(5) | F(6) | F(8) | F(11) | F(13) | F(15) | F(17) | F(19) | F(23) | F(24) | F(25) | F(26),
+    [W_1D] = {1, 0, EDX,
+              .pass = F(0) | F(1) | F(2) | F(3) | F(4) | F(5) | F(6) | F(8) | F(11) | F(13) | F(15) | F(17) | F(19) |
+                      F(23) | F(24) | F(25) | F(26),
               .always = F(7) | F(9) | F(12) | F(14) | F(16)},
-    /* FSGSBASE BMI1 AVX2 SMEP BMI2 ERMS INVPCID ZERO_FCS_FDS AVX512F DQ RDSEED ADX SMAP IFMA CLFLUSHOPT CLWB AVX512CD SHA BW VL; always TSC_ADJUST */
-    [W_7B] = {7, 0, EBX, .pass = F(0) | F(3) | F(5) | F(7) | F(8) | F(9) | F(10) | F(13) | F(16) | F(17) | F(18) | F(19) | F(20) | F(21) | F(23) | F(24) | F(28) |
-              F(29) | F(30) | F(31), .always = F(1)},
+    /* FSGSBASE BMI1 AVX2 SMEP BMI2 ERMS INVPCID ZERO_FCS_FDS AVX512F DQ RDSEED ADX SMAP IFMA CLFLUSHOPT CLWB AVX512CD
+       SHA BW VL; always TSC_ADJUST */
+    [W_7B] = {7, 0, EBX,
+              .pass = F(0) | F(3) | F(5) | F(7) | F(8) | F(9) | F(10) | F(13) | F(16) | F(17) | F(18) | F(19) | F(20) |
+                      F(21) | F(23) | F(24) | F(28) | F(29) | F(30) | F(31),
+              .always = F(1)},
     /* AVX512_VBMI PKU VBMI2 GFNI VAES VPCLMUL VNNI BITALG VPOPCNTDQ RDPID; always UMIP */
-    [W_7C] = {7, 0, ECX, .pass = F(1) | F(3) | F(6) | F(8) | F(9) | F(10) | F(11) | F(12) | F(14) | F(22), .always = F(2)},
-    /* FSRM VP2INTERSECT AVX512_FP16; Intel: MD_CLEAR no, IBRS/IBPB and ARCH_CAPABILITIES yes: "enhanced IBRS" replaces retpolines */
+    [W_7C] = {7, 0, ECX, .pass = F(1) | F(3) | F(6) | F(8) | F(9) | F(10) | F(11) | F(12) | F(14) | F(22),
+              .always = F(2)},
+    /* FSRM VP2INTERSECT AVX512_FP16; Intel: MD_CLEAR no, IBRS/IBPB and ARCH_CAPABILITIES yes: "enhanced IBRS" replaces
+       retpolines */
     [W_7D] = {7, 0, EDX, .pass = F(4) | F(8) | F(23), .intel = F(26) | F(29)},
     /* AVX_VNNI AVX512_BF16 FZRM FSRS FSRC */
     [W_71A] = {7, 1, EAX, .pass = F(4) | F(5) | F(10) | F(11) | F(12)},
@@ -142,25 +153,32 @@ static const struct {
     [W_E1C] = {0x80000001, 0, ECX, .pass = F(0) | F(5) | F(6) | F(7) | F(8) | F(22)},
     /* SYSCALL NX MMXEXT 1G-pages RDTSCP LM; the copies of leaf 1 on AMD are added later */
     [W_E1D] = {0x80000001, 0, EDX, .pass = F(20) | F(22) | F(26) | F(27) | F(29), .always = F(11)},
-    [W_E7D] = {0x80000007, 0, EDX, .always = F(8)},                     /* invariant TSC */
+    [W_E7D] = {0x80000007, 0, EDX, .always = F(8)}, /* invariant TSC */
     /* XSAVEERPTR; AMD: SSB_NO BTC_NO */
     [W_E8B] = {0x80000008, 0, EBX, .pass = F(2), .amd = F(26) | F(29)},
     /* AMD: LFENCE always serializing, null selectors clear bases, automatic IBRS, SRSO_NO */
     [W_E21A] = {0x80000021, 0, EAX, .amd = F(2) | F(6) | F(8) | F(29)},
-    [W_E21C] = {0x80000021, 0, ECX, .amd = F(1) | F(2)},                /* TSA_SQ_NO TSA_L1_NO */
+    [W_E21C] = {0x80000021, 0, ECX, .amd = F(1) | F(2)}, /* TSA_SQ_NO TSA_L1_NO */
 };
 #define AMD_COPIES 0x0183f3ffu             /* bits of 80000001.EDX that repeat those of 1.EDX on AMD */
 
 static const struct {
     u8 word, bit;
 } feature[CPU_FEATURES] = {
-    [CPU_PSE] = {W_1D, 3}, [CPU_PAE] = {W_1D, 6}, [CPU_PGE] = {W_1D, 13}, [CPU_PCID] = {W_1C, 17}, [CPU_INVPCID] = {W_7B, 10}, [CPU_SMEP] = {W_7B, 7},
-    [CPU_SMAP] = {W_7B, 20}, [CPU_UMIP] = {W_7C, 2}, [CPU_FSGSBASE] = {W_7B, 0}, [CPU_PKU] = {W_7C, 3}, [CPU_NX] = {W_E1D, 20}, [CPU_GBPAGES] = {W_E1D, 26},
-    [CPU_XSAVE] = {W_1C, 26}, [CPU_XSAVEOPT] = {W_D1A, 0}, [CPU_XSAVEC] = {W_D1A, 1}, [CPU_XGETBV1] = {W_D1A, 2}, [CPU_XSAVES] = {W_D1A, 3},
-    [CPU_AVX] = {W_1C, 28}, [CPU_AVX2] = {W_7B, 5}, [CPU_AVX512F] = {W_7B, 16}, [CPU_RDTSCP] = {W_E1D, 27}, [CPU_RDPID] = {W_7C, 22},
-    [CPU_MONITOR] = {W_1C, 3}, [CPU_X2APIC] = {W_1C, 21}, [CPU_TSC_DEADLINE] = {W_1C, 24}, [CPU_VME] = {W_1D, 1}, [CPU_DE] = {W_1D, 2}, [CPU_SEP] = {W_1D, 11},
-    [CPU_CX16] = {W_1C, 13}, [CPU_MOVBE] = {W_1C, 22}, [CPU_RDRAND] = {W_1C, 30}, [CPU_RDSEED] = {W_7B, 18}, [CPU_ADX] = {W_7B, 19}, [CPU_BMI1] = {W_7B, 3},
-    [CPU_BMI2] = {W_7B, 8}, [CPU_CLFLUSHOPT] = {W_7B, 23}, [CPU_CLWB] = {W_7B, 24}, [CPU_WAITPKG] = {W_7C, 5}, [CPU_SYSCALL] = {W_E1D, 11}, [CPU_LM] = {W_E1D, 29},
+    [CPU_PSE] = {W_1D, 3},           [CPU_PAE] = {W_1D, 6},       [CPU_PGE] = {W_1D, 13},
+    [CPU_PCID] = {W_1C, 17},         [CPU_INVPCID] = {W_7B, 10},  [CPU_SMEP] = {W_7B, 7},
+    [CPU_SMAP] = {W_7B, 20},         [CPU_UMIP] = {W_7C, 2},      [CPU_FSGSBASE] = {W_7B, 0},
+    [CPU_PKU] = {W_7C, 3},           [CPU_NX] = {W_E1D, 20},      [CPU_GBPAGES] = {W_E1D, 26},
+    [CPU_XSAVE] = {W_1C, 26},        [CPU_XSAVEOPT] = {W_D1A, 0}, [CPU_XSAVEC] = {W_D1A, 1},
+    [CPU_XGETBV1] = {W_D1A, 2},      [CPU_XSAVES] = {W_D1A, 3},   [CPU_AVX] = {W_1C, 28},
+    [CPU_AVX2] = {W_7B, 5},          [CPU_AVX512F] = {W_7B, 16},  [CPU_RDTSCP] = {W_E1D, 27},
+    [CPU_RDPID] = {W_7C, 22},        [CPU_MONITOR] = {W_1C, 3},   [CPU_X2APIC] = {W_1C, 21},
+    [CPU_TSC_DEADLINE] = {W_1C, 24}, [CPU_VME] = {W_1D, 1},       [CPU_DE] = {W_1D, 2},
+    [CPU_SEP] = {W_1D, 11},          [CPU_CX16] = {W_1C, 13},     [CPU_MOVBE] = {W_1C, 22},
+    [CPU_RDRAND] = {W_1C, 30},       [CPU_RDSEED] = {W_7B, 18},   [CPU_ADX] = {W_7B, 19},
+    [CPU_BMI1] = {W_7B, 3},          [CPU_BMI2] = {W_7B, 8},      [CPU_CLFLUSHOPT] = {W_7B, 23},
+    [CPU_CLWB] = {W_7B, 24},         [CPU_WAITPKG] = {W_7C, 5},   [CPU_SYSCALL] = {W_E1D, 11},
+    [CPU_LM] = {W_E1D, 29},
 };
 
 /* Without the first bit, the others make no sense. In an order in which one pass is enough. */
@@ -230,7 +248,8 @@ static void topology_features(struct cpuid_policy *p)
 }
 
 /*
- * Best fraction num/den near tsc_khz / crystal_khz with num small enough that crystal_khz * num fits 32 bits, as guests compute it (continued fractions).
+ * Best fraction num/den near tsc_khz / crystal_khz with num small enough that crystal_khz * num fits 32 bits, as guests
+ * compute it (continued fractions).
  */
 static void crystal_ratio(struct cpuid_policy *p)
 {
@@ -320,8 +339,9 @@ u64 cpuid_cr4_mask(const struct cpuid_policy *p)
         enum cpu_feature f;
         u32 bits;
     } by_feature[] = {
-        {CPU_VME, CR4_VME | CR4_PVI}, {CPU_DE, CR4_DE}, {CPU_PSE, CR4_PSE}, {CPU_PAE, CR4_PAE}, {CPU_PGE, CR4_PGE}, {CPU_UMIP, CR4_UMIP},
-        {CPU_FSGSBASE, CR4_FSGSBASE}, {CPU_PCID, CR4_PCIDE}, {CPU_XSAVE, CR4_OSXSAVE}, {CPU_SMEP, CR4_SMEP}, {CPU_SMAP, CR4_SMAP}, {CPU_PKU, CR4_PKE},
+        {CPU_VME, CR4_VME | CR4_PVI}, {CPU_DE, CR4_DE},     {CPU_PSE, CR4_PSE},           {CPU_PAE, CR4_PAE},
+        {CPU_PGE, CR4_PGE},           {CPU_UMIP, CR4_UMIP}, {CPU_FSGSBASE, CR4_FSGSBASE}, {CPU_PCID, CR4_PCIDE},
+        {CPU_XSAVE, CR4_OSXSAVE},     {CPU_SMEP, CR4_SMEP}, {CPU_SMAP, CR4_SMAP},         {CPU_PKU, CR4_PKE},
     };
     u64 mask = CR4_TSD | CR4_MCE | CR4_PCE | CR4_OSFXSR | CR4_OSXMMEXCPT;
     for (unsigned i = 0; i < ARRAY_SIZE(by_feature); i++)
@@ -344,7 +364,8 @@ u64 cpuid_efer_mask(const struct cpuid_policy *p)
 
 /* ---- leaves ---- */
 
-static void leaf_1(const struct cpuid_policy *p, unsigned vcpu, const struct x86 *x, bool apic_enabled, struct cpuid_regs *r)
+static void leaf_1(const struct cpuid_policy *p, unsigned vcpu, const struct x86 *x, bool apic_enabled,
+                   struct cpuid_regs *r)
 {
     u32 count = p->amd ? p->vcpus : 1u << p->id_bits;
     r->eax = cpuid_host(1, 0)->eax;
@@ -353,7 +374,8 @@ static void leaf_1(const struct cpuid_policy *p, unsigned vcpu, const struct x86
     r->edx = p->w[W_1D] & (apic_enabled ? ~0u : ~F(9));
 }
 
-/* Deterministic cache parameters, Intel's leaf 4 and AMD's 0x8000001d: the host's caches, the last level shared by all cores. */
+/* Deterministic cache parameters, Intel's leaf 4 and AMD's 0x8000001d: the host's caches, the last level shared by all
+ * cores. */
 static void leaf_caches(const struct cpuid_policy *p, const struct cpuid_regs *h, struct cpuid_regs *r)
 {
     *r = *h;
@@ -426,7 +448,8 @@ static void leaf_d(const struct cpuid_policy *p, const struct x86 *x, u32 sublea
     }
 }
 
-static bool leaf_basic(const struct cpuid_policy *p, unsigned vcpu, const struct x86 *x, bool apic, u32 leaf, u32 subleaf, struct cpuid_regs *r)
+static bool leaf_basic(const struct cpuid_policy *p, unsigned vcpu, const struct x86 *x, bool apic, u32 leaf,
+                       u32 subleaf, struct cpuid_regs *r)
 {
     switch (leaf) {
     case 0:
@@ -532,7 +555,8 @@ static void leaf_extended(const struct cpuid_policy *p, unsigned vcpu, u32 leaf,
     }
 }
 
-void cpuid_get(const struct cpuid_policy *p, unsigned vcpu, const struct x86 *x, bool apic_enabled, u32 leaf, u32 subleaf, struct cpuid_regs *out)
+void cpuid_get(const struct cpuid_policy *p, unsigned vcpu, const struct x86 *x, bool apic_enabled, u32 leaf,
+               u32 subleaf, struct cpuid_regs *out)
 {
     *out = (struct cpuid_regs){0};
     u32 last = p->amd ? MAX_EXTENDED : 0x80000008;
@@ -541,5 +565,6 @@ void cpuid_get(const struct cpuid_policy *p, unsigned vcpu, const struct x86 *x,
     else if (leaf >> 16 == 0x8000 && leaf <= last)
         leaf_extended(p, vcpu, leaf, subleaf, out);
     else if (!leaf_basic(p, vcpu, x, apic_enabled, leaf, subleaf, out) && !p->amd)
-        leaf_basic(p, vcpu, x, apic_enabled, p->max_basic, subleaf, out);   /* Intel: as the highest basic leaf; AMD: zeros */
+        /* Beyond the highest basic leaf Intel's processors repeat it; AMD's give zeros. */
+        leaf_basic(p, vcpu, x, apic_enabled, p->max_basic, subleaf, out);
 }

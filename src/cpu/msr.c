@@ -1,9 +1,10 @@
 /*
- * Model-specific registers (SDM vol. 4; AMD APM vol. 2 appendix A; KVM's clock as in Linux' Documentation/virt/kvm/x86/msr.rst).
+ * Model-specific registers (SDM vol. 4; AMD APM vol. 2 appendix A; KVM's clock as in Linux'
+ * Documentation/virt/kvm/x86/msr.rst).
  *
- * What operating systems touch without asking CPUID first is here, also where it does nothing: a constant, or a write that is ignored. The machine-check
- * architecture has no banks, the performance counters do not count. Everything else raises #GP. On the vCPU's thread; the local
- * APIC locks itself.
+ * What operating systems touch without asking CPUID first is here, also where it does nothing: a constant, or a write
+ * that is ignored. The machine-check architecture has no banks, the performance counters do not count. Everything else
+ * raises #GP. On the vCPU's thread; the local APIC locks itself.
  */
 #include "cpu/msr.h"
 
@@ -12,15 +13,52 @@
 #include "cpu/cpuid.h"
 
 enum {
-    MSR_P5_MC_ADDR = 0x0, MSR_P5_MC_TYPE = 0x1, MSR_TSC = 0x10, MSR_PLATFORM_ID = 0x17, MSR_APIC_BASE = 0x1b, MSR_EBL_CR_POWERON = 0x2a,
-    MSR_SMI_COUNT = 0x34, MSR_FEATURE_CONTROL = 0x3a, MSR_TSC_ADJUST = 0x3b, MSR_SPEC_CTRL = 0x48, MSR_PRED_CMD = 0x49, MSR_BIOS_UPDT_TRIG = 0x79,
-    MSR_BIOS_SIGN_ID = 0x8b, MSR_PERFCTR0 = 0xc1, MSR_PERFCTR1 = 0xc2, MSR_PLATFORM_INFO = 0xce, MSR_MTRRCAP = 0xfe,
-    MSR_ARCH_CAPABILITIES = 0x10a, MSR_MISC_FEATURE_ENABLES = 0x140, MSR_SYSENTER_CS = 0x174, MSR_SYSENTER_ESP = 0x175, MSR_SYSENTER_EIP = 0x176,
-    MSR_MCG_CAP = 0x179, MSR_MCG_STATUS = 0x17a, MSR_EVNTSEL0 = 0x186, MSR_EVNTSEL1 = 0x187, MSR_PERF_STATUS = 0x198, MSR_PERF_CTL = 0x199,
-    MSR_THERM_STATUS = 0x19c, MSR_MISC_ENABLE = 0x1a0, MSR_DEBUGCTL = 0x1d9, MSR_LASTBRANCHFROMIP = 0x1db, MSR_LASTINTTOIP = 0x1de,
-    MSR_MTRR_PHYS_FIRST = 0x200, MSR_MTRR_PHYS_LAST = 0x20f, MSR_MTRR_FIX64K = 0x250, MSR_MTRR_FIX16K_80000 = 0x258, MSR_MTRR_FIX16K_A0000 = 0x259,
-    MSR_MTRR_FIX4K_FIRST = 0x268, MSR_MTRR_FIX4K_LAST = 0x26f, MSR_PAT = 0x277, MSR_MTRR_DEF_TYPE = 0x2ff,
-    MSR_TSC_DEADLINE = 0x6e0, MSR_X2APIC_FIRST = 0x800, MSR_X2APIC_LAST = 0x8ff, MSR_XSS = 0xda0,
+    MSR_P5_MC_ADDR = 0x0,
+    MSR_P5_MC_TYPE = 0x1,
+    MSR_TSC = 0x10,
+    MSR_PLATFORM_ID = 0x17,
+    MSR_APIC_BASE = 0x1b,
+    MSR_EBL_CR_POWERON = 0x2a,
+    MSR_SMI_COUNT = 0x34,
+    MSR_FEATURE_CONTROL = 0x3a,
+    MSR_TSC_ADJUST = 0x3b,
+    MSR_SPEC_CTRL = 0x48,
+    MSR_PRED_CMD = 0x49,
+    MSR_BIOS_UPDT_TRIG = 0x79,
+    MSR_BIOS_SIGN_ID = 0x8b,
+    MSR_PERFCTR0 = 0xc1,
+    MSR_PERFCTR1 = 0xc2,
+    MSR_PLATFORM_INFO = 0xce,
+    MSR_MTRRCAP = 0xfe,
+    MSR_ARCH_CAPABILITIES = 0x10a,
+    MSR_MISC_FEATURE_ENABLES = 0x140,
+    MSR_SYSENTER_CS = 0x174,
+    MSR_SYSENTER_ESP = 0x175,
+    MSR_SYSENTER_EIP = 0x176,
+    MSR_MCG_CAP = 0x179,
+    MSR_MCG_STATUS = 0x17a,
+    MSR_EVNTSEL0 = 0x186,
+    MSR_EVNTSEL1 = 0x187,
+    MSR_PERF_STATUS = 0x198,
+    MSR_PERF_CTL = 0x199,
+    MSR_THERM_STATUS = 0x19c,
+    MSR_MISC_ENABLE = 0x1a0,
+    MSR_DEBUGCTL = 0x1d9,
+    MSR_LASTBRANCHFROMIP = 0x1db,
+    MSR_LASTINTTOIP = 0x1de,
+    MSR_MTRR_PHYS_FIRST = 0x200,
+    MSR_MTRR_PHYS_LAST = 0x20f,
+    MSR_MTRR_FIX64K = 0x250,
+    MSR_MTRR_FIX16K_80000 = 0x258,
+    MSR_MTRR_FIX16K_A0000 = 0x259,
+    MSR_MTRR_FIX4K_FIRST = 0x268,
+    MSR_MTRR_FIX4K_LAST = 0x26f,
+    MSR_PAT = 0x277,
+    MSR_MTRR_DEF_TYPE = 0x2ff,
+    MSR_TSC_DEADLINE = 0x6e0,
+    MSR_X2APIC_FIRST = 0x800,
+    MSR_X2APIC_LAST = 0x8ff,
+    MSR_XSS = 0xda0,
 };
 #define MSR_EFER 0xc0000080u
 #define MSR_STAR 0xc0000081u
@@ -58,10 +96,12 @@ enum {
 #define MISC_ENABLE_READ_ONLY 0x1880u      /* performance monitoring, no branch trace, no PEBS */
 
 /*
- * RDCL_NO IBRS_ALL SKIP_L1DFL_VMENTRY SSB_NO MDS_NO PSCHANGE_MC_NO TAA_NO SBDR_SSDP_NO FBSDP_NO PSDP_NO BHI_NO PBRSB_NO GDS_NO RFDS_NO ITS_NO: see cpuid.c
- * on speculation.
+ * RDCL_NO IBRS_ALL SKIP_L1DFL_VMENTRY SSB_NO MDS_NO PSCHANGE_MC_NO TAA_NO SBDR_SSDP_NO FBSDP_NO PSDP_NO BHI_NO PBRSB_NO
+ * GDS_NO RFDS_NO ITS_NO: see cpuid.c on speculation.
  */
-#define ARCH_CAPABILITIES (BIT(0) | BIT(1) | BIT(3) | BIT(4) | BIT(5) | BIT(6) | BIT(8) | BIT(13) | BIT(14) | BIT(15) | BIT(20) | BIT(24) | BIT(26) | BIT(27) | BIT(62))
+#define ARCH_CAPABILITIES                                                                                              \
+    (BIT(0) | BIT(1) | BIT(3) | BIT(4) | BIT(5) | BIT(6) | BIT(8) | BIT(13) | BIT(14) | BIT(15) | BIT(20) | BIT(24) |  \
+     BIT(26) | BIT(27) | BIT(62))
 
 static bool canonical(u64 a)
 {
@@ -71,7 +111,7 @@ static bool canonical(u64 a)
 /* ---- registers that hold no state ---- */
 
 enum { ANY, AMD, INTEL };                  /* whose processors have it */
-enum { READ_ONLY, IGNORED, WRITE_ONLY };   /* what a write does; WRITE_ONLY: it is ignored, too, but a read raises #GP */
+enum { READ_ONLY, IGNORED, WRITE_ONLY }; /* what a write does; WRITE_ONLY: it is ignored, too, but a read raises #GP */
 
 static const struct fixed_msr {
     u32 first, last;
@@ -114,7 +154,9 @@ static const struct fixed_msr *find_fixed(const struct vcpu *v, u32 msr)
 {
     for (unsigned i = 0; i < ARRAY_SIZE(fixed_msr); i++)
         if (msr >= fixed_msr[i].first && msr <= fixed_msr[i].last)
-            return fixed_msr[i].vendor == ANY || (fixed_msr[i].vendor == AMD) == cpuid_is_amd(v->m->cpuid) ? &fixed_msr[i] : NULL;
+            return fixed_msr[i].vendor == ANY || (fixed_msr[i].vendor == AMD) == cpuid_is_amd(v->m->cpuid)
+                       ? &fixed_msr[i]
+                       : NULL;
     return NULL;
 }
 
@@ -308,8 +350,8 @@ static u64 writable_bits(u32 msr)
 
 static bool holds_address(u32 msr)
 {
-    return msr == MSR_SYSENTER_ESP || msr == MSR_SYSENTER_EIP || msr == MSR_LSTAR || msr == MSR_CSTAR || msr == MSR_FS_BASE || msr == MSR_GS_BASE ||
-           msr == MSR_KERNEL_GS_BASE;
+    return msr == MSR_SYSENTER_ESP || msr == MSR_SYSENTER_EIP || msr == MSR_LSTAR || msr == MSR_CSTAR ||
+           msr == MSR_FS_BASE || msr == MSR_GS_BASE || msr == MSR_KERNEL_GS_BASE;
 }
 
 static int write_plain(struct vcpu *v, struct x86 *x, u32 msr, u64 val)
@@ -317,7 +359,8 @@ static int write_plain(struct vcpu *v, struct x86 *x, u32 msr, u64 val)
     u64 valid;
     if (mtrr_register(v, x, msr, &valid))
         return mtrr_write(v, x, msr, val);
-    if (val & ~writable_bits(msr) || (holds_address(msr) && !canonical(val)) || (msr == MSR_PAT && !types_valid(val, true)))
+    if (val & ~writable_bits(msr) || (holds_address(msr) && !canonical(val)) ||
+        (msr == MSR_PAT && !types_valid(val, true)))
         return -1;
     if (msr == MSR_EFER)
         return write_efer(v, x, val);

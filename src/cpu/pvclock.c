@@ -1,10 +1,12 @@
 /*
- * KVM's paravirtual clock (Linux' Documentation/virt/kvm/x86/msr.rst): a page per vCPU from which the guest computes nanoseconds out of its TSC.
+ * KVM's paravirtual clock (Linux' Documentation/virt/kvm/x86/msr.rst): a page per vCPU from which the guest computes
+ * nanoseconds out of its TSC.
  *
  *     ns = system_time + (((tsc - tsc_timestamp) << or >> tsc_shift) * tsc_to_system_mul >> 32)
  *
- * All vCPUs are given the same line for good: clock_tsc() in nanoseconds, from zero on. So the clock never goes back between two of them
- * (PVCLOCK_TSC_STABLE), nor when the host slews its own clock; the guest's NTP client, if any, steers it. A reader retries while `version` is odd or has changed. On the vCPU's thread.
+ * All vCPUs are given the same line for good: clock_tsc() in nanoseconds, from zero on. So the clock never goes back
+ * between two of them (PVCLOCK_TSC_STABLE), nor when the host slews its own clock; the guest's NTP client, if any,
+ * steers it. A reader retries while `version` is odd or has changed. On the vCPU's thread.
  */
 #include "cpu/msr.h"
 

@@ -82,7 +82,8 @@ void x86_init(struct x86 *x)
 
 void x86_sipi(struct x86 *x, u8 vector)
 {
-    x->seg[SEG_CS] = (struct x86_seg){.base = (u64)vector << 12, .limit = 0xffff, .sel = (u16)(vector << 8), .attr = 0x9b};
+    x->seg[SEG_CS] =
+        (struct x86_seg){.base = (u64)vector << 12, .limit = 0xffff, .sel = (u16)(vector << 8), .attr = 0x9b};
     x->rip = 0;
     x->activity = X86_RUNNING;
 }
@@ -196,9 +197,33 @@ void x86_state(struct x86 *x, struct stream *s)
     table_state(&x->gdtr, s);
     table_state(&x->idtr, s);
     u64 *const scalars[] = {
-        &x->cr0, &x->cr2, &x->cr3, &x->cr4, &x->xcr0, &x->dr6, &x->dr7, &x->efer, &x->star, &x->lstar, &x->cstar, &x->sfmask,
-        &x->kernel_gs_base, &x->tsc_aux, &x->sysenter_cs, &x->sysenter_esp, &x->sysenter_eip, &x->pat, &x->misc_enable, &x->spec_ctrl,
-        &x->xss, &x->debugctl, &x->bios_sign_id, &x->mcg_status, &x->mtrr_def_type, &x->kvm_wall_clock, &x->kvm_system_time,
+        &x->cr0,
+        &x->cr2,
+        &x->cr3,
+        &x->cr4,
+        &x->xcr0,
+        &x->dr6,
+        &x->dr7,
+        &x->efer,
+        &x->star,
+        &x->lstar,
+        &x->cstar,
+        &x->sfmask,
+        &x->kernel_gs_base,
+        &x->tsc_aux,
+        &x->sysenter_cs,
+        &x->sysenter_esp,
+        &x->sysenter_eip,
+        &x->pat,
+        &x->misc_enable,
+        &x->spec_ctrl,
+        &x->xss,
+        &x->debugctl,
+        &x->bios_sign_id,
+        &x->mcg_status,
+        &x->mtrr_def_type,
+        &x->kvm_wall_clock,
+        &x->kvm_system_time,
     };
     for (unsigned i = 0; i < ARRAY_SIZE(scalars); i++)
         stream_u64(s, scalars[i]);
@@ -218,8 +243,8 @@ void x86_state(struct x86 *x, struct stream *s)
 
 static void print_seg(const char *name, const struct x86_seg *s, FILE *f)
 {
-    fprintf(f, "%-4s %04x  base %016llx  limit %08x  attr %03x%s\n", name, s->sel, (unsigned long long)s->base, s->limit, s->attr,
-            s->attr & SEG_P ? "" : "  unusable");
+    fprintf(f, "%-4s %04x  base %016llx  limit %08x  attr %03x%s\n", name, s->sel, (unsigned long long)s->base,
+            s->limit, s->attr, s->attr & SEG_P ? "" : "  unusable");
 }
 
 void x86_print(const struct x86 *x, FILE *f)
@@ -233,9 +258,9 @@ void x86_print(const struct x86 *x, FILE *f)
         u32 bit;
         char name[5];
     } flag[] = {
-        {FLAG_ID, "ID"}, {FLAG_VIP, "VIP"}, {FLAG_VIF, "VIF"}, {FLAG_AC, "AC"}, {FLAG_VM, "VM"}, {FLAG_RF, "RF"}, {FLAG_NT, "NT"},
-        {FLAG_OF, "OF"}, {FLAG_DF, "DF"}, {FLAG_IF, "IF"}, {FLAG_TF, "TF"}, {FLAG_SF, "SF"}, {FLAG_ZF, "ZF"}, {FLAG_AF, "AF"},
-        {FLAG_PF, "PF"}, {FLAG_CF, "CF"},
+        {FLAG_ID, "ID"}, {FLAG_VIP, "VIP"}, {FLAG_VIF, "VIF"}, {FLAG_AC, "AC"}, {FLAG_VM, "VM"}, {FLAG_RF, "RF"},
+        {FLAG_NT, "NT"}, {FLAG_OF, "OF"},   {FLAG_DF, "DF"},   {FLAG_IF, "IF"}, {FLAG_TF, "TF"}, {FLAG_SF, "SF"},
+        {FLAG_ZF, "ZF"}, {FLAG_AF, "AF"},   {FLAG_PF, "PF"},   {FLAG_CF, "CF"},
     };
     for (unsigned i = 0; i < 16; i++)
         fprintf(f, "%-3s %016llx%s", reg[i], (unsigned long long)x->gpr[i], i % 4 == 3 ? "\n" : "  ");
@@ -244,17 +269,18 @@ void x86_print(const struct x86 *x, FILE *f)
     for (unsigned i = 0; i < ARRAY_SIZE(flag); i++)
         if (x->rflags & flag[i].bit)
             fprintf(f, " %s", flag[i].name);
-    fprintf(f, "]  cpl %u  %s%s%s\n", x86_cpl(x), activity[x->activity], x->shadow ? ", interrupt shadow" : "", x->nmi_blocked ? ", NMI blocked" : "");
+    fprintf(f, "]  cpl %u  %s%s%s\n", x86_cpl(x), activity[x->activity], x->shadow ? ", interrupt shadow" : "",
+            x->nmi_blocked ? ", NMI blocked" : "");
     for (unsigned i = 0; i < SEGS; i++)
         print_seg(seg[i], &x->seg[i], f);
     print_seg("ldtr", &x->ldtr, f);
     print_seg("tr", &x->tr, f);
-    fprintf(f, "gdtr base %016llx  limit %04x    idtr base %016llx  limit %04x\n", (unsigned long long)x->gdtr.base, x->gdtr.limit,
-            (unsigned long long)x->idtr.base, x->idtr.limit);
+    fprintf(f, "gdtr base %016llx  limit %04x    idtr base %016llx  limit %04x\n", (unsigned long long)x->gdtr.base,
+            x->gdtr.limit, (unsigned long long)x->idtr.base, x->idtr.limit);
     fprintf(f, "cr0 %08llx  cr2 %016llx  cr3 %016llx  cr4 %08llx  efer %04llx  xcr0 %llx\n", (unsigned long long)x->cr0,
-            (unsigned long long)x->cr2, (unsigned long long)x->cr3, (unsigned long long)x->cr4, (unsigned long long)x->efer,
-            (unsigned long long)x->xcr0);
-    fprintf(f, "dr0 %016llx  dr1 %016llx  dr2 %016llx  dr3 %016llx  dr6 %08llx  dr7 %08llx\n", (unsigned long long)x->dr[0],
-            (unsigned long long)x->dr[1], (unsigned long long)x->dr[2], (unsigned long long)x->dr[3], (unsigned long long)x->dr6,
-            (unsigned long long)x->dr7);
+            (unsigned long long)x->cr2, (unsigned long long)x->cr3, (unsigned long long)x->cr4,
+            (unsigned long long)x->efer, (unsigned long long)x->xcr0);
+    fprintf(f, "dr0 %016llx  dr1 %016llx  dr2 %016llx  dr3 %016llx  dr6 %08llx  dr7 %08llx\n",
+            (unsigned long long)x->dr[0], (unsigned long long)x->dr[1], (unsigned long long)x->dr[2],
+            (unsigned long long)x->dr[3], (unsigned long long)x->dr6, (unsigned long long)x->dr7);
 }

@@ -1,7 +1,9 @@
 /*
- * Control registers: MOV CRn, LMSW, SMSW, CLTS (SDM vol. 2 MOV to control registers; vol. 3A 2.5, 4.1, 4.4.1, 4.10, 10.8.5).
+ * Control registers: MOV CRn, LMSW, SMSW, CLTS (SDM vol. 2 MOV to control registers; vol.
+ * 3A 2.5, 4.1, 4.4.1, 4.10, 10.8.5).
  *
- * All checks come before any change. A change of paging or rights drops what the TLB must not keep; leaving the block re-reads the mode.
+ * All checks come before any change. A change of paging or rights drops what the TLB must not keep; leaving the block
+ * re-reads the mode.
  */
 #include "cpu/interp/sys.h"
 
@@ -87,10 +89,11 @@ int cr3_write(struct icpu *c, u64 val)
             return fault_gp(c, 0);
         keep_pdptes(c, pdpte);
     }
-    trace(c->v->m->trace, TRACE_CR3, (int)c->v->id, "cr3 0x%llx -> 0x%llx", (unsigned long long)x->cr3, (unsigned long long)val);
+    trace(c->v->m->trace, TRACE_CR3, (int)c->v->id, "cr3 0x%llx -> 0x%llx", (unsigned long long)x->cr3,
+          (unsigned long long)val);
     bool same = val == x->cr3;
     x->cr3 = val;
-    if (!(keep && same))                   /* the TLB has no tags: another PCID's entries cannot stay, whatever bit 63 allows */
+    if (!(keep && same)) /* the TLB has no tags: another PCID's entries cannot stay, whatever bit 63 allows */
         tlb_flush_nonglobal(c);
     return OP_END;
 }

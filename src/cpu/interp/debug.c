@@ -1,8 +1,8 @@
 /*
  * Debug registers and #DB (SDM vol. 3B 18.2, 18.3).
  *
- * The loop finds instruction breakpoints and single steps, the memory path data breakpoints, port accesses I/O breakpoints; here is what they
- * do to DR6. DR6's bits stick until the guest clears them. BTF and LBR are not modelled.
+ * The loop finds instruction breakpoints and single steps, the memory path data breakpoints, port accesses I/O
+ * breakpoints; here is what they do to DR6. DR6's bits stick until the guest clears them. BTF and LBR are not modelled.
  */
 #include "cpu/interp/sys.h"
 #include "cpu/interp/tlb.h"
@@ -36,7 +36,8 @@ void debug_port(struct icpu *c, u16 port, unsigned size)
     }
 }
 
-/* The register that a number means now; #UD for DR4 and DR5 with CR4.DE. General detect comes after the privilege check. */
+/* The register that a number means now; #UD for DR4 and DR5 with CR4.DE. General detect comes after the privilege
+ * check. */
 static int check(struct icpu *c, const struct op *op, unsigned *n)
 {
     *n = op->reg;

@@ -1,15 +1,15 @@
 /*
  * Delivery of exceptions, interrupts and software interrupts in all modes (SDM vol. 2 INT n; vol. 3A chapter 6, 21.3).
  *
- * The order of checks is that of the manual's pseudo-code. A fault met on the way is combined with the event being delivered (trap_combine): it is
- * delivered instead, becomes a double fault, or shuts the processor down. c->rip is the address to save; handlers of instructions that are traps
- * have moved it to the next one.
+ * The order of checks is that of the manual's pseudo-code. A fault met on the way is combined with the event being
+ * delivered (trap_combine): it is delivered instead, becomes a double fault, or shuts the processor down. c->rip is the
+ * address to save; handlers of instructions that are traps have moved it to the next one.
  */
 #include "cpu/interp/sys.h"
 
 #define DR7_GD 0x2000u
 #define DEBUGCTL_BTF 2u
-#define MAX_CHAIN 64                       /* tasks that fault when they are entered, by task gates; hardware would go on for ever */
+#define MAX_CHAIN 64 /* tasks that fault when they are entered, by task gates; hardware would go on for ever */
 #define EVENT_FLAGS_CLEARED (FLAG_TF | FLAG_NT | FLAG_RF | FLAG_VM)
 
 struct event {
@@ -42,7 +42,8 @@ static int deliver_ivt(struct icpu *c, const struct event *e)
     if (sys_load(c, (u32)(ivt->base + e->vector * 4u), 4, &entry))
         return OP_FAULT;
     stack_current(c, &s);
-    if (stack_room(c, &s, 6) || stack_put(c, &s, 2, (u16)e->flags) || stack_put(c, &s, 2, c->x->seg[SEG_CS].sel) || stack_put(c, &s, 2, (u16)c->rip))
+    if (stack_room(c, &s, 6) || stack_put(c, &s, 2, (u16)e->flags) || stack_put(c, &s, 2, c->x->seg[SEG_CS].sel) ||
+        stack_put(c, &s, 2, (u16)c->rip))
         return OP_FAULT;
     stack_commit(c, &s);
     seg_load_real(c, SEG_CS, (u16)(entry >> 16));
@@ -77,9 +78,11 @@ static int push_frame(struct icpu *c, const struct event *e, struct frame *f)
 {
     if (f->from_v86 && push_segments_of_v86(c, f))
         return OP_FAULT;
-    if ((f->new_ss || f->size == 8) && (stack_put(c, &f->s, f->size, c->x->seg[SEG_SS].sel) || stack_put(c, &f->s, f->size, c->r[RSP])))
+    if ((f->new_ss || f->size == 8) &&
+        (stack_put(c, &f->s, f->size, c->x->seg[SEG_SS].sel) || stack_put(c, &f->s, f->size, c->r[RSP])))
         return OP_FAULT;
-    if (stack_put(c, &f->s, f->size, e->flags) || stack_put(c, &f->s, f->size, c->x->seg[SEG_CS].sel) || stack_put(c, &f->s, f->size, c->rip))
+    if (stack_put(c, &f->s, f->size, e->flags) || stack_put(c, &f->s, f->size, c->x->seg[SEG_CS].sel) ||
+        stack_put(c, &f->s, f->size, c->rip))
         return OP_FAULT;
     return e->has_error ? stack_put(c, &f->s, f->size, e->error) : 0;
 }
@@ -247,24 +250,26 @@ static void trace_event(struct icpu *c, const struct fault *f)
     if (!trace_on(v->m->trace, TRACE_FAULTS))
         return;
     if (f->vector == VEC_PF)
-        trace(v->m->trace, TRACE_FAULTS, (int)v->id, "#PF error 0x%x at 0x%llx, cs:rip %04x:0x%llx cpl %u", f->error, (unsigned long long)f->cr2,
-              c->x->seg[SEG_CS].sel, rip, c->cpl);
+        trace(v->m->trace, TRACE_FAULTS, (int)v->id, "#PF error 0x%x at 0x%llx, cs:rip %04x:0x%llx cpl %u", f->error,
+              (unsigned long long)f->cr2, c->x->seg[SEG_CS].sel, rip, c->cpl);
     else if (f->has_error)
-        trace(v->m->trace, TRACE_FAULTS, (int)v->id, "%s error 0x%x, cs:rip %04x:0x%llx cpl %u", trap_name(f->vector), f->error, c->x->seg[SEG_CS].sel, rip,
-              c->cpl);
+        trace(v->m->trace, TRACE_FAULTS, (int)v->id, "%s error 0x%x, cs:rip %04x:0x%llx cpl %u", trap_name(f->vector),
+              f->error, c->x->seg[SEG_CS].sel, rip, c->cpl);
     else
-        trace(v->m->trace, TRACE_FAULTS, (int)v->id, "%s, cs:rip %04x:0x%llx cpl %u", trap_name(f->vector), c->x->seg[SEG_CS].sel, rip, c->cpl);
+        trace(v->m->trace, TRACE_FAULTS, (int)v->id, "%s, cs:rip %04x:0x%llx cpl %u", trap_name(f->vector),
+              c->x->seg[SEG_CS].sel, rip, c->cpl);
 }
 
 /* SDM vol. 3A 18.3.1.1: fault-class exceptions save RF set. #DB sets it in c->flags itself where it must (debug.c). */
 static bool saves_rf(unsigned vector)
 {
-    return vector != VEC_DB && vector != VEC_BP && vector != VEC_OF && vector != VEC_DF && vector != VEC_MC && vector != VEC_NMI;
+    return vector != VEC_DB && vector != VEC_BP && vector != VEC_OF && vector != VEC_DF && vector != VEC_MC &&
+           vector != VEC_NMI;
 }
 
 /*
- * c->fault has been raised by an instruction, or while an event was delivered whose vector is `first` (benign ones: VEC_NMI). What is to be delivered next
- * goes to c->fault; false: nothing, the processor shuts down.
+ * c->fault has been raised by an instruction, or while an event was delivered whose vector is `first` (benign ones:
+ * VEC_NMI). What is to be delivered next goes to c->fault; false: nothing, the processor shuts down.
  */
 static bool combine(struct icpu *c, unsigned first)
 {
@@ -280,7 +285,8 @@ static bool combine(struct icpu *c, unsigned first)
     case TRAP_TRIPLE:
         break;
     }
-    trace(c->v->m->trace, TRACE_FAULTS, (int)c->v->id, "triple fault: %s while %s was delivered", trap_name(c->fault.vector), trap_name(first));
+    trace(c->v->m->trace, TRACE_FAULTS, (int)c->v->id, "triple fault: %s while %s was delivered",
+          trap_name(c->fault.vector), trap_name(first));
     return false;
 }
 
@@ -300,7 +306,8 @@ int deliver_fault(struct icpu *c)
         if (r == OP_FAULT && !combine(c, f.vector))
             return OP_SHUTDOWN;
     }
-    trace(c->v->m->trace, TRACE_FAULTS, (int)c->v->id, "shutdown: every task that handles the exception of the one before it fails, too");
+    trace(c->v->m->trace, TRACE_FAULTS, (int)c->v->id,
+          "shutdown: every task that handles the exception of the one before it fails, too");
     return OP_SHUTDOWN;
 }
 
@@ -313,14 +320,15 @@ static int deliver_benign(struct icpu *c, unsigned vector)
 
 int deliver_interrupt(struct icpu *c, unsigned vector)
 {
-    trace(c->v->m->trace, TRACE_IRQ, (int)c->v->id, "interrupt 0x%02x at %04x:0x%llx cpl %u", vector, c->x->seg[SEG_CS].sel, (unsigned long long)c->rip,
-          c->cpl);
+    trace(c->v->m->trace, TRACE_IRQ, (int)c->v->id, "interrupt 0x%02x at %04x:0x%llx cpl %u", vector,
+          c->x->seg[SEG_CS].sel, (unsigned long long)c->rip, c->cpl);
     return deliver_benign(c, vector);
 }
 
 int deliver_nmi(struct icpu *c)
 {
-    trace(c->v->m->trace, TRACE_IRQ, (int)c->v->id, "NMI at %04x:0x%llx cpl %u", c->x->seg[SEG_CS].sel, (unsigned long long)c->rip, c->cpl);
+    trace(c->v->m->trace, TRACE_IRQ, (int)c->v->id, "NMI at %04x:0x%llx cpl %u", c->x->seg[SEG_CS].sel,
+          (unsigned long long)c->rip, c->cpl);
     c->x->nmi_blocked = true;
     return deliver_benign(c, VEC_NMI);
 }
@@ -367,7 +375,8 @@ static int deliver_v86_redirected(struct icpu *c, unsigned vector)
     stack_current(c, &s);
     if (lin_load(c, vector * 4, 4, &entry) || stack_room(c, &s, 6))
         return OP_FAULT;
-    if (stack_put(c, &s, 2, (u16)image) || stack_put(c, &s, 2, c->x->seg[SEG_CS].sel) || stack_put(c, &s, 2, (u16)c->rip))
+    if (stack_put(c, &s, 2, (u16)image) || stack_put(c, &s, 2, c->x->seg[SEG_CS].sel) ||
+        stack_put(c, &s, 2, (u16)c->rip))
         return OP_FAULT;
     stack_commit(c, &s);
     seg_load_real(c, SEG_CS, (u16)(entry >> 16));

@@ -1,8 +1,10 @@
 /*
- * Far JMP, CALL and RET in all modes: direct, through call gates, to task gates and TSSs (SDM vol. 2 JMP, CALL, RET; vol. 3A 5.8).
+ * Far JMP, CALL and RET in all modes: direct, through call gates, to task gates and TSSs (SDM vol. 2 JMP, CALL, RET;
+ * vol. 3A 5.8).
  *
- * The order of checks is that of the manual's pseudo-code. Frames are written before CS, SS and RSP change, so a fault leaves only bytes below the
- * stack pointer behind. A 64-bit operand size of memory operands is as on Intel, also where the guest is told that it runs on AMD (which ignores REX.W there).
+ * The order of checks is that of the manual's pseudo-code. Frames are written before CS, SS and RSP change, so a fault
+ * leaves only bytes below the stack pointer behind. A 64-bit operand size of memory operands is as on Intel, also where
+ * the guest is told that it runs on AMD (which ignores REX.W there).
  */
 #include "cpu/interp/sys.h"
 
@@ -32,7 +34,8 @@ static int far_real(struct icpu *c, const struct op *op, u16 sel, u64 off, bool 
         return fault_gp(c, 0);
     if (call) {
         stack_current(c, &s);
-        if (stack_room(c, &s, op->size * 2) || stack_put(c, &s, op->size, c->x->seg[SEG_CS].sel) || stack_put(c, &s, op->size, next_rip(c, op)))
+        if (stack_room(c, &s, op->size * 2) || stack_put(c, &s, op->size, c->x->seg[SEG_CS].sel) ||
+            stack_put(c, &s, op->size, next_rip(c, op)))
             return OP_FAULT;
         stack_commit(c, &s);
     }
@@ -169,7 +172,8 @@ static int gate_more_privilege(struct icpu *c, const struct op *op, struct gate 
         return fault_gp(c, 0);
     if (stack_put(c, &s, g->size, c->x->seg[SEG_SS].sel) || stack_put(c, &s, g->size, c->r[RSP]))
         return OP_FAULT;
-    if (gate_copy_params(c, g, &s) || stack_put(c, &s, g->size, c->x->seg[SEG_CS].sel) || stack_put(c, &s, g->size, next_rip(c, op)))
+    if (gate_copy_params(c, g, &s) || stack_put(c, &s, g->size, c->x->seg[SEG_CS].sel) ||
+        stack_put(c, &s, g->size, next_rip(c, op)))
         return OP_FAULT;
     if (desc_set_accessed(c, &g->code))
         return OP_FAULT;
@@ -327,7 +331,8 @@ void return_commit(struct icpu *c, const struct x86_seg *cs, const struct x86_se
         seg_drop_inner(c, cpl);
 }
 
-static int ret_outer(struct icpu *c, const struct op *op, struct stack *s, struct desc *d, const struct x86_seg *cs, u64 rip)
+static int ret_outer(struct icpu *c, const struct op *op, struct stack *s, struct desc *d, const struct x86_seg *cs,
+                     u64 rip)
 {
     struct x86_seg ss;
     u64 rsp, sel;

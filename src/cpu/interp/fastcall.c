@@ -1,8 +1,8 @@
 /*
  * SYSCALL, SYSRET, SYSENTER, SYSEXIT, SWAPGS and the FS/GS base instructions (SDM vol. 2; AMD APM vol. 3).
  *
- * The two vendors differ, and the guest's vendor is the host's: on AMD, SYSCALL and SYSRET also work outside 64-bit mode, SYSENTER and SYSEXIT do not
- * exist in long mode, and SYSRET does not check RCX (the fetch faults, at CPL 3).
+ * The two vendors differ, and the guest's vendor is the host's: on AMD, SYSCALL and SYSRET also work outside 64-bit
+ * mode, SYSENTER and SYSEXIT do not exist in long mode, and SYSRET does not check RCX (the fetch faults, at CPL 3).
  */
 #include "cpu/interp/sys.h"
 

@@ -1,7 +1,9 @@
 /*
- * RFLAGS as a whole and the interrupt flag: PUSHF, POPF, CLI, STI, CLAC, STAC, and INT n, INT3, INTO, INT1 (SDM vol. 2; vol. 3A 6.8.1, 21.3, 21.4).
+ * RFLAGS as a whole and the interrupt flag: PUSHF, POPF, CLI, STI, CLAC, STAC, and INT n, INT3, INTO, INT1 (SDM vol. 2;
+ * vol. 3A 6.8.1, 21.3, 21.4).
  *
- * With CR4.VME or CR4.PVI, code at CPL 3 below IOPL works on the virtual interrupt flag VIF, and VIP makes enabling it fault.
+ * With CR4.VME or CR4.PVI, code at CPL 3 below IOPL works on the virtual interrupt flag VIF, and VIP makes enabling it
+ * fault.
  */
 #include "cpu/interp/sys.h"
 

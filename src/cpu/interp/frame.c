@@ -1,6 +1,6 @@
 /*
- * Stacks that are not the current one yet: where calls through gates, events and returns write and read their frames, and where the TSS says that
- * inner stacks are (SDM vol. 3A 5.8.5, 7.2.1, 7.7).
+ * Stacks that are not the current one yet: where calls through gates, events and returns write and read their frames,
+ * and where the TSS says that inner stacks are (SDM vol. 3A 5.8.5, 7.2.1, 7.7).
  */
 #include "cpu/interp/sys.h"
 
@@ -15,7 +15,8 @@ void stack_current(const struct icpu *c, struct stack *s)
     s->mask = s->flat ? ~0ull : width_mask(&s->ss);
 }
 
-void stack_init(const struct icpu *c, struct stack *s, const struct x86_seg *ss, u64 rsp, unsigned cpl, bool wide, u32 error)
+void stack_init(const struct icpu *c, struct stack *s, const struct x86_seg *ss, u64 rsp, unsigned cpl, bool wide,
+                u32 error)
 {
     *s = (struct stack){.ss = *ss, .rsp = rsp, .flat = wide, .error = error};
     s->mask = wide ? ~0ull : width_mask(ss);

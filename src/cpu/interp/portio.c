@@ -1,8 +1,9 @@
 /*
  * IN, OUT, INS, OUTS and the I/O permission bitmap (SDM vol. 1 19.5; vol. 2).
  *
- * An access to a port has effects that cannot be taken back, so everything that can fault is tried first: the permission, then the memory operand's
- * rights. A repeated instruction stops between iterations when an event is pending, with the registers showing the progress.
+ * An access to a port has effects that cannot be taken back, so everything that can fault is tried first: the
+ * permission, then the memory operand's rights. A repeated instruction stops between iterations when an event is
+ * pending, with the registers showing the progress.
  */
 #include "cpu/interp/sys.h"
 
@@ -110,7 +111,8 @@ static void step_index(struct icpu *c, const struct op *op, unsigned reg)
 static int one_ins(struct icpu *c, const struct op *op, u16 port)
 {
     u64 la, val = 0;
-    if (seg_linear(c, SEG_ES, c->r[RDI] & address_mask(op), op->size, MMU_WRITE, &la) || lin_probe(c, la, op->size, MMU_WRITE))
+    if (seg_linear(c, SEG_ES, c->r[RDI] & address_mask(op), op->size, MMU_WRITE, &la) ||
+        lin_probe(c, la, op->size, MMU_WRITE))
         return OP_FAULT;
     port_access(c, port, op->size, false, &val);
     if (lin_store(c, la, op->size, val))
@@ -122,7 +124,8 @@ static int one_ins(struct icpu *c, const struct op *op, u16 port)
 static int one_outs(struct icpu *c, const struct op *op, u16 port)
 {
     u64 la, val;
-    if (seg_linear(c, op->seg, c->r[RSI] & address_mask(op), op->size, MMU_READ, &la) || lin_load(c, la, op->size, &val))
+    if (seg_linear(c, op->seg, c->r[RSI] & address_mask(op), op->size, MMU_READ, &la) ||
+        lin_load(c, la, op->size, &val))
         return OP_FAULT;
     port_access(c, port, op->size, true, &val);
     step_index(c, op, RSI);

@@ -1,7 +1,9 @@
 /*
- * Segment registers: descriptors, the checks of loading one, and the instructions that move them (SDM vol. 3A chapters 3 and 5; vol. 2 MOV, POP, LDS).
+ * Segment registers: descriptors, the checks of loading one, and the instructions that move them (SDM vol. 3A chapters
+ * 3 and 5; vol. 2 MOV, POP, LDS).
  *
- * In 64-bit mode the same checks apply; only the use of base and limit differs. A null selector clears base, limit and attributes.
+ * In 64-bit mode the same checks apply; only the use of base and limit differs. A null selector clears base, limit and
+ * attributes.
  */
 #include "cpu/interp/sys.h"
 
@@ -280,7 +282,8 @@ static int op_pop_seg(struct icpu *c, const struct op *op)
 
 static int bind_mov_seg(const struct decoded *d, struct op *op)
 {
-    bool to = d->opnd[0].type == ZYDIS_OPERAND_TYPE_REGISTER && ZydisRegisterGetClass(d->opnd[0].reg.value) == ZYDIS_REGCLASS_SEGMENT;
+    bool to = d->opnd[0].type == ZYDIS_OPERAND_TYPE_REGISTER &&
+              ZydisRegisterGetClass(d->opnd[0].reg.value) == ZYDIS_REGCLASS_SEGMENT;
     unsigned seg = to ? 0 : 1, other = to ? 1 : 0;
     op->aux = reg_id(d, seg);
     op->size = (u8)insn_size(d);
@@ -342,7 +345,8 @@ bool sys_form(const struct decoded *d)
     case ZYDIS_MNEMONIC_PUSH: case ZYDIS_MNEMONIC_POP:
         return operand_class(d, 0) == ZYDIS_REGCLASS_SEGMENT;
     case ZYDIS_MNEMONIC_MOV:
-        return has_class(d, ZYDIS_REGCLASS_SEGMENT) || has_class(d, ZYDIS_REGCLASS_CONTROL) || has_class(d, ZYDIS_REGCLASS_DEBUG);
+        return has_class(d, ZYDIS_REGCLASS_SEGMENT) || has_class(d, ZYDIS_REGCLASS_CONTROL) ||
+               has_class(d, ZYDIS_REGCLASS_DEBUG);
     default:
         return false;
     }

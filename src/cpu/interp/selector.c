@@ -1,8 +1,9 @@
 /*
- * Descriptor tables and selectors: LGDT, LIDT, SGDT, SIDT, LLDT, LTR, SLDT, STR, LAR, LSL, VERR, VERW, ARPL (SDM vol. 2; vol. 3A 2.4, 5.10).
+ * Descriptor tables and selectors: LGDT, LIDT, SGDT, SIDT, LLDT, LTR, SLDT, STR, LAR, LSL, VERR, VERW, ARPL (SDM vol.
+ * 2; vol. 3A 2.4, 5.10).
  *
- * With CR4.UMIP, SGDT, SIDT, SLDT, STR (and SMSW, control.c) raise #GP at CPL > 0. The instructions that look at descriptors do not exist in
- * real and virtual-8086 mode.
+ * With CR4.UMIP, SGDT, SIDT, SLDT, STR (and SMSW, control.c) raise #GP at CPL > 0. The instructions that look at
+ * descriptors do not exist in real and virtual-8086 mode.
  */
 #include "cpu/interp/sys.h"
 
@@ -161,7 +162,8 @@ static void set_zf(struct icpu *c, bool zf)
     c->fl = zf ? c->fl | FL_ZF : c->fl & ~FL_ZF;
 }
 
-/* Reads the descriptor that LAR and its kin look at. *found: it exists and the current privilege may see it. OP_FAULT: only for the access itself. */
+/* Reads the descriptor that LAR and its kin look at. *found: it exists and the current privilege may see it. OP_FAULT:
+ * only for the access itself. */
 static int look(struct icpu *c, u16 sel, struct desc *d, bool *found)
 {
     *found = false;

@@ -1,8 +1,9 @@
 /*
  * interp, the system side: what far transfers, event delivery, task switches and the system instructions share.
  *
- * All of them follow one rule: read and check everything first (descriptors, the TSS, the new stack), then change the guest's registers. A new
- * stack is therefore written or read through `struct stack`, a copy of SS:RSP that becomes the current one only in stack_commit().
+ * All of them follow one rule: read and check everything first (descriptors, the TSS, the new stack), then change the
+ * guest's registers. A new stack is therefore written or read through `struct stack`, a copy of SS:RSP that becomes the
+ * current one only in stack_commit().
  *
  * Runs on the vCPU's thread; no locks.
  */
@@ -11,7 +12,7 @@
 #include "cpu/interp/interp.h"
 
 /* ---- binding ---- */
-/* CALL, JMP, RET, MOV, PUSH and POP have near, general forms (insn_int.def) and system forms. Their binders ask this first: */
+/* CALL, JMP, RET, MOV, PUSH, POP have general forms (insn_int.def) and system forms: their binders ask this first. */
 bool sys_form(const struct decoded *d);    /* a far transfer, or an operand is a segment, control or debug register */
 int bind_sys_form(struct icpu *c, const struct decoded *d, struct op *op, unsigned arg);
 int bind_far(struct icpu *c, const struct decoded *d, struct op *op, unsigned arg);
@@ -51,8 +52,23 @@ int bind_ins(struct icpu *c, const struct decoded *d, struct op *op, unsigned si
 int bind_outs(struct icpu *c, const struct decoded *d, struct op *op, unsigned size);
 /* Instructions without operands that matter: the argument is a number into a table of handlers (system.c). */
 enum sys_plain {
-    SYS_CLTS, SYS_HLT, SYS_INVD, SYS_WBINVD, SYS_INVLPG, SYS_RDMSR, SYS_WRMSR, SYS_RDTSC, SYS_RDTSCP, SYS_RDPMC, SYS_CPUID, SYS_SYSCALL,
-    SYS_SYSENTER, SYS_SYSEXIT, SYS_SWAPGS, SYS_VMCALL, SYS_PLAINS
+    SYS_CLTS,
+    SYS_HLT,
+    SYS_INVD,
+    SYS_WBINVD,
+    SYS_INVLPG,
+    SYS_RDMSR,
+    SYS_WRMSR,
+    SYS_RDTSC,
+    SYS_RDTSCP,
+    SYS_RDPMC,
+    SYS_CPUID,
+    SYS_SYSCALL,
+    SYS_SYSENTER,
+    SYS_SYSEXIT,
+    SYS_SWAPGS,
+    SYS_VMCALL,
+    SYS_PLAINS
 };
 int op_syscall(struct icpu *c, const struct op *op);      /* fastcall.c */
 int op_sysenter(struct icpu *c, const struct op *op);
@@ -122,8 +138,9 @@ static inline u64 gate_offset(const struct desc *d)   /* of 32- and 64-bit gates
 }
 
 /*
- * Reads the descriptor that sel names from the GDT or LDT. A selector beyond the table raises vector(sel | ext). Null selectors are the caller's affair.
- * desc_read_long also reads the second half where long mode has 16-byte system descriptors (LDT, TSS, call gates), and checks its type field.
+ * Reads the descriptor that sel names from the GDT or LDT. A selector beyond the table raises vector(sel | ext). Null
+ * selectors are the caller's affair. desc_read_hi then reads the second half where long mode has 16-byte system
+ * descriptors (LDT, TSS, call gates), and checks its type field.
  */
 static inline bool sel_null(u16 sel)
 {
@@ -139,11 +156,13 @@ int desc_set_type(struct icpu *c, struct desc *d, unsigned type);
 /* Is [off, off + n) inside the segment's limit (SDM vol. 3A 5.3)? Not for 64-bit mode. */
 bool seg_in_limit(const struct x86_seg *s, u32 off, unsigned n);
 
-/* Checks of a new CS for a direct transfer at the current privilege, SDM vol. 2 JMP/CALL "CONFORMING-CODE-SEGMENT", "NONCONFORMING-CODE-SEGMENT". */
+/* Checks of a new CS for a direct transfer at the current privilege, SDM vol. 2 JMP/CALL "CONFORMING-CODE-SEGMENT",
+ * "NONCONFORMING-CODE-SEGMENT". */
 int code_check(struct icpu *c, const struct desc *d, u16 sel);
 bool code_bits_ok(const struct icpu *c, const struct desc *d);     /* long mode: L and D are not both set */
 int segment_fault(struct icpu *c, unsigned vector, u16 sel, u32 ext);
-/* A new SS for privilege cpl: raises vector(sel | ext), or #SS(sel | ext) if it is not present. Reads the descriptor into *d; sets its accessed bit. */
+/* A new SS for privilege cpl: raises vector(sel | ext), or #SS(sel | ext) if it is not present. Reads the descriptor
+ * into *d; sets its accessed bit. */
 int stack_seg_read(struct icpu *c, u16 sel, unsigned cpl, unsigned vector, u32 ext, struct x86_seg *out);
 
 /* DS, ES, FS, GS at the current privilege: raises vector(sel | ext), or #NP(sel | ext). */
@@ -226,14 +245,18 @@ struct stack {
 };
 void stack_current(const struct icpu *c, struct stack *s);
 /* A new stack for code of privilege cpl. wide: the code that will run is 64-bit. */
-void stack_init(const struct icpu *c, struct stack *s, const struct x86_seg *ss, u64 rsp, unsigned cpl, bool wide, u32 error);
+void stack_init(const struct icpu *c, struct stack *s, const struct x86_seg *ss, u64 rsp, unsigned cpl, bool wide,
+                u32 error);
 int stack_put(struct icpu *c, struct stack *s, unsigned size, u64 val);
 int stack_get(struct icpu *c, struct stack *s, unsigned size, u64 *val);
 void stack_skip(struct stack *s, s64 delta);
-int stack_room(struct icpu *c, const struct stack *s, unsigned n); /* #SS if n bytes do not fit below the top; pages are not looked at */
-void stack_commit(struct icpu *c, const struct stack *s);  /* RSP only; SS is the caller's affair: it knows whether it changed */
+/* #SS if n bytes do not fit below the top; pages are not looked at. */
+int stack_room(struct icpu *c, const struct stack *s, unsigned n);
+/* RSP only; SS is the caller's affair: it knows whether it changed. */
+void stack_commit(struct icpu *c, const struct stack *s);
 
-/* Stack pointers of the current TSS for privilege cpl: 32-bit modes fill ss; long mode only *rsp (ist 0: RSPn, else ISTn). Raises #TS(tr | ext). */
+/* Stack pointers of the current TSS for privilege cpl: 32-bit modes fill ss; long mode only *rsp (ist 0: RSPn, else
+ * ISTn). Raises #TS(tr | ext). */
 int tss_stack(struct icpu *c, unsigned cpl, u32 ext, u16 *ss, u64 *rsp);
 int tss_stack64(struct icpu *c, unsigned cpl, unsigned ist, u32 ext, u64 *rsp);
 /* Sets SS to the null selector that an inner privilege level of 64-bit mode starts with. */
@@ -243,17 +266,20 @@ void seg_set_null(struct x86_seg *s, u16 sel);
 void seg_drop_inner(struct icpu *c, unsigned cpl);
 
 /* ---- flags ---- */
-/* Changes the RFLAGS bits of mask to those of val; follows up AC, VM, IF as the TLB and the loop need. Mode is the caller's affair (icpu_mode). */
+/* Changes the RFLAGS bits of mask to those of val; follows up AC, VM, IF as the TLB and the loop need. Mode is the
+ * caller's affair (icpu_mode). */
 void flags_write(struct icpu *c, u64 val, u64 mask);
 
 /* ---- events ---- */
 /*
- * INT3, INTO (software: the gate's DPL is checked) and INT1 (not checked): as deliver_software, without the rules of INT n for virtual-8086 mode.
+ * INT3, INTO (software: the gate's DPL is checked) and INT1 (not checked): as deliver_software, without the rules of
+ * INT n for virtual-8086 mode.
  */
 int deliver_exception_insn(struct icpu *c, unsigned vector, bool software);
 /*
- * Task switches return OP_JUMP; OP_FAULT when nothing has been switched; or OP_TRAP when the new task is the current one and c->fault is its first
- * exception, which the caller delivers. task_gate first checks the selector that a task gate or a far transfer names (SDM vol. 2 CALL "TASK-GATE").
+ * Task switches return OP_JUMP; OP_FAULT when nothing has been switched; or OP_TRAP when the new task is the current
+ * one and c->fault is its first exception, which the caller delivers. task_gate first checks the selector that a task
+ * gate or a far transfer names (SDM vol. 2 CALL "TASK-GATE").
  */
 int task_gate(struct icpu *c, u16 tss_sel, int source, bool has_error, u32 error, u32 ext);
 /* CR0 and CR3 as the instructions and task switches load them: all checks; OP_END, or OP_FAULT with nothing changed. */

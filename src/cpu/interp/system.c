@@ -1,7 +1,8 @@
 /*
  * The other system instructions: HLT, cache and TLB control, MSRs, time, CPUID, hypercalls (SDM vol. 2).
  *
- * Caches are coherent and not modelled: INVD and WBINVD only check privilege. A hypercall finds no function (KVM_ENOSYS).
+ * Caches are coherent and not modelled: INVD and WBINVD only check privilege. A hypercall finds no function
+ * (KVM_ENOSYS).
  */
 #include "cpu/interp/sys.h"
 
@@ -207,11 +208,14 @@ int bind_plain(struct icpu *c, const struct decoded *d, struct op *op, unsigned 
         op_fn fn;
         int bound;
     } plain[SYS_PLAINS] = {
-        [SYS_CLTS] = {op_clts, BIND_OK}, [SYS_HLT] = {op_hlt, BIND_LAST}, [SYS_INVD] = {op_wbinvd, BIND_OK}, [SYS_WBINVD] = {op_wbinvd, BIND_OK},
-        [SYS_INVLPG] = {op_invlpg, BIND_OK}, [SYS_RDMSR] = {op_rdmsr, BIND_OK}, [SYS_WRMSR] = {op_wrmsr, BIND_OK}, [SYS_RDTSC] = {op_rdtsc, BIND_OK},
-        [SYS_RDTSCP] = {op_rdtscp, BIND_OK}, [SYS_RDPMC] = {op_rdpmc, BIND_OK}, [SYS_CPUID] = {op_cpuid, BIND_OK},
-        [SYS_SYSCALL] = {op_syscall, BIND_LAST}, [SYS_SYSENTER] = {op_sysenter, BIND_LAST}, [SYS_SYSEXIT] = {op_sysexit, BIND_LAST},
-        [SYS_SWAPGS] = {op_swapgs, BIND_OK}, [SYS_VMCALL] = {op_vmcall, BIND_OK},
+        [SYS_CLTS] = {op_clts, BIND_OK},           [SYS_HLT] = {op_hlt, BIND_LAST},
+        [SYS_INVD] = {op_wbinvd, BIND_OK},         [SYS_WBINVD] = {op_wbinvd, BIND_OK},
+        [SYS_INVLPG] = {op_invlpg, BIND_OK},       [SYS_RDMSR] = {op_rdmsr, BIND_OK},
+        [SYS_WRMSR] = {op_wrmsr, BIND_OK},         [SYS_RDTSC] = {op_rdtsc, BIND_OK},
+        [SYS_RDTSCP] = {op_rdtscp, BIND_OK},       [SYS_RDPMC] = {op_rdpmc, BIND_OK},
+        [SYS_CPUID] = {op_cpuid, BIND_OK},         [SYS_SYSCALL] = {op_syscall, BIND_LAST},
+        [SYS_SYSENTER] = {op_sysenter, BIND_LAST}, [SYS_SYSEXIT] = {op_sysexit, BIND_LAST},
+        [SYS_SWAPGS] = {op_swapgs, BIND_OK},       [SYS_VMCALL] = {op_vmcall, BIND_OK},
     };
     (void)c;
     op->size = (u8)insn_size(d);

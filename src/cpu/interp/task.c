@@ -1,8 +1,9 @@
 /*
  * Hardware task switches, 32- and 16-bit TSS (SDM vol. 3A 7.2 to 7.4). Long mode has none.
  *
- * Up to the commit point a fault belongs to the old task and changes nothing; afterwards it is the new task's first exception, with whatever segments were
- * loaded by then: OP_TRAP. All reads of the new TSS and all writes of descriptors are made before CR3 changes.
+ * Up to the commit point a fault belongs to the old task and changes nothing; afterwards it is the new task's first
+ * exception, with whatever segments were loaded by then: OP_TRAP. All reads of the new TSS and all writes of
+ * descriptors are made before CR3 changes.
  */
 #include "cpu/interp/sys.h"
 #include "cpu/interp/tlb.h"
@@ -168,7 +169,8 @@ static int load_segments(struct icpu *c, const struct task *t, u32 ext)
         icpu_mode(c);
         return 0;
     }
-    if (load_code(c, t->seg[SEG_CS], ext) || stack_seg_read(c, t->seg[SEG_SS], t->seg[SEG_CS] & 3, VEC_TS, ext, &c->x->seg[SEG_SS]))
+    if (load_code(c, t->seg[SEG_CS], ext) ||
+        stack_seg_read(c, t->seg[SEG_SS], t->seg[SEG_CS] & 3, VEC_TS, ext, &c->x->seg[SEG_SS]))
         return OP_FAULT;
     icpu_mode(c);
     for (unsigned i = 0; i < ARRAY_SIZE(data); i++)
@@ -232,7 +234,8 @@ static void switch_cr3(struct icpu *c, const struct task *t, const u64 pdpte[4])
 {
     if (!t->l->cr3 || !(c->x->cr0 & CR0_PG) || t->cr3 == c->x->cr3)
         return;
-    trace(c->v->m->trace, TRACE_CR3, (int)c->v->id, "cr3 0x%llx -> 0x%llx by a task switch", (unsigned long long)c->x->cr3, (unsigned long long)t->cr3);
+    trace(c->v->m->trace, TRACE_CR3, (int)c->v->id, "cr3 0x%llx -> 0x%llx by a task switch",
+          (unsigned long long)c->x->cr3, (unsigned long long)t->cr3);
     c->x->cr3 = t->cr3;
     if (c->x->cr4 & CR4_PAE)
         for (unsigned i = 0; i < 4; i++)
