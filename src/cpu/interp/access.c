@@ -256,6 +256,8 @@ int lin_probe(struct icpu *c, u64 la, unsigned n, enum mmu_access access)
 {
     struct piece p[2];
     unsigned count;
+    if (n <= 8 && misaligned(c, la, n))
+        return fault_raise_error(c, VEC_AC, 0);
     return pieces_get(c, c->tlb->cur, la, n, access, p, &count);
 }
 

@@ -64,6 +64,17 @@ int bind_xchg(struct icpu *c, const struct decoded *d, struct op *op, unsigned a
     return BIND_OK;
 }
 
+int bind_xchg_acc(struct icpu *c, const struct decoded *d, struct op *op, unsigned arg)
+{
+    (void)c;
+    (void)arg;
+    op->rm = R8;
+    op->reg = RAX;
+    op->size = (u8)(d->insn.operand_width / 8);
+    op->fn = op->size == 8 ? xchg_rr_u64 : op->size == 4 ? xchg_rr_u32 : xchg_rr_u16;
+    return BIND_OK;
+}
+
 /* ---- XADD ---- */
 #define XADD(T, unused)                                                                               \
     static inline T add_flags_##T(T a, T b, u32 *flags)                                               \

@@ -157,6 +157,8 @@ int bind_scan(struct icpu *c, const struct decoded *d, struct op *op, unsigned a
         [SCAN_LZCNT] = SCAN_ROW(lzcnt), [SCAN_POPCNT] = SCAN_ROW(popcnt),
     };
     (void)c;
+    if (d->insn.encoding != ZYDIS_INSTRUCTION_ENCODING_LEGACY)     /* VEX forms belong to a processor that is no more */
+        return BIND_UD;
     enum form form = op_form(d, op);
     op->fn = table[arg][form == FORM_RM][size_index(op->size) - 1];
     return BIND_OK;

@@ -114,11 +114,20 @@ int bind_jmp(struct icpu *c, const struct decoded *d, struct op *op, unsigned ar
 }
 
 /* ---- CALL ---- */
+/* A target that is not canonical: the faults of the push come first. */
+static int call64_refused(struct icpu *c)
+{
+    u64 la;
+    if (seg_linear(c, SEG_SS, c->r[RSP] - 8, 8, MMU_WRITE, &la) || lin_probe(c, la, 8, MMU_WRITE))
+        return OP_FAULT;
+    return fault_gp(c, 0);
+}
+
 static inline int call64(struct icpu *c, const struct op *op, u64 target)
 {
     u64 ret = op_next_rip(c, op), la = c->r[RSP] - 8;
     if (unlikely(!tlb_canonical(target)))
-        return fault_gp(c, 0);
+        return call64_refused(c);
     u8 *p = tlb_hit(c, la, 8, MMU_WRITE);
     if (likely(p)) {
         host_store_u64(p, ret);
@@ -233,12 +242,25 @@ static int op_loop(struct icpu *c, const struct op *op)
     return r;
 }
 
+/* REP prefixes before LOOPE and LOOPNE decide what ZF has to be (undocumented; processors do it). */
+static unsigned loop_kind(const struct decoded *d, unsigned kind)
+{
+    if (kind != ZYDIS_MNEMONIC_LOOPE && kind != ZYDIS_MNEMONIC_LOOPNE)
+        return kind;
+    for (unsigned i = 0; i < d->insn.raw.prefix_count; i++) {
+        if (d->insn.raw.prefixes[i].value == 0xf3)
+            kind = ZYDIS_MNEMONIC_LOOPE;
+        else if (d->insn.raw.prefixes[i].value == 0xf2)
+            kind = ZYDIS_MNEMONIC_LOOPNE;
+    }
+    return kind;
+}
+
 int bind_loop(struct icpu *c, const struct decoded *d, struct op *op, unsigned arg)
 {
     (void)c;
-    (void)d;
     bind_target(op);
-    op->aux = arg;
+    op->aux = loop_kind(d, arg);
     op->fn = op_loop;
     return BIND_OK;
 }

@@ -9,6 +9,7 @@
 #include "cpu/interp/code.h"
 #include "cpu/interp/fp.h"
 #include "cpu/interp/ops.h"
+#include "cpu/interp/sys.h"
 #include "cpu/interp/tlb.h"
 
 void decode_init(struct icpu *c)
@@ -94,6 +95,11 @@ static void fill_memory(const struct decoded *d, const ZydisDecodedOperand *o, s
     op->index = decode_base(o->mem.index);
     op->scale = o->mem.scale ? (u8)__builtin_ctz(o->mem.scale) : 0;
     op->disp = o->mem.disp.value;
+    /* SIB without base: Zydis 4.0 takes r13d for one when there are both an address-size prefix and REX.B. */
+    if (op->asize == 4 && d->insn.raw.modrm.mod == 0 && d->insn.raw.modrm.rm == 4 && d->insn.raw.sib.base == 5) {
+        op->base = REG_ZERO;
+        op->disp = d->insn.raw.disp.value;
+    }
     if (op->base == REG_RIP)
         op->disp += op->off + op->len;
     op->flags |= OPF_MEM;
@@ -217,12 +223,30 @@ static int decode_xchg_r8(struct icpu *c, const ZydisDecodedInstruction *z, cons
     return r;
 }
 
+/*
+ * Opcodes that AMD's decoder rejects before it reads on, where Intel's would fetch a ModRM byte first: UD0, UD1, and two of VIA's that are not in use.
+ * It matters when the instruction lies at the end of a page and the next one is absent.
+ */
+static bool rejected_early(const struct icpu *c, const u8 *bytes, unsigned n)
+{
+    unsigned i = 0;
+    if (!guest_is_amd(c))
+        return false;
+    for (; i < n; i++) {
+        bool prefix = bytes[i] == 0x66 || bytes[i] == 0x67 || bytes[i] == 0xf2 || bytes[i] == 0xf3 || (bytes[i] & 0xe7) == 0x26 ||
+                      (bytes[i] & 0xfe) == 0x64 || (c->mode == IMODE_LONG64 && (bytes[i] & 0xf0) == 0x40);
+        if (!prefix)
+            break;
+    }
+    return n - i >= 2 && bytes[i] == 0x0f && (bytes[i + 1] == 0xff || bytes[i + 1] == 0xb9 || (bytes[i + 1] & 0xfe) == 0xa6);
+}
+
 int decode_one(struct icpu *c, const u8 *bytes, unsigned n, unsigned off, struct op *op)
 {
     struct decoded d = { .bytes = bytes, .mode = c->mode };
     *op = (struct op){ .off = (u8)off, .base = REG_ZERO, .index = REG_ZERO, .seg = SEG_DS };
     ZyanStatus s = ZydisDecoderDecodeFull(&c->code->decoder[c->mode], bytes, n, &d.insn, d.opnd);
-    if (s == ZYDIS_STATUS_NO_MORE_DATA)
+    if (s == ZYDIS_STATUS_NO_MORE_DATA && !rejected_early(c, bytes, n))
         return DECODE_MORE;
     if (ZYAN_FAILED(s)) {
         op->fn = s == ZYDIS_STATUS_INSTRUCTION_TOO_LONG ? op_too_long : op_ud;

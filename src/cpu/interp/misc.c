@@ -1,5 +1,6 @@
 /* Small integer instructions that belong to no family: NOPs and hints, fences, cache line flushes, BOUND, RDRAND, RDSEED, UDn (SDM vol. 2). */
 #include "cpu/interp/ops.h"
+#include "cpu/interp/sys.h"
 
 static int op_nop(struct icpu *c, const struct op *op)
 {
@@ -10,9 +11,11 @@ static int op_nop(struct icpu *c, const struct op *op)
 
 int bind_nop(struct icpu *c, const struct decoded *d, struct op *op, unsigned arg)
 {
-    (void)c;
-    (void)d;
-    (void)arg;
+    bool reg_form = d->insn.attributes & ZYDIS_ATTRIB_HAS_MODRM && !(op->flags & OPF_MEM);
+    if (d->insn.mnemonic == ZYDIS_MNEMONIC_PAUSE && op->flags & OPF_REX && d->insn.raw.rex.B)
+        return bind_xchg_acc(c, d, op, arg);                       /* F3 before XCHG R8, rAX means nothing */
+    if (d->insn.opcode_map == ZYDIS_OPCODE_MAP_0F && d->insn.opcode == 0x0d && reg_form && guest_is_amd(c))
+        return BIND_UD;                                            /* PREFETCH of a register: a NOP to Intel only */
     op->fn = op_nop;
     return BIND_OK;
 }

@@ -179,6 +179,7 @@ BINDER(bind_enter);
 BINDER(bind_leave);
 BINDER(bind_string);
 BINDER(bind_xchg);
+BINDER(bind_xchg_acc);                                             /* R8 with the accumulator */
 BINDER(bind_xadd);
 BINDER(bind_cmpxchg);
 BINDER(bind_cmpxchg_pair);

@@ -7,6 +7,7 @@
  */
 #include "cpu/interp/fp.h"
 #include "cpu/interp/ops.h"
+#include "cpu/interp/sys.h"
 
 #define SLICE 4096u                                                /* elements between two looks at the vCPU's events */
 
@@ -197,14 +198,15 @@ static u64 many_elements(struct icpu *c, const struct op *op, u64 n, bool *done)
 
 static int op_rep(struct icpu *c, const struct op *op)
 {
-    u32 fl = c->fl;                                                /* a fault restores the flags, SDM vol. 2 REP */
     u64 count = get_reg(c, RCX, op->asize), slice = 0;
+    u32 fl = c->fl;
     while (count) {
         bool done = false;
         u64 n = c->step ? 0 : many_elements(c, op, MIN(count, SLICE), &done);
         if (!n) {
             if (one_element(c, op)) {
-                c->fl = fl;
+                if (!guest_is_amd(c))
+                    c->fl = fl;                                    /* SDM vol. 2 REP; AMD leaves those of the last comparison */
                 return OP_FAULT;
             }
             n = 1;
