@@ -119,8 +119,8 @@ static int load_segment(struct elf *e, const Elf64_Phdr *p)
         return err(-EINVAL, "kernel %s: wants to be at 0x%llx; addresses below 0x%x hold what the boot loader hands over: link it higher",
                    l->kernel.path, (unsigned long long)p->p_paddr, BOOT_LOW_END);
     if (!range_in(p->p_paddr, p->p_memsz, BOOT_RAM_TOP) || !e820_usable(l->config->map, p->p_paddr, p->p_memsz))
-        return err(-ENOMEM, "kernel %s: wants %llu MiB at %llu MiB, where the guest has no memory; use a larger --memory", l->kernel.path,
-                   (unsigned long long)(p->p_memsz >> 20) + 1, (unsigned long long)(p->p_paddr >> 20));
+        return err(-ENOMEM, "kernel %s: wants 0x%llx bytes at 0x%llx, where the guest has no free memory; use a larger --memory or link it elsewhere",
+                   l->kernel.path, (unsigned long long)p->p_memsz, (unsigned long long)p->p_paddr);
     rc = boot_file_copy(&l->kernel, p->p_offset, l->ram, p->p_paddr, p->p_filesz);
     if (!rc)
         rc = zero(l, p->p_paddr + p->p_filesz, p->p_memsz - p->p_filesz);

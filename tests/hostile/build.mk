@@ -3,5 +3,5 @@ $(B)/hostile/chaos: tests/hostile/chaos.c
 	@mkdir -p $(@D)
 	@echo "  LINK $@"
 	$(Q)$(CC) -std=gnu17 -O1 -Wall -Wextra -Werror -m32 -ffreestanding -nostdlib -static -no-pie -fno-pic -fno-stack-protector -fno-builtin \
-		-mgeneral-regs-only -fno-asynchronous-unwind-tables -fcf-protection=none -Wl,-Ttext=0x100000,--build-id=none -o $@ $<
+		-mgeneral-regs-only -fno-asynchronous-unwind-tables -fcf-protection=none -Wl,-Ttext-segment=0x100000,--build-id=none -o $@ $<
 test-programs: $(B)/hostile/chaos
