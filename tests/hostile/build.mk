@@ -1,5 +1,5 @@
 # The hostile guest: a PVH kernel of 32-bit code.
-$(B)/hostile/chaos: tests/hostile/chaos.c
+$(B)/hostile/chaos: tests/hostile/chaos.c tests/hostile/build.mk
 	@mkdir -p $(@D)
 	@echo "  LINK $@"
 	$(Q)$(CC) -std=gnu17 -O1 -Wall -Wextra -Werror -m32 -ffreestanding -nostdlib -static -no-pie -fno-pic -fno-stack-protector -fno-builtin \
