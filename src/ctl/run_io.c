@@ -98,12 +98,21 @@ static int open_stream(struct run *run, int in, int out, const char *name, struc
     return r;
 }
 
+/* A terminal whose foreground job is another's must not be read or set: it would stop us (tcgetpgrp(3), SIGTTIN, SIGTTOU). */
+static bool in_background(int fd)
+{
+    pid_t foreground = tcgetpgrp(fd);
+    return foreground >= 0 && foreground != getpgrp();
+}
+
 /* The command's streams: a terminal if both input and output are one, as for any program that would then talk to a person. */
 static int open_streams(struct run *run, const struct console_ops *ops)
 {
-    if (isatty(STDIN_FILENO) && isatty(STDOUT_FILENO))
+    bool background = isatty(STDIN_FILENO) && in_background(STDIN_FILENO);
+    if (isatty(STDIN_FILENO) && isatty(STDOUT_FILENO) && !background)
         return open_console(run, ops);
-    int r = open_stream(run, STDIN_FILENO, -1, "standard input", &run->in);
+    /* "doppel run -- CMD &", or under timeout(1): most commands read nothing, so they get an empty input and run, instead of stopping. */
+    int r = background ? 0 : open_stream(run, STDIN_FILENO, -1, "standard input", &run->in);
     if (r == 0)
         r = open_stream(run, -1, STDOUT_FILENO, "standard output", &run->out);
     if (r == 0)

@@ -88,8 +88,10 @@ static void every_option_is_explained(void **state UNUSED)
 /* The engines that --engine offers in its help are those that exist. */
 static void engines_are_listed(void **state UNUSED)
 {
-    char expected[64];
-    snprintf(expected, sizeof(expected), "auto|%s", engine_names());
+    char expected[128] = "auto|";
+    for (const char *p = engine_names(); *p; p++)
+        if (*p != ' ')
+            strncat(expected, *p == ',' ? "|" : (char[]){*p, 0}, 1);
     assert_string_equal(run_option_table[0].arg, expected);
 }
 

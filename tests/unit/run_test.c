@@ -92,7 +92,7 @@ static void start(const char *line, int in, int out)
     child.err = p_err[0];
 }
 
-static void start_on_terminal(const char *line)
+static void start_on_terminal_as(bool background, const char *line)
 {
     struct winsize size = {.ws_col = 90, .ws_row = 30};
     memset(&child, 0, sizeof(child));
@@ -109,9 +109,21 @@ static void start_on_terminal(const char *line)
             dup2(child.slave, fd);
         close(master);
         setenv("TERM", "test-term", 1);
+        if (background && fork()) {
+            int status;
+            wait(&status);
+            _exit(WIFEXITED(status) ? WEXITSTATUS(status) : 255);
+        }
+        if (background)
+            setpgid(0, 0);
         child_main(line);
     }
     child.in = child.out = master;
+}
+
+static void start_on_terminal(const char *line)
+{
+    start_on_terminal_as(false, line);
 }
 
 /* Takes what has come within so many milliseconds; false when both streams have ended. */
@@ -708,6 +720,15 @@ static void command_on_a_terminal(void **state UNUSED)
     assert_int_equal(finish(), 5);
 }
 
+/* As under timeout(1) in a shell: a job of its own, not the terminal's foreground. It must neither stop nor touch the terminal. */
+static void command_in_the_background(void **state UNUSED)
+{
+    start_on_terminal_as(true, "run --quiet -- flags");
+    expect(0, "flags=2 size=0x0");
+    assert_false(is_raw());
+    assert_int_equal(finish(), 0);
+}
+
 /* --- the monitor --- */
 
 static void monitor_prompt(void **state UNUSED)
@@ -812,7 +833,8 @@ int main(void)
         cmocka_unit_test(closed_streams), cmocka_unit_test(ends_are_passed_on), cmocka_unit_test(signals_to_the_command),
         cmocka_unit_test(guest_fails_under_a_command), cmocka_unit_test(ctrl_a_x), cmocka_unit_test(restored_on_every_exit),
         cmocka_unit_test(restored_after_crashes), cmocka_unit_test(works_while_the_guest_hangs), cmocka_unit_test(stop_and_continue),
-        cmocka_unit_test(window_size), cmocka_unit_test(command_on_a_terminal), cmocka_unit_test(monitor_prompt), cmocka_unit_test(monitor_power),
+        cmocka_unit_test(window_size), cmocka_unit_test(command_on_a_terminal), cmocka_unit_test(command_in_the_background),
+        cmocka_unit_test(monitor_prompt), cmocka_unit_test(monitor_power),
         cmocka_unit_test(keys_from_a_pipe),
     };
     return cmocka_run_group_tests_name("run", tests, group_setup, group_teardown);
