@@ -2,6 +2,7 @@
 #include "ctl/run_options.h"
 
 #include <errno.h>
+#include <limits.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -70,6 +71,19 @@ static int set_append(void *target, const char *value)
     return 0;
 }
 
+/* A comma may be part of a file's name; what stands behind it is an attribute of a misspelt kind if only the name before it exists. */
+static int check_attribute(const char *value)
+{
+    char path[PATH_MAX];
+    const char *comma = strrchr(value, ',');
+    if (!comma || access(value, F_OK) == 0 || (size_t)(comma - value) >= sizeof(path))
+        return 0;
+    snprintf(path, sizeof(path), "%.*s", (int)(comma - value), value);
+    if (access(path, F_OK) < 0)
+        return 0;
+    return err(-EINVAL, "--disk %.200s: \"%.50s\" is no attribute of disks; the only one is readonly", value, comma + 1);
+}
+
 static int set_disk(void *target, const char *value)
 {
     static const char readonly[] = ",readonly";
@@ -86,7 +100,7 @@ static int set_disk(void *target, const char *value)
     if (!*d->path)
         return err(-EINVAL, "--disk: the file's name is missing; write --disk FILE,readonly");
     o->disks++;
-    return 0;
+    return d->readonly ? 0 : check_attribute(value);
 }
 
 static int set_console(void *target, const char *value)

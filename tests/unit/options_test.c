@@ -118,6 +118,7 @@ static void disks(void **state UNUSED)
     assert_string_equal(o.disk[2].path, "d,readonly");
     assert_true(o.disk[2].readonly);
     rejects("--disk ,readonly", "--disk");
+    rejects("--disk /dev/null,readwrite", "readonly");
 }
 
 static void too_many_disks(void **state UNUSED)
