@@ -374,6 +374,8 @@ static void bend_branch(struct gen *g, struct icase *i, u64 t)
 {
     const ZydisDecodedOperand *o = &i->o[0];
 
+    if (i->z.mnemonic == ZYDIS_MNEMONIC_CALL)                      /* a bad stack or a bad target: which comes first differs */
+        i->in.gpr[RSP] = PAGE_VA(PAGE_STACK0) + 2048;
     if (i->z.mnemonic == ZYDIS_MNEMONIC_RET) {
         patch(i, i->in.gpr[RSP], code_pointer(g, i));
     } else if (o->type == ZYDIS_OPERAND_TYPE_IMMEDIATE) {
@@ -595,7 +597,9 @@ static bool make_case(struct gen *g, struct icase *i, const u8 *bytes, unsigned 
     i->number = g->number++;
     make_state(g, i);
     i->in.rip = CODE_VA + 1500 + rnd_below(&g->r, 512);
-    if (one_in(&g->r, 10))
+    if (i->z.mnemonic == ZYDIS_MNEMONIC_UD0 || i->z.mnemonic == ZYDIS_MNEMONIC_UD1)
+        ;                                                          /* whether they have a ModRM byte, and so a second page, differs */
+    else if (one_in(&g->r, 10))
         i->in.rip = PAGE_VA(PAGE_CODE1) - 1 - rnd_below(&g->r, i->len);
     else if (one_in(&g->r, 40))
         i->in.rip = PAGE_VA(PAGE_GAP0) - 1 - rnd_below(&g->r, i->len);
@@ -608,6 +612,10 @@ static bool make_case(struct gen *g, struct icase *i, const u8 *bytes, unsigned 
         solve(g, i, mem, t);
     }
     bend(g, i, mem, t);
+    if (i->z.mnemonic == ZYDIS_MNEMONIC_MASKMOVQ || i->z.mnemonic == ZYDIS_MNEMONIC_MASKMOVDQU || i->z.mnemonic == ZYDIS_MNEMONIC_VMASKMOVDQU)
+        i->in.rflags &= ~(u64)FLAG_AC;
+    if (mem && (i->z.encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX || i->z.encoding == ZYDIS_INSTRUCTION_ENCODING_VEX))
+        i->in.rflags &= ~(u64)FLAG_AC;                             /* what it means for masked operands differs */
     if (i->in.gpr[RSP] == 0)
         i->in.gpr[RSP] = 8;
     for (unsigned n = 0; n < 16 && compat; n++)

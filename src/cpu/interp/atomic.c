@@ -233,8 +233,8 @@ static int op_cmpxchg16b(struct icpu *c, const struct op *op)
 {
     u64 la, old[2] = { c->r[RAX], c->r[RDX] };
     bool equal;
-    if (mem_linear(c, op, 16, MMU_WRITE, &la))
-        return OP_FAULT;
+    if (mem_linear(c, op, 16, MMU_WRITE, &la))                     /* misalignment comes before a bad address */
+        return op_ea(c, op) & 15 ? fault_gp(c, 0) : OP_FAULT;
     if (la & 15)
         return fault_gp(c, 0);
     void *m = lock_host(c, la, 16);

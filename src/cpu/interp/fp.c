@@ -76,6 +76,7 @@ static void pointers_open(struct icpu *c, struct fp *f)
     f->no_selectors = r.ebx >> 13 & 1;
     cpuid_get(c->v->m->cpuid, c->v->id, c->x, true, 0, 0, &r);
     f->fop_on_error = r.ebx == 0x756e6547;                         /* "Genu"ineIntel */
+    f->save_on_error = r.ebx == 0x68747541 || r.ebx == 0x6f677948; /* "Auth"enticAMD, "Hygo"nGenuine */
 }
 
 int fp_open(struct icpu *c)
@@ -159,7 +160,7 @@ int fp_stub_fault(struct icpu *c, u64 result)
 
 /* ---- handlers ---- */
 
-/* Runs the stub. MMX instructions change TOP and the tags even before they execute; a fault takes that back. */
+/* Runs the stub. MMX instructions change TOP and the tags even before they execute; #GP takes that back, #XM does not. */
 static inline __attribute__((always_inline)) int execute(struct icpu *c, const struct fp_insn *i, void *mem, bool mmx)
 {
     struct fp *f = icpu_fp(c);
@@ -172,7 +173,7 @@ static inline __attribute__((always_inline)) int execute(struct icpu *c, const s
     r = i->code(f, c, mem);
     if (likely(!r))
         return OP_NEXT;
-    if (mmx)
+    if (mmx && (u32)r != VEC_XM)
         fp_mmx_undo(f, fsw, ftw);
     return fp_stub_fault(c, r);
 }
@@ -331,7 +332,7 @@ static bool is_maskmov(ZydisMnemonic m)
     return m == ZYDIS_MNEMONIC_VMASKMOVPS || m == ZYDIS_MNEMONIC_VMASKMOVPD || m == ZYDIS_MNEMONIC_VPMASKMOVD || m == ZYDIS_MNEMONIC_VPMASKMOVQ;
 }
 
-/* Exception classes without fault suppression; VDBPSADBW is one that Zydis 4.0 puts elsewhere. */
+/* Exception classes without fault suppression; some more that Zydis 4.0 puts elsewhere. */
 static bool no_suppression(const ZydisDecodedInstruction *z)
 {
     switch (z->meta.exception_class) {
@@ -340,7 +341,8 @@ static bool no_suppression(const ZydisDecodedInstruction *z)
     case ZYDIS_EXCEPTION_CLASS_E11NF:
         return true;
     default:
-        return z->mnemonic == ZYDIS_MNEMONIC_VDBPSADBW;
+        return z->mnemonic == ZYDIS_MNEMONIC_VDBPSADBW || z->mnemonic == ZYDIS_MNEMONIC_VCVTNE2PS2BF16 ||
+               z->mnemonic == ZYDIS_MNEMONIC_VGF2P8AFFINEQB || z->mnemonic == ZYDIS_MNEMONIC_VGF2P8AFFINEINVQB;
     }
 }
 
@@ -367,7 +369,6 @@ static void bind_mask(struct fp_insn *i, const struct decoded *d, const ZydisDec
 
     i->esize = (u8)(mem->element_size / 8);
     i->elements = (u8)(i->bytes / i->esize);
-    i->group = 1;
     if (is_maskmov(z->mnemonic)) {
         i->kind = FP_MASK_V;
         i->mask = (u8)ZydisRegisterGetId(d->opnd[1].reg.value);
@@ -383,10 +384,6 @@ static void bind_mask(struct fp_insn *i, const struct decoded *d, const ZydisDec
     i->mask = (u8)ZydisRegisterGetId(z->avx.mask.reg);
     if (copies)
         i->elements = (u8)copies;
-    if (z->mnemonic == ZYDIS_MNEMONIC_VGF2P8AFFINEQB || z->mnemonic == ZYDIS_MNEMONIC_VGF2P8AFFINEINVQB) {
-        i->group = 8;                                              /* a matrix of 8 bytes for 8 mask bits */
-        i->elements = (u8)(z->avx.vector_length / 8);
-    }
 }
 
 static bool bind_memory(struct fp_insn *i, const struct decoded *d, const ZydisDecodedOperand *mem)
@@ -396,7 +393,7 @@ static bool bind_memory(struct fp_insn *i, const struct decoded *d, const ZydisD
         return false;
     i->writes = mem->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE;
     i->align = alignment(&d->insn, i->bytes);
-    i->unit = i->bytes & (i->bytes - 1) ? 1 : (u8)i->bytes;
+    i->unit = i->bytes & (i->bytes - 1) ? 1 : (u8)MIN(i->bytes, 16u);
     bind_mask(i, d, mem);
     return true;
 }

@@ -96,7 +96,6 @@ struct fp_insn {
     u8 kind;                                                       /* enum fp_mask_kind */
     u8 esize;                                                      /* bytes of an element, where masked */
     u8 elements;                                                   /* of the vector that the mask governs; more than in memory when broadcast */
-    u8 group;                                                      /* mask bits for each element in memory, if finer than that */
     u8 mask;                                                       /* mask register, or vector register with FP_MASK_V */
     u8 key_len;
     u8 key[FP_KEY_MAX];                                            /* class, guest GPRs, the instruction with its memory operand as [M] */
@@ -113,6 +112,7 @@ struct fp {
     /* facts about host and guest, fixed at fp_open() */
     bool avx, avx512, avx512bw, xsave;
     bool fop_on_error, fdp_on_error, no_selectors;                 /* x87 pointers, see fp_x87.c */
+    bool save_on_error;                                            /* FXSAVE and XSAVE store x87 pointers as zero unless an error is pending (AMD) */
     u32 mxcsr_mask;
     u32 xs_size[XS_COMPONENTS], xs_off[XS_COMPONENTS];             /* components of the standard XSAVE format; size 0: absent */
     u32 xs_align64;                                                /* bit n: component n is aligned to 64 in the compacted format */

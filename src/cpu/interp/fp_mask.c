@@ -37,7 +37,7 @@ static u64 active_elements(const struct fp *f, const struct fp_insn *i)
         return n < 64 ? BIT(n) - 1 : ~0ull;
     }
     for (unsigned n = 0; n < i->elements; n++)
-        active |= (k >> n & 1) << n / i->group % in_memory;
+        active |= (k >> n & 1) << n % in_memory;
     return active;
 }
 
@@ -73,7 +73,9 @@ static int masked_bounce(struct icpu *c, const struct op *op)
     u64 active = active_elements(f, i), r;
     u8 *p = f->bounce + fp_offset_in_line(c, op);
 
-    if (active && fp_ac_armed(c) && i->align == 1 && (fp_offset_in_line(c, op) & (i->unit - 1u)))
+    if (active && (fp_offset_in_line(c, op) & (i->align - 1u)))
+        return fault_gp(c, 0);
+    if (active && fp_ac_armed(c) && (fp_offset_in_line(c, op) & (i->esize - 1u)))
         return fault_raise_error(c, VEC_AC, 0);
     memset(p, 0, i->bytes);
     if (transfer(c, op, p, active, i->writes, i->writes))

@@ -390,13 +390,21 @@ static unsigned env_bytes(const struct op *op)
     return op->size == 2 ? 14 : 28;
 }
 
+/* Where an environment or state of n bytes lies. */
+static int env_linear(struct icpu *c, const struct op *op, unsigned n, enum mmu_access access, u64 *la)
+{
+    if (mem_linear(c, op, n, access, la))
+        return OP_FAULT;
+    return fp_ac_armed(c) && (*la & (op->size - 1u)) ? fault_raise_error(c, VEC_AC, 0) : 0;
+}
+
 static int op_nstenv(struct icpu *c, const struct op *op)
 {
     struct fp_legacy *l = &icpu_fp(c)->x87;
     u8 buf[ENV_MAX];
     u64 la;
 
-    if (deny_control(c) || mem_linear(c, op, env_bytes(op), MMU_WRITE, &la))
+    if (deny_control(c) || env_linear(c, op, env_bytes(op), MMU_WRITE, &la))
         return OP_FAULT;
     if (lin_store_bytes(c, la, buf, store_env(c, op->size, buf)))
         return OP_FAULT;
@@ -410,7 +418,7 @@ static int op_ldenv(struct icpu *c, const struct op *op)
     u8 buf[ENV_MAX];
     u64 la;
 
-    if (fp_deny(c, FP_X87) || mem_linear(c, op, env_bytes(op), MMU_READ, &la) || lin_load_bytes(c, la, buf, env_bytes(op)))
+    if (fp_deny(c, FP_X87) || env_linear(c, op, env_bytes(op), MMU_READ, &la) || lin_load_bytes(c, la, buf, env_bytes(op)))
         return OP_FAULT;
     load_env(c, op->size, buf);
     return OP_NEXT;
@@ -423,7 +431,7 @@ static int op_nsave(struct icpu *c, const struct op *op)
     u8 buf[ENV_MAX];
     u64 la;
 
-    if (deny_control(c) || mem_linear(c, op, n + 80, MMU_WRITE, &la))
+    if (deny_control(c) || env_linear(c, op, n + 80, MMU_WRITE, &la))
         return OP_FAULT;
     store_env(c, op->size, buf);
     for (unsigned r = 0; r < 8; r++)
@@ -441,7 +449,7 @@ static int op_rstor(struct icpu *c, const struct op *op)
     u8 buf[ENV_MAX];
     u64 la;
 
-    if (fp_deny(c, FP_X87) || mem_linear(c, op, n + 80, MMU_READ, &la) || lin_load_bytes(c, la, buf, n + 80))
+    if (fp_deny(c, FP_X87) || env_linear(c, op, n + 80, MMU_READ, &la) || lin_load_bytes(c, la, buf, n + 80))
         return OP_FAULT;
     load_env(c, op->size, buf);
     for (unsigned r = 0; r < 8; r++)

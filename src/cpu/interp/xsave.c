@@ -93,7 +93,7 @@ static u64 in_use(const struct icpu *c)
 /* ---- components to and from memory ---- */
 
 /* The x87 part of the legacy region: bytes 0..23 and 32..159. wide: 64-bit pointers instead of 32-bit ones with selectors. */
-static void put_x87(const struct fp *f, u8 *p, bool wide)
+static void put_x87_state(const struct fp *f, u8 *p, bool wide)
 {
     const struct fp_legacy *l = &f->x87;
 
@@ -114,6 +114,14 @@ static void put_x87(const struct fp *f, u8 *p, bool wide)
         memset(p + 32 + 16 * n, 0, 16);
         memcpy(p + 32 + 16 * n, &l->st[n], 10);
     }
+}
+
+/* The same as the guest's instructions store it. */
+static void put_x87(const struct fp *f, u8 *p, bool wide)
+{
+    put_x87_state(f, p, wide);
+    if (f->save_on_error && !(f->x87.fsw & FSW_ES))
+        memset(p + 6, 0, 18);
 }
 
 static void get_x87(struct fp *f, const u8 *p, bool wide)
@@ -256,7 +264,7 @@ void fp_store(struct icpu *c)
     u8 *img = c->x->xsave;
     u64 bv = in_use(c);
 
-    put_x87(f, img, wide_pointers(c->x));
+    put_x87_state(f, img, wide_pointers(c->x));
     put_mxcsr(f, img + 24);
     put_component(c, XS_SSE, img + 160, true);
     for (unsigned n = XS_AVX; n < XS_COMPONENTS; n++) {
@@ -335,8 +343,10 @@ static int deny_xsave(struct icpu *c)
 
 static int area(struct icpu *c, const struct op *op, unsigned size, unsigned align, enum mmu_access access, u64 *la)
 {
-    if (mem_linear(c, op, size, access, la))
-        return OP_FAULT;
+    if (mem_linear(c, op, size, access, la))                       /* misalignment comes before a bad address */
+        return fp_offset_in_line(c, op) & (align - 1) ? fault_gp(c, 0) : OP_FAULT;
+    if (align == 16 && *la & 15 && fp_ac_armed(c))
+        return fault_raise_error(c, VEC_AC, 0);
     return *la & (align - 1) ? fault_gp(c, 0) : 0;
 }
 
@@ -423,7 +433,7 @@ static int xsave_standard(struct icpu *c, const struct op *op, bool optimize)
     if (deny_xsave(c))
         return OP_FAULT;
     size = layout(f, 0, want, off);
-    if (area(c, op, size, 64, MMU_WRITE, &la) || lin_load(c, la + XS_HEADER, 8, &bv))
+    if (area(c, op, size, 64, MMU_WRITE, &la) || lin_probe(c, la + XS_HEADER, 8, MMU_WRITE) || lin_load(c, la + XS_HEADER, 8, &bv))
         return OP_FAULT;
     s.n = 0;
     put_legacy(c, &s, save, want & (XSTATE_SSE | XSTATE_AVX), op->aux);
@@ -501,7 +511,7 @@ static int xrstor(struct icpu *c, const struct op *op, bool compact_only)
     struct xheader h;
     bool compact, mxcsr_too;
 
-    if (area(c, op, layout(f, 0, 0, off), 64, MMU_READ, &la) || lin_load_bytes(c, la + XS_HEADER, &h, sizeof h))
+    if (area(c, op, layout(f, 0, 0, off), 64, MMU_READ, &la) || lin_probe(c, la, XS_EXTENDED, MMU_READ) || lin_load_bytes(c, la + XS_HEADER, &h, sizeof h))
         return OP_FAULT;
     if (!header_valid(c, &h, compact_only))
         return fault_gp(c, 0);
