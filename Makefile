@@ -87,7 +87,7 @@ run: $(B)/doppel guest
 # ---- tests ----
 # unit and dev tests run under ASan and UBSan, in a build folder of their own; fuzz targets are clang's and have a third one.
 # gcc itself says that these warnings are unreliable in sanitized code; the plain build has them.
-ASAN_WARN := $(if $(findstring clang,$(CC)),,-Wno-array-bounds -Wno-maybe-uninitialized -Wno-stringop-overflow -Wno-stringop-overread)
+ASAN_WARN := $(if $(findstring clang,$(CC)),,-Wno-array-bounds -Wno-maybe-uninitialized -Wno-stringop-overflow -Wno-stringop-overread -Wno-stringop-truncation)
 ASAN := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 PROGRAMS = $(patsubst tests/%.c,$(B)/tests/%,$(wildcard $(1)))
 ASAN_TESTS := $(call PROGRAMS,tests/unit/*_test.c tests/dev/*_test.c tests/hostile/*_test.c)

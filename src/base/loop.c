@@ -110,20 +110,32 @@ void loop_post(struct loop *l, void (*fn)(void *arg), void *arg)
 /* Runs what has been posted so far. What the callbacks post has its turn in the next round, so fds are not starved. */
 static void run_posted(struct loop *l)
 {
-    struct posts taken;
+    struct posts idle = l->running;
 
     pthread_mutex_lock(&l->lock);
-    taken = l->posted;
-    l->posted = l->running;
-    l->posted.n = 0;
-    l->running = (struct posts){ 0 };
+    l->running = l->posted;
+    l->posted = idle;
     pthread_mutex_unlock(&l->lock);
 
-    for (size_t i = 0; i < taken.n; i++)
-        taken.item[i].fn(taken.item[i].arg);
+    for (size_t i = 0; i < l->running.n; i++)
+        if (l->running.item[i].fn)
+            l->running.item[i].fn(l->running.item[i].arg);
+    l->running.n = 0;
+}
 
-    taken.n = 0;
-    l->running = taken;
+static void unpost(struct posts *p, void (*fn)(void *arg), void *arg)
+{
+    for (size_t i = 0; i < p->n; i++)
+        if (p->item[i].fn == fn && p->item[i].arg == arg)
+            p->item[i].fn = NULL;
+}
+
+void loop_unpost(struct loop *l, void (*fn)(void *arg), void *arg)
+{
+    pthread_mutex_lock(&l->lock);
+    unpost(&l->posted, fn, arg);
+    pthread_mutex_unlock(&l->lock);
+    unpost(&l->running, fn, arg);
 }
 
 int loop_run(struct loop *l)

@@ -19,6 +19,8 @@ void loop_stop(struct loop *l);                                    /* any thread
 
 /* Runs fn(arg) once on the loop's thread, in the order of posting. Any thread. */
 void loop_post(struct loop *l, void (*fn)(void *arg), void *arg);
+/* Takes back what was posted so and has not begun: arg can be freed then. On the loop's thread, or while the loop does not run. */
+void loop_unpost(struct loop *l, void (*fn)(void *arg), void *arg);
 
 /* Watches fd; events are EPOLLIN, EPOLLOUT, ... One watch per fd. */
 struct loop_fd {

@@ -52,16 +52,10 @@ struct vport {
     u16 cols, rows;
 };
 
-/* What is posted to the loop; it outlives the device if it is still on its way. */
-struct ticket {
-    struct virtio_console *con;                                    /* NULL: freed */
-    bool posted;
-};
-
 struct virtio_console {
     struct virtio virtio;
     struct loop *loop;
-    struct ticket *ticket;
+    bool posted;                                                   /* run_service is on its way */
     struct virtio_console_config config;
     bool serving;
     unsigned epoch;
@@ -97,27 +91,23 @@ static void unlock(struct virtio_console *con)
 
 static void service(struct virtio_console *con);
 
-static void run_ticket(void *arg)
+static void run_service(void *arg)
 {
-    struct ticket *t = arg;
+    struct virtio_console *con = arg;
 
-    if (!t->con) {
-        free(t);
-        return;
-    }
-    lock(t->con);
-    t->posted = false;
-    service(t->con);
-    unlock(t->con);
+    lock(con);
+    con->posted = false;
+    service(con);
+    unlock(con);
 }
 
 /* Under the lock, any thread. */
 static void post(struct virtio_console *con)
 {
-    if (con->ticket->posted)
+    if (con->posted)
         return;
-    con->ticket->posted = true;
-    loop_post(con->loop, run_ticket, con->ticket);
+    con->posted = true;
+    loop_post(con->loop, run_service, con);
 }
 
 static bool multiport(const struct virtio_console *con)
@@ -582,10 +572,7 @@ static void console_free(struct device *d)
 {
     struct virtio_console *con = container_of(d, struct virtio_console, virtio.device);
 
-    if (con->ticket->posted)
-        con->ticket->con = NULL;
-    else
-        free(con->ticket);
+    loop_unpost(con->loop, run_service, con);
     virtio_destroy(&con->virtio);
     virtq_chain_free(&con->control);
     for (struct vport *p = con->port; p < con->port + con->ports; p++) {
@@ -611,23 +598,19 @@ int virtio_console_new(struct ram *ram, const struct log *log, struct loop *loop
 {
     u16 size[2 * VIRTIO_CONSOLE_PORTS_MAX + 2];
     struct virtio_console *con = calloc(1, sizeof(*con));
-    struct ticket *ticket = calloc(1, sizeof(*ticket));
     int r = -ENOMEM;
 
     bug_on(!ports || ports > VIRTIO_CONSOLE_PORTS_MAX);
     for (unsigned n = 0; n < ARRAY_SIZE(size); n++)
         size[n] = n == CONTROL_RX || n == CONTROL_TX ? CONTROL_QUEUE_SIZE : DATA_QUEUE_SIZE;
-    if (con && ticket)
+    if (con)
         r = virtio_init(&con->virtio, &device_ops, &virtio_ops, VIRTIO_ID_CONSOLE, ram, log,
                         BIT(VIRTIO_CONSOLE_F_SIZE) | BIT(VIRTIO_CONSOLE_F_MULTIPORT), &con->config, sizeof(con->config), size, 2 * ports + 2);
     if (r < 0) {
         free(con);
-        free(ticket);
         return err(r, "virtio_console: out of memory");
     }
     con->loop = loop;
-    con->ticket = ticket;
-    ticket->con = con;
     con->config.max_nr_ports = ports;
     con->ports = ports;
     for (unsigned n = 0; n < ports; n++)

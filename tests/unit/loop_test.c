@@ -46,6 +46,27 @@ static void posts_run_in_order(void **state UNUSED)
     assert_string_equal(order, "abc");
 }
 
+static char x[] = "x", y[] = "y";
+
+static void take_back_y(void *arg UNUSED)
+{
+    loop_unpost(loop, note, y);
+}
+
+/* Neither what waits for the next round, nor what this round has not come to. */
+static void what_is_taken_back_does_not_run(void **state UNUSED)
+{
+    loop_post(loop, note, x);
+    loop_unpost(loop, note, x);
+    loop_post(loop, note, "a");
+    loop_post(loop, take_back_y, NULL);
+    loop_post(loop, note, y);
+    loop_post(loop, note, "b");
+    loop_post(loop, stop, NULL);
+    loop_run(loop);
+    assert_string_equal(order, "ab");
+}
+
 static void post_twice_and_stop(void *arg UNUSED)
 {
     strcat(order, "1");
@@ -174,7 +195,7 @@ static void a_bad_fd_is_an_error(void **state UNUSED)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        T(posts_run_in_order),
+        T(posts_run_in_order), T(what_is_taken_back_does_not_run),
         T(a_post_may_post),
         T(no_post_of_other_threads_is_lost),
         T(a_stop_before_the_run_counts_once),
