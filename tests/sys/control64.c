@@ -215,7 +215,7 @@ static void model_specific(void)
     test("MSR: PAT: types 2, 3, 8 and more: #GP(0)");
     u64 pat = rdmsr(0x277);
     eq("at reset", pat, 0x0007040600070406);
-    must("2", wrmsr_gp(0x277, pat | 2));
+    must("2", wrmsr_gp(0x277, (pat & ~0xffull) | 2));
     must("3", wrmsr_gp(0x277, (pat & ~0xffull) | 3));
     must("8", wrmsr_gp(0x277, (pat & ~0xffull) | 8));
     must("high", wrmsr_gp(0x277, (pat & ~BIT(63)) | BIT(63)));
