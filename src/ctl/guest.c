@@ -73,9 +73,10 @@ static int read_cmdline(struct guest *g)
 /* -ENOENT: there is no guest. */
 static int guest_open(struct guest *g, const char *dir)
 {
-    if (strlen(dir) >= sizeof(g->dir) || !join(g->kernel, dir, "vmlinuz") || !join(g->initrd, dir, "initrd"))
+    if (!realpath(dir, g->dir))
+        return err(-ENOENT, "default guest %.200s: %s", dir, strerror(errno));
+    if (!join(g->kernel, g->dir, "vmlinuz") || !join(g->initrd, g->dir, "initrd"))
         return err(-ENAMETOOLONG, "default guest %.200s...: the path is too long; use a shorter one", dir);
-    memmove(g->dir, dir, strlen(dir) + 1);
     if (access(g->kernel, F_OK) < 0 || access(g->initrd, F_OK) < 0)
         return err(-ENOENT, "default guest %s: vmlinuz or initrd is missing", dir);
     return read_cmdline(g);
@@ -87,7 +88,9 @@ int guest_find(struct guest *g)
     const char *chosen = getenv("DOPPEL_GUEST");
     if (chosen && *chosen) {
         int r = guest_open(g, chosen);
-        return r < 0 ? err(-EINVAL, "DOPPEL_GUEST: %s; make one with guest/build DIR, or unset DOPPEL_GUEST", err_last()) : 0;
+        if (r < 0)
+            err(-EINVAL, "DOPPEL_GUEST: %s; make one with guest/build DIR, or unset DOPPEL_GUEST", err_last());
+        return r < 0 ? -EINVAL : 0;
     }
     unsigned n = places(place);
     for (unsigned i = 0; i < n; i++) {
@@ -104,13 +107,16 @@ int guest_build_paths(char script[PATH_MAX], char dir[PATH_MAX])
     int r = program_dir(program);
     if (r < 0)
         return r;
-    if (join(script, program, "../guest/build") && access(script, X_OK) == 0 && access(program, W_OK) == 0 && join(dir, program, "guest"))
+    if (join(script, program, "../guest/build") && access(script, X_OK) == 0 && access(program, W_OK) == 0 &&
+        join(dir, program, "guest"))
         return 0;
     if (!join(script, program, "../share/doppel/guest-build") || access(script, X_OK) < 0)
-        return err(-ENOENT, "the default guest is not built, and neither is its build script to be found (../guest/build, ../share/doppel/guest-build, "
+        return err(-ENOENT, "the default guest is not built, and neither is its build script to be found "
+                            "(../guest/build, ../share/doppel/guest-build, "
                    "seen from %s); install doppel whole, set DOPPEL_GUEST, or give --kernel", program);
     if (!cache_dir(dir))
-        return err(-ENOENT, "the default guest is not built, and there is no place for it; set HOME, XDG_CACHE_HOME or DOPPEL_GUEST, or give --kernel");
+        return err(-ENOENT, "the default guest is not built, and there is no place for it; set HOME, XDG_CACHE_HOME or "
+                            "DOPPEL_GUEST, or give --kernel");
     return 0;
 }
 
