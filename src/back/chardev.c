@@ -36,8 +36,8 @@ static struct chardev_fd *fd_of(struct chardev *c)
 }
 
 /*
- * The other side sees the end of a standard stream when its last descriptor goes: ours is replaced, as its number must not be given to another
- * file. Standard error stays: doppel speaks there itself.
+ * The other side sees the end of a standard stream when its last descriptor goes: ours is replaced, as its number must
+ * not be given to another file. Standard error stays: doppel speaks there itself.
  */
 static void standard_stream_end(int fd)
 {
@@ -98,7 +98,8 @@ static void fd_out_broken(void *arg, int error)
 {
     struct chardev_fd *f = arg;
     if (error != EPIPE || !f->may_close)
-        log_msg(f->log, LOG_ERROR, "%s: cannot write: %s; the guest runs on, what it says is dropped", f->name, strerror(error));
+        log_msg(f->log, LOG_ERROR, "%s: cannot write: %s; the guest runs on, what it says is dropped", f->name,
+                strerror(error));
     chardev_front_event(&f->c, CHARDEV_BROKEN);
     chardev_front_writable(&f->c);
     chardev_tell_drained(&f->c);
@@ -146,8 +147,8 @@ static void chardev_fd_free(struct chardev *c)
 }
 
 static const struct chardev_ops chardev_fd_ops = {
-    .write = chardev_fd_write, .rx_ready = chardev_fd_rx_ready, .end_output = chardev_fd_end_output, .pending = chardev_fd_pending,
-    .free = chardev_fd_free,
+    .write = chardev_fd_write, .rx_ready = chardev_fd_rx_ready, .end_output = chardev_fd_end_output,
+    .pending = chardev_fd_pending, .free = chardev_fd_free,
 };
 
 int chardev_fd_new(struct loop *loop, int in, int out, const char *name, const struct log *log, struct chardev **c)
@@ -155,7 +156,8 @@ int chardev_fd_new(struct loop *loop, int in, int out, const char *name, const s
     struct chardev_fd *f = calloc(1, sizeof(*f));
     if (!f)
         return err(-ENOMEM, "%s: no memory", name);
-    *f = (struct chardev_fd){.c = {.ops = &chardev_fd_ops, .opened = true}, .in_fd = in, .out_fd = out, .name = name, .log = log};
+    *f = (struct chardev_fd){.c = {.ops = &chardev_fd_ops, .opened = true}, .in_fd = in, .out_fd = out, .name = name,
+                             .log = log};
     int r = 0;
     if (out >= 0)
         r = fdout_open(&f->out, loop, CHARDEV_BUFFER, false, &fd_out_ops, f);

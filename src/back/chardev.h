@@ -3,16 +3,17 @@
  *
  * The front end (a UART, a virtio console port) writes into it and is called back with input. Three promises:
  *
- *  - write() never blocks, so a slow host side never holds a vCPU. It takes what there is room for, perhaps nothing. The back end keeps a
- *    bounded buffer and empties it on the loop's thread.
- *  - Nothing is lost in silence: what write() did not take is still the front end's, which holds the guest up by its own means (a UART
- *    withholds THRE, a virtio port keeps the descriptor) until `writable` is called. Only when nobody can ever read it
- *    (CHARDEV_BROKEN) does write() take all and drop it.
- *  - Input has back-pressure: the back end asks can_receive() first and hands over at most that much; what the front end cannot take stays
- *    in the host's pipe or socket until chardev_rx_ready().
+ *  - write() never blocks, so a slow host side never holds a vCPU. It takes what there is room for, perhaps nothing.
+ *    The back end keeps a bounded buffer and empties it on the loop's thread.
+ *  - Nothing is lost in silence: what write() did not take is still the front end's, which holds the guest up by its
+ *    own means (a UART withholds THRE, a virtio port keeps the descriptor) until `writable` is called. Only when nobody
+ *    can ever read it (CHARDEV_BROKEN) does write() take all and drop it.
+ *  - Input has back-pressure: the back end asks can_receive() first and hands over at most that much; what the front
+ *    end cannot take stays in the host's pipe or socket until chardev_rx_ready().
  *
- * Threads and locks: chardev_write(), chardev_rx_ready(), chardev_end_output() and chardev_pending() from any thread, also with the front end's device lock held. Callbacks into the front end
- * come on the loop's thread with no lock held (the front end takes its own). A back end's lock comes after the device's.
+ * Threads and locks: chardev_write(), chardev_rx_ready(), chardev_end_output() and chardev_pending() from any thread,
+ * also with the front end's device lock held. Callbacks into the front end come on the loop's thread with no lock held
+ * (the front end takes its own). A back end's lock comes after the device's.
  */
 #pragma once
 
@@ -21,7 +22,8 @@
 struct chardev;
 
 enum chardev_event {
-    CHARDEV_OPENED,   /* a peer is there (again): both directions work. A back end that is open from the start does not say so. */
+    /* a peer is there (again): both directions work. A back end that is open from the start does not say so. */
+    CHARDEV_OPENED,
     CHARDEV_EOF,      /* the peer has ended its output: no input follows until CHARDEV_OPENED */
     CHARDEV_BROKEN,   /* the peer has gone or reads no more: output is dropped until CHARDEV_OPENED */
     CHARDEV_RESIZED,  /* chardev.cols and rows have new values */
@@ -38,8 +40,10 @@ struct chardev_front_ops {
 struct chardev_ops {
     size_t (*write)(struct chardev *c, const u8 *buf, size_t len); /* returns how much was taken, 0..len */
     void (*rx_ready)(struct chardev *c);                           /* can_receive() may have grown: go on reading */
-    void (*end_output)(struct chardev *c);                         /* the guest has closed its side: pass the end on once all is written; may be NULL */
-    size_t (*pending)(struct chardev *c);                          /* bytes taken that are still on their way to the host; may be NULL: none */
+    /* the guest has closed its side: pass the end on once all is written; may be NULL */
+    void (*end_output)(struct chardev *c);
+    /* bytes taken that are still on their way to the host; may be NULL: none */
+    size_t (*pending)(struct chardev *c);
     void (*free)(struct chardev *c);
 };
 
@@ -50,11 +54,15 @@ struct chardev {
     void *front;
     bool opened;                                                   /* a peer is there; set by the back end */
     u16 cols, rows;                                                /* window of the terminal, 0 when unknown */
-    void (*drained)(void *arg);                                    /* pending() may have come to 0: for whoever ends the run; loop's thread; may be NULL */
+    /* pending() may have come to 0: for whoever ends the run; loop's thread; may be NULL */
+    void (*drained)(void *arg);
     void *drained_arg;
 };
 
-/* Joins the front end to its back end, once, before the loop runs. c may be NULL: then output vanishes and there is no input. */
+/*
+ * Joins the front end to its back end, once, before the loop runs. c may be NULL: then output vanishes and there is no
+ * input.
+ */
 static inline void chardev_connect(struct chardev *c, const struct chardev_front_ops *ops, void *front)
 {
     if (!c)

@@ -1,8 +1,9 @@
 /*
  * Console output to a file, a FIFO or a device (chardev_host.h). No input.
  *
- * A FIFO can be opened for writing only while somebody reads it (fifo(7)): until then, and again after the reader has gone, the last bytes are kept, and each
- * time the guest says something we look whether a reader has come. Any other output that fails (a full disk) is told once and then dropped.
+ * A FIFO can be opened for writing only while somebody reads it (fifo(7)): until then, and again after the reader has
+ * gone, the last bytes are kept, and each time the guest says something we look whether a reader has come. Any other
+ * output that fails (a full disk) is told once and then dropped.
  *
  * Locking: as fdio.
  */
@@ -42,7 +43,8 @@ static void file_broken(void *arg, int error)
     file_close(f);
     /* The reader of a FIFO has gone: file_wanted() looks for the next. */
     if (!f->out.keep)
-        log_msg(f->log, LOG_ERROR, "console %s: cannot write: %s; the guest runs on, what it says is dropped", f->path, strerror(error));
+        log_msg(f->log, LOG_ERROR, "console %s: cannot write: %s; the guest runs on, what it says is dropped", f->path,
+                strerror(error));
     f->c.opened = false;
     chardev_front_event(&f->c, CHARDEV_BROKEN);
     chardev_front_writable(&f->c);
@@ -77,7 +79,9 @@ static void file_wanted(void *arg)
     chardev_front_event(&f->c, CHARDEV_OPENED);
 }
 
-static const struct fdout_ops file_out_ops = {.room = file_room, .drained = file_drained, .broken = file_broken, .wanted = file_wanted};
+static const struct fdout_ops file_out_ops = {
+    .room = file_room, .drained = file_drained, .broken = file_broken, .wanted = file_wanted,
+};
 
 static size_t chardev_file_write(struct chardev *c, const u8 *buf, size_t len)
 {
@@ -103,7 +107,8 @@ static void chardev_file_free(struct chardev *c)
 }
 
 static const struct chardev_ops chardev_file_ops = {
-    .write = chardev_file_write, .rx_ready = chardev_file_rx_ready, .pending = chardev_file_pending, .free = chardev_file_free,
+    .write = chardev_file_write, .rx_ready = chardev_file_rx_ready, .pending = chardev_file_pending,
+    .free = chardev_file_free,
 };
 
 /* Opens path; *fifo tells its kind. A FIFO without a reader gives -1 and no error. */
@@ -114,7 +119,8 @@ static int file_open_first(const char *path, bool *fifo, int *fd)
     *fd = file_open(path, *fifo ? 0 : O_CREAT | O_TRUNC);
     if (*fd >= 0 || (*fifo && errno == ENXIO))
         return 0;
-    return err(-errno, "console %s: cannot open it for writing: %s; name a file that you may write", path, strerror(errno));
+    return err(-errno, "console %s: cannot open it for writing: %s; name a file that you may write", path,
+               strerror(errno));
 }
 
 int chardev_file_new(struct loop *loop, const char *path, const struct log *log, struct chardev **c)
@@ -130,7 +136,8 @@ int chardev_file_new(struct loop *loop, const char *path, const struct log *log,
             close(fd);
         return err(-ENOMEM, "console %s: no memory", path);
     }
-    *f = (struct chardev_file){.c = {.ops = &chardev_file_ops, .opened = fd >= 0}, .path = strdup(path), .log = log, .fd = fd};
+    *f = (struct chardev_file){.c = {.ops = &chardev_file_ops, .opened = fd >= 0}, .path = strdup(path), .log = log,
+                               .fd = fd};
     r = f->path ? fdout_open(&f->out, loop, CHARDEV_BUFFER, fifo, &file_out_ops, f) : err(-ENOMEM, "no memory");
     if (r == 0 && fd >= 0)
         r = fdout_attach(&f->out, fd);

@@ -1,7 +1,9 @@
 /*
- * Character devices on this host: standard streams, a file or FIFO, a Unix socket, and a memory that keeps the end of what was said.
+ * Character devices on this host: standard streams, a file or FIFO, a Unix socket, and a memory that keeps the end of
+ * what was said.
  *
- * All are made and freed on the loop's thread (or before it runs). log may be NULL: then a broken output is not spoken of. name is for messages.
+ * All are made and freed on the loop's thread (or before it runs). log may be NULL: then a broken output is not spoken
+ * of. name is for messages.
  */
 #pragma once
 
@@ -12,8 +14,9 @@
 #define CHARDEV_BUFFER (64 * KiB)
 
 /*
- * Input from descriptor in, output to descriptor out; -1: no such direction. They stay the caller's, except that an ended direction is
- * replaced by /dev/null where it is a standard stream (so that its other side sees the end while doppel still runs).
+ * Input from descriptor in, output to descriptor out; -1: no such direction. They stay the caller's, except that an
+ * ended direction is replaced by /dev/null where it is a standard stream (so that its other side sees the end while
+ * doppel still runs).
  */
 int chardev_fd_new(struct loop *loop, int in, int out, const char *name, const struct log *log, struct chardev **c);
 /* That the reader of the output goes away is nothing to speak of (a command's pipe). */
@@ -25,8 +28,9 @@ void chardev_fd_end_input(struct chardev *c);                      /* reads no m
 int chardev_file_new(struct loop *loop, const char *path, const struct log *log, struct chardev **c);
 
 /*
- * Listens at path (mode 0600) and serves one client at a time; the next waits for its turn. Of what is said while no client is there, the
- * last 64 KiB are kept for the next one. A socket file that nobody listens at is replaced; any other file is an error. The file is removed by chardev_free().
+ * Listens at path (mode 0600) and serves one client at a time; the next waits for its turn. Of what is said while no
+ * client is there, the last 64 KiB are kept for the next one. A socket file that nobody listens at is replaced; any
+ * other file is an error. The file is removed by chardev_free().
  */
 int chardev_unix_new(struct loop *loop, const char *path, const struct log *log, struct chardev **c);
 

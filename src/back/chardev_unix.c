@@ -1,8 +1,9 @@
 /*
  * A console on a Unix stream socket (unix(7)): one client at a time, who may go and come again (chardev_host.h).
  *
- * A client that has only ended its sending (shutdown(2), `nc -N`) still gets output; it is gone when the socket hangs up or a write fails.
- * The listening socket is not watched while a client is there, so the next one waits in the backlog.
+ * A client that has only ended its sending (shutdown(2), `nc -N`) still gets output; it is gone when the socket hangs
+ * up or a write fails. The listening socket is not watched while a client is there, so the next one waits in the
+ * backlog.
  *
  * Locking: as fdio.
  */
@@ -26,7 +27,8 @@ struct chardev_unix {
     struct stat made;                                              /* the socket file that is ours to remove */
     int listener;
     struct loop_fd watch;
-    int client[2];                                                 /* the same socket, for reading and for writing: one watch per descriptor; -1: none */
+    /* the same socket, for reading and for writing: one watch per descriptor; -1: none */
+    int client[2];
     struct fdin in;
     struct fdout out;
 };
@@ -138,7 +140,8 @@ static size_t chardev_unix_pending(struct chardev *c)
 static void socket_file_remove(const struct chardev_unix *u)
 {
     struct stat st;
-    if (u->made.st_ino && lstat(u->address.sun_path, &st) == 0 && st.st_ino == u->made.st_ino && st.st_dev == u->made.st_dev)
+    if (u->made.st_ino && lstat(u->address.sun_path, &st) == 0 && st.st_ino == u->made.st_ino &&
+        st.st_dev == u->made.st_dev)
         unlink(u->address.sun_path);
 }
 
@@ -157,7 +160,8 @@ static void chardev_unix_free(struct chardev *c)
 }
 
 static const struct chardev_ops chardev_unix_ops = {
-    .write = chardev_unix_write, .rx_ready = chardev_unix_rx_ready, .pending = chardev_unix_pending, .free = chardev_unix_free,
+    .write = chardev_unix_write, .rx_ready = chardev_unix_rx_ready, .pending = chardev_unix_pending,
+    .free = chardev_unix_free,
 };
 
 /* Makes way at the path: a socket that refuses is left over from a process that ended without removing it. */
@@ -166,9 +170,11 @@ static int stale_socket_remove(const struct sockaddr_un *address)
     const char *path = address->sun_path;
     struct stat st;
     if (lstat(path, &st) < 0)
-        return 0;                                                  /* bind() will say what is wrong, if it is not just absent */
+        /* bind() will say what is wrong, if it is not just absent */
+        return 0;
     if (!S_ISSOCK(st.st_mode))
-        return err(-EEXIST, "console unix:%s: there is a file that is no socket; remove it or choose another path", path);
+        return err(-EEXIST, "console unix:%s: there is a file that is no socket; remove it or choose another path",
+                   path);
     int probe = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (probe < 0)
         return err(-errno, "console unix:%s: cannot make a socket: %s", path, strerror(errno));
@@ -185,7 +191,8 @@ static int stale_socket_remove(const struct sockaddr_un *address)
 static int unix_listen(struct chardev_unix *u, const char *path)
 {
     if (!*path || strlen(path) >= sizeof(u->address.sun_path))
-        return err(-ENAMETOOLONG, "console unix:%s: the path must have 1 to %zu bytes; use a shorter one", path, sizeof(u->address.sun_path) - 1);
+        return err(-ENAMETOOLONG, "console unix:%s: the path must have 1 to %zu bytes; use a shorter one", path,
+                   sizeof(u->address.sun_path) - 1);
     u->address.sun_family = AF_UNIX;
     memcpy(u->address.sun_path, path, strlen(path));
     int r = stale_socket_remove(&u->address);
@@ -194,9 +201,13 @@ static int unix_listen(struct chardev_unix *u, const char *path)
     u->listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (u->listener < 0)
         return err(-errno, "console unix:%s: cannot make a socket: %s", path, strerror(errno));
-    /* bind() gives the new file the socket inode's permissions less the umask (unix(7)), so that it is never open to others, not even for a moment. */
+    /*
+     * bind() gives the new file the socket inode's permissions less the umask (unix(7)), so that it is never open to
+     * others, not even for a moment.
+     */
     if (fchmod(u->listener, 0600) < 0 || bind(u->listener, (struct sockaddr *)&u->address, sizeof(u->address)) < 0)
-        return err(-errno, "console unix:%s: cannot listen: %s; choose a path in a directory that you may write", path, strerror(errno));
+        return err(-errno, "console unix:%s: cannot listen: %s; choose a path in a directory that you may write", path,
+                   strerror(errno));
     if (lstat(path, &u->made) < 0 || listen(u->listener, 1) < 0)
         return err(-errno, "console unix:%s: cannot listen: %s", path, strerror(errno));
     return 0;
@@ -207,7 +218,8 @@ int chardev_unix_new(struct loop *loop, const char *path, const struct log *log,
     struct chardev_unix *u = calloc(1, sizeof(*u));
     if (!u)
         return err(-ENOMEM, "console unix:%s: no memory", path);
-    *u = (struct chardev_unix){.c.ops = &chardev_unix_ops, .loop = loop, .log = log, .listener = -1, .client = {-1, -1}};
+    *u = (struct chardev_unix){.c.ops = &chardev_unix_ops, .loop = loop, .log = log, .listener = -1,
+                               .client = {-1, -1}};
     int r = fdin_open(&u->in, loop, &unix_in_ops, u);
     if (r == 0)
         r = fdout_open(&u->out, loop, CHARDEV_BUFFER, true, &unix_out_ops, u);

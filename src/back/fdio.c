@@ -1,7 +1,8 @@
 /*
  * Descriptors that other processes share, read and written without ever waiting: see fdio.h.
  *
- * All system calls on the descriptor are made on the loop's thread. Other threads only touch the output buffer under its lock, and the wakers' eventfds.
+ * All system calls on the descriptor are made on the loop's thread. Other threads only touch the output buffer under
+ * its lock, and the wakers' eventfds.
  */
 #define _GNU_SOURCE
 #include "back/fdio.h"
@@ -20,7 +21,7 @@
 
 #define CHUNK (32 * KiB)
 #define CHUNKS_PER_TURN 16                                         /* then the loop looks at its other descriptors */
-#define POLLED_CHUNK 512                                           /* a descriptor that polls writable takes at least this much (pipe(7): PIPE_BUF) */
+#define POLLED_CHUNK 512    /* a descriptor that polls writable takes at least this much (pipe(7): PIPE_BUF) */
 
 static int fd_end_open(struct fd_end *e, int fd, bool write)
 {
@@ -83,7 +84,8 @@ static int waker_open(struct fd_waker *w, struct loop *loop, void (*fn)(void *ar
 {
     w->fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     if (w->fd < 0)
-        return err(-errno, "cannot make an event descriptor: %s; raise the limit of open files (ulimit -n)", strerror(errno));
+        return err(-errno, "cannot make an event descriptor: %s; raise the limit of open files (ulimit -n)",
+                   strerror(errno));
     int r = loop_fd_add(loop, &w->watch, w->fd, EPOLLIN, fn, arg);
     if (r < 0)
         close(w->fd);
@@ -194,7 +196,10 @@ int fdin_attach(struct fdin *in, int fd)
     int r = fd_end_open(&in->end, fd, false);
     if (r < 0)
         return err(r, "cannot read descriptor %d: %s", fd, strerror(-r));
-    /* Reading comes before waiting: poll(2) does not tell of the end of a FIFO whose writers left before it was opened here. */
+    /*
+     * Reading comes before waiting: poll(2) does not tell of the end of a FIFO whose writers left before it was opened
+     * here.
+     */
     waker_wake(&in->waker);
     return 0;
 }
@@ -269,8 +274,9 @@ static bool fdout_consume(struct fdout *out, size_t n)
 }
 
 /*
- * Writes what there is. Producers only append behind the piece that is being written, so it is read without the lock. out->woken stays set
- * until the buffer is seen empty: while a flush is certain to come, producers do not wake the loop again.
+ * Writes what there is. Producers only append behind the piece that is being written, so it is read without the lock.
+ * out->woken stays set until the buffer is seen empty: while a flush is certain to come, producers do not wake the loop
+ * again.
  */
 static void fdout_flush(struct fdout *out)
 {

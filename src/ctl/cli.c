@@ -24,22 +24,25 @@ static int flushed(int status)
 static int help_main(int argc, char **argv);
 
 static const char *const run_text[] = {
-    "Boots a guest and connects it to this terminal. Without --kernel that is the default guest: a Debian kernel with a small system, which gives a shell; "
-    "\"poweroff\" there, or Ctrl-A X, ends it.",
-    "With a COMMAND the guest runs it instead of a shell. Standard input, output and error are doppel's own, separate and unchanged; the command has a terminal if "
-    "doppel's input and output are one. doppel exits with the command's status (128+N after signal N) when the guest has shut down and its disks are flushed.",
-    "SIGTERM presses the guest's power button; a second one ends at once. The end of standard input does not end the guest.",
+    "Boots a guest and connects it to this terminal. Without --kernel that is the default guest: a Debian kernel with "
+    "a small system, which gives a shell; \"poweroff\" there, or Ctrl-A X, ends it.",
+    "With a COMMAND the guest runs it instead of a shell. Standard input, output and error are doppel's own, separate "
+    "and unchanged; the command has a terminal if doppel's input and output are one. doppel exits with the command's "
+    "status (128+N after signal N) when the guest has shut down and its disks are flushed.",
+    "SIGTERM presses the guest's power button; a second one ends at once. The end of standard input does not end the "
+    "guest.",
     NULL,
 };
 static const char *const doctor_text[] = {
-    "Shows what this host offers to doppel, which engine --engine auto takes and why, what is missing, and how to get it. It changes nothing, and always exits "
-    "with 0.",
+    "Shows what this host offers to doppel, which engine --engine auto takes and why, what is missing, and how to get "
+    "it. It changes nothing, and always exits with 0.",
     NULL,
 };
 static const char *const help_text[] = {"Explains a command and its options; without one, lists the commands.", NULL};
 
 const struct command_row cli_commands[] = {
-    {"run", "[options] [-- COMMAND [ARG...]]", "boot a guest, to a shell or to run COMMAND", run_text, run_option_table, &run_option_rows, run_main},
+    {"run", "[options] [-- COMMAND [ARG...]]", "boot a guest, to a shell or to run COMMAND", run_text,
+     run_option_table, &run_option_rows, run_main},
     {"doctor", "", "what this host offers and lacks", doctor_text, NULL, NULL, doctor_main},
     {"help", "[COMMAND]", "explain a command", help_text, NULL, NULL, help_main},
 };

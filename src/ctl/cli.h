@@ -10,7 +10,8 @@ struct command_row {
     const char *const *text;                                       /* paragraphs, ends with NULL */
     const struct option *option;                                   /* NULL: none */
     const unsigned *options;
-    int (*main)(int argc, char **argv);                            /* the words behind the name; returns the exit status */
+    /* the words behind the name; returns the exit status */
+    int (*main)(int argc, char **argv);
 };
 
 extern const struct command_row cli_commands[];

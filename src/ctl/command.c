@@ -2,8 +2,9 @@
  * The host's side of guest/protocol.h (command.h).
  *
  *   standard input  -> in_buf -> port doppel.stdin          an end of file becomes STDIN_EOF with the count of bytes
- *   port doppel.stdout, .stderr -> standard output, error   what they do not take stays in the guest's ring; a reader that has gone becomes *_CLOSED
- *   port doppel.ctl <-> messages                            READY > RUN > ... > EXITED > DONE
+ *   port doppel.stdout, .stderr -> standard output, error   what they do not take stays in the guest's ring; a reader
+ *   that has gone becomes *_CLOSED port doppel.ctl <-> messages                            READY > RUN > ... > EXITED >
+ *   DONE
  *
  * No locks: one thread.
  */
@@ -30,7 +31,8 @@ struct output {
     struct command *c;
     struct chardev *to;                                            /* NULL: closed from the start */
     struct vport *port;
-    u64 taken, end;                                                /* bytes that came; how many will, UINT64_MAX while that is not known */
+    /* bytes that came; how many will, UINT64_MAX while that is not known */
+    u64 taken, end;
     bool stalled;                                                  /* the guest has more than `to` took */
     bool broken, broken_told;
 };
@@ -44,10 +46,12 @@ struct command {
     int status;
     char reason[256], failure[256];
 
-    u8 *send;                                                      /* messages to the guest that its port has not taken yet */
+    /* messages to the guest that its port has not taken yet */
+    u8 *send;
     size_t send_len, send_cap;
     u8 message[sizeof(struct msg_head) + PAYLOAD_MAX];             /* one that is coming in */
-    u64 message_got;                                               /* bytes of it that have come; those beyond message[] are not kept */
+    /* bytes of it that have come; those beyond message[] are not kept */
+    u64 message_got;
 
     u8 in_buf[IN_BUFFER];
     size_t in_head, in_len;
@@ -139,7 +143,9 @@ static void send_run(struct command *c)
     for (; g->argv[run.argc]; run.argc++)
         len += strlen(g->argv[run.argc]) + 1;
     run.envc = *term != '\0';
-    run.flags = g->tty ? RUN_TTY : (g->in ? 0 : RUN_STDIN_CLOSED) | (g->out ? 0 : RUN_STDOUT_CLOSED) | (g->err ? 0 : RUN_STDERR_CLOSED);
+    run.flags = (g->in ? 0 : RUN_STDIN_CLOSED) | (g->out ? 0 : RUN_STDOUT_CLOSED) | (g->err ? 0 : RUN_STDERR_CLOSED);
+    if (g->tty)
+        run.flags = RUN_TTY;
     struct msg_head head = {.type = MSG_RUN, .len = (u32)len};
     bool ok = send_bytes(c, &head, sizeof(head)) && send_bytes(c, &run, sizeof(run)) && send_bytes(c, "", 1);
     for (u32 i = 0; ok && i < run.argc; i++)
@@ -168,7 +174,8 @@ static void on_ready(struct command *c, const struct msg_ready *m)
     if (c->state != WAITING || !c->config.argv)
         return;
     if (m->version != PROTOCOL_VERSION) {
-        fail(c, "the guest's init speaks version %u of the protocol, doppel speaks %u; build the guest again", m->version, PROTOCOL_VERSION);
+        fail(c, "the guest's init speaks version %u of the protocol, doppel speaks %u; build the guest again",
+             m->version, PROTOCOL_VERSION);
         return;
     }
     send_run(c);
@@ -196,7 +203,8 @@ static void on_exited(struct command *c, const struct msg_exited *m)
         snprintf(c->reason, sizeof(c->reason), "the command ended with status %d", c->status);
     } else if (m->how == EXIT_SIGNAL && m->code >= 1 && m->code <= 64) {
         c->status = 128 + (int)m->code;
-        snprintf(c->reason, sizeof(c->reason), "the command was ended by signal %u (%s)", m->code, strsignal((int)m->code));
+        snprintf(c->reason, sizeof(c->reason), "the command was ended by signal %u (%s)", m->code,
+                 strsignal((int)m->code));
     } else if (m->how == EXIT_EXEC && m->code <= 4096) {
         c->status = m->code == ENOENT ? 127 : 126;
         snprintf(c->reason, sizeof(c->reason), "%.100s: cannot be run in the guest: %s", name, strerror((int)m->code));
@@ -326,7 +334,9 @@ static void in_event(void *front, enum chardev_event what)
     tell_streams(c);
 }
 
-static const struct chardev_front_ops in_front_ops = {.can_receive = in_can_receive, .receive = in_receive, .event = in_event};
+static const struct chardev_front_ops in_front_ops = {
+    .can_receive = in_can_receive, .receive = in_receive, .event = in_event,
+};
 
 /* --- standard output and error --- */
 
@@ -421,8 +431,12 @@ static size_t out_port_data(void *arg, const void *data, size_t len)
     return out_data(arg, data, len);
 }
 
-static const struct vport_ops ctl_port_ops = {.guest_data = ctl_port_data, .guest_open = ctl_port_open, .room = ctl_port_room};
-static const struct vport_ops in_port_ops = {.guest_data = in_port_data, .guest_open = in_port_open, .room = in_port_room};
+static const struct vport_ops ctl_port_ops = {
+    .guest_data = ctl_port_data, .guest_open = ctl_port_open, .room = ctl_port_room,
+};
+static const struct vport_ops in_port_ops = {
+    .guest_data = in_port_data, .guest_open = in_port_open, .room = in_port_room,
+};
 static const struct vport_ops out_port_ops = {.guest_data = out_port_data};
 
 /* --- from run.c --- */
@@ -432,7 +446,10 @@ static int check_words(char **argv)
     u64 len = sizeof(struct msg_run) + 256;
     for (; *argv; argv++)
         len += strlen(*argv) + 1;
-    return len > MSG_MAX ? err(-E2BIG, "the command's words have %llu bytes; they must stay below %u", (unsigned long long)len, MSG_MAX) : 0;
+    if (len <= MSG_MAX)
+        return 0;
+    return err(-E2BIG, "the command's words have %llu bytes; they must stay below %u", (unsigned long long)len,
+               MSG_MAX);
 }
 
 int command_new(const struct command_config *config, struct command **out)

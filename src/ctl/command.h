@@ -1,9 +1,11 @@
 /*
- * `doppel run -- COMMAND`: the host's side of guest/protocol.h, between the caller's standard streams and the named ports of the virtio console.
+ * `doppel run -- COMMAND`: the host's side of guest/protocol.h, between the caller's standard streams and the named
+ * ports of the virtio console.
  *
  * Without a command (a shell on the serial console) it only tells the guest the window's size.
  *
- * All on the loop's thread. The guest is not trusted: whatever it sends, buffers stay bounded, and nonsense ends the run with a message.
+ * All on the loop's thread. The guest is not trusted: whatever it sends, buffers stay bounded, and nonsense ends the
+ * run with a message.
  */
 #pragma once
 
@@ -15,15 +17,19 @@ struct command;
 
 struct command_config {
     char **argv;                                                   /* NULL: no command */
-    struct chardev *in, *out, *err;                                /* with tty in and out are one and err is NULL; else made by chardev_fd_new(), or NULL: closed from the start */
+    /* with tty in and out are one and err is NULL; else made by chardev_fd_new(), or NULL: closed from the start */
+    struct chardev *in, *out, *err;
     bool tty;
-    bool stdout_ends;                                              /* the command's closing of standard output is passed on */
+    /* the command's closing of standard output is passed on */
+    bool stdout_ends;
     const char *term;                                              /* $TERM for a tty; may be NULL */
     u16 cols, rows;                                                /* 0: not known */
     const struct log *log;
     void (*started)(void *arg);                                    /* the guest has been told to run it */
-    void (*done)(void *arg);                                       /* the command has ended: the guest powers itself off now */
-    void (*failed)(void *arg);                                     /* the guest does not keep to the protocol: command_failure() */
+    /* the command has ended: the guest powers itself off now */
+    void (*done)(void *arg);
+    /* the guest does not keep to the protocol: command_failure() */
+    void (*failed)(void *arg);
     void *arg;
 };
 
@@ -38,7 +44,10 @@ void command_resize(struct command *c, u16 cols, u16 rows);
 /* Passes a signal to the command; false when there is none that runs (yet, or any more). */
 bool command_signal(struct command *c, int signo);
 
-/* The guest has ended: takes what is left in its ports. Afterwards command_drained() says whether the outputs have taken everything. */
+/*
+ * The guest has ended: takes what is left in its ports. Afterwards command_drained() says whether the outputs have
+ * taken everything.
+ */
 void command_vm_ended(struct command *c);
 bool command_drained(const struct command *c);
 

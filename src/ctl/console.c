@@ -342,7 +342,8 @@ static const struct chardev_ops console_chardev_ops = {
     .write = console_write, .rx_ready = console_rx_ready, .pending = console_pending, .free = console_free,
 };
 
-int console_new(struct loop *loop, struct chardev *lower, bool terminal, const struct console_ops *ops, void *arg, struct chardev **out)
+int console_new(struct loop *loop, struct chardev *lower, bool terminal, const struct console_ops *ops, void *arg,
+                struct chardev **out)
 {
     struct console *c = calloc(1, sizeof(*c));
     if (!c)

@@ -1,8 +1,8 @@
 /*
  * Ctrl-A, the key that talks to doppel and not to the guest, as a state machine over the bytes of a terminal.
  *
- * Ctrl-A X quits, C opens or closes the monitor prompt, H (or ?) helps, A or Ctrl-A sends one Ctrl-A to the guest. Capitals, small letters and Ctrl with the
- * letter are alike. Ctrl-A and any other key go to the guest as they are.
+ * Ctrl-A X quits, C opens or closes the monitor prompt, H (or ?) helps, A or Ctrl-A sends one Ctrl-A to the guest.
+ * Capitals, small letters and Ctrl with the letter are alike. Ctrl-A and any other key go to the guest as they are.
  */
 #pragma once
 

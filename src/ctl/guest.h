@@ -1,8 +1,9 @@
 /*
  * The default guest: a directory with vmlinuz, initrd and cmdline, made from Debian's packages by guest/build.
  *
- * Looked for in $DOPPEL_GUEST (and then nowhere else), beside the program (build/guest), in share/doppel of the place where the program is installed, and in the user's
- * cache ($XDG_CACHE_HOME/doppel/guest or ~/.cache/doppel/guest). Where there is none, guest/build makes it.
+ * Looked for in $DOPPEL_GUEST (and then nowhere else), beside the program (build/guest), in share/doppel of the place
+ * where the program is installed, and in the user's cache ($XDG_CACHE_HOME/doppel/guest or ~/.cache/doppel/guest).
+ * Where there is none, guest/build makes it.
  */
 #pragma once
 
@@ -17,7 +18,10 @@ struct guest {
 
 /* 0; -ENOENT when there is none anywhere, another negative errno when one is damaged; with err(). */
 int guest_find(struct guest *g);
-/* The same, and makes it if need be, which takes a minute and the network. What the build script says goes to standard error, unless quiet. */
+/*
+ * The same, and makes it if need be, which takes a minute and the network. What the build script says goes to standard
+ * error, unless quiet.
+ */
 int guest_find_or_build(struct guest *g, bool quiet);
 
 /* For doctor: the script that would be run and where its result would go. 0, or -ENOENT with err(). */

@@ -12,7 +12,8 @@
 
 static const struct help_row exit_rows[] = {
     {"0", "The guest powered off, or reset itself with --no-reboot, or Ctrl-A X ended it."},
-    {"N", "With a COMMAND: its exit status; 128+N after signal N; 127 when it was not found, 126 when it could not be run."},
+    {"N",
+     "With a COMMAND: its exit status; 128+N after signal N; 127 when it was not found, 126 when it could not be run."},
     {"1", "An error of the host, told on standard error; or the guest ended without the COMMAND's status."},
     {"64", "Wrong options."},
     {"70", "The guest's kernel panicked."},
@@ -26,7 +27,9 @@ static const struct help_row key_rows[] = {
     {"Ctrl-A H", "Lists these keys."},
 };
 static const struct help_row file_rows[] = {
-    {"DOPPEL_GUEST", "(environment) The directory of the default guest, with vmlinuz, initrd and cmdline; nothing else is looked at then."},
+    {"DOPPEL_GUEST",
+     "(environment) The directory of the default guest, with vmlinuz, initrd and cmdline; nothing else is looked at "
+     "then."},
     {"guest/", "Beside the program, or in PREFIX/share/doppel: the default guest that came with it."},
     {"~/.cache/doppel", "(or $XDG_CACHE_HOME/doppel) Where the default guest is built if there is none."},
     {"TERM", "(environment) Passed on to the guest's shell, and to a COMMAND on a terminal."},
@@ -36,7 +39,8 @@ static const struct help_row example_rows[] = {
     {"doppel run -- sh -c 'uname -r; exit 3'", "Prints the guest's kernel version, exits with 3."},
     {"doppel run --cpus 2 --memory 1G --disk disk.img,readonly", "Two processors, and a disk that is only read."},
     {"doppel run --kernel bzImage --initrd initrd.img --append 'console=ttyS0 quiet'", "A kernel of your own."},
-    {"doppel run --console unix:/tmp/c & socat -,raw,echo=0 UNIX:/tmp/c", "A guest in the background, and its console."},
+    {"doppel run --console unix:/tmp/c & socat -,raw,echo=0 UNIX:/tmp/c",
+     "A guest in the background, and its console."},
     {"doppel run --trace exits,interrupts,file=trace.txt -- true", "What the guest made its processor do."},
 };
 
@@ -103,7 +107,8 @@ void help_overview(FILE *f)
         row(f, term, cli_commands[i].summary, 48);
     }
     row(f, "doppel --version | --help", "", 48);
-    fputs("\n\"doppel run\" alone boots a small Debian system to a shell. \"doppel help run\" has\nthe options, exit statuses, keys and examples.\n", f);
+    fputs("\n\"doppel run\" alone boots a small Debian system to a shell. \"doppel help run\" has\nthe options, exit "
+          "statuses, keys and examples.\n", f);
 }
 
 void help_command(FILE *f, const struct command_row *c)
@@ -183,7 +188,8 @@ static void man_commands(FILE *f)
             man_text(f, c->synopsis);
     }
     fputs(".br\n.B doppel\n\\-\\-version | \\-\\-help\n.SH DESCRIPTION\n", f);
-    man_text(f, "doppel is a virtual machine monitor: it runs unmodified operating systems on any x86-64 Linux host, as an ordinary user, also where there is no "
+    man_text(f, "doppel is a virtual machine monitor: it runs unmodified operating systems on any x86-64 Linux host, "
+                "as an ordinary user, also where there is no "
                 "/dev/kvm.");
     for (unsigned i = 0; i < cli_command_count; i++) {
         fprintf(f, ".SS doppel %s\n", cli_commands[i].name);

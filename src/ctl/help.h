@@ -12,5 +12,7 @@ void help_overview(FILE *f);                                       /* doppel --h
 void help_command(FILE *f, const struct command_row *c);           /* doppel help COMMAND */
 void help_man_page(FILE *f);                                       /* doppel --man */
 
-/* Words filled into lines of 80 columns, each beginning with indent blanks; the first line is at column `at` already. */
+/*
+ * Words filled into lines of 80 columns, each beginning with indent blanks; the first line is at column `at` already.
+ */
 void help_fill(FILE *f, const char *text, unsigned indent, unsigned at);

@@ -1,4 +1,7 @@
-/* Line editing (line_edit.h). Bytes above 0x7f are taken as they come; a character of several bytes takes as many backspaces on the screen. */
+/*
+ * Line editing (line_edit.h). Bytes above 0x7f are taken as they come; a character of several bytes takes as many
+ * backspaces on the screen.
+ */
 #include "ctl/line_edit.h"
 
 #include <string.h>

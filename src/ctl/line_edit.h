@@ -8,7 +8,8 @@
 
 enum line_event {
     LINE_MORE,
-    LINE_DONE,                                                     /* text holds the line; the next byte begins a new one */
+    /* text holds the line; the next byte begins a new one */
+    LINE_DONE,
     LINE_END,                                                      /* Ctrl-D at the beginning of a line */
 };
 
@@ -16,10 +17,12 @@ struct line_edit {
     char text[LINE_EDIT_MAX];                                      /* ends with NUL */
     unsigned len;
     bool done;
-    enum { KEY_PLAIN, KEY_ESC, KEY_SEQUENCE } key;                 /* inside a cursor key's escape sequence, which is skipped */
+    /* inside a cursor key's escape sequence, which is skipped */
+    enum { KEY_PLAIN, KEY_ESC, KEY_SEQUENCE } key;
 };
 
 /*
- * Takes a byte; echo gets what the terminal is to show (*n bytes, at most LINE_EDIT_ECHO). Backspace, Ctrl-W (word), Ctrl-U and Ctrl-C (all) take back.
+ * Takes a byte; echo gets what the terminal is to show (*n bytes, at most LINE_EDIT_ECHO). Backspace, Ctrl-W (word),
+ * Ctrl-U and Ctrl-C (all) take back.
  */
 enum line_event line_edit_byte(struct line_edit *e, u8 byte, char *echo, unsigned *n);

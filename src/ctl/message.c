@@ -1,4 +1,7 @@
-/* Lines on standard error (message.h). A line is one write(2), so that those of several threads and processes do not mix. */
+/*
+ * Lines on standard error (message.h). A line is one write(2), so that those of several threads and processes do not
+ * mix.
+ */
 #define _GNU_SOURCE
 #include "ctl/message.h"
 

@@ -51,7 +51,8 @@ static bool cmd_reset(struct monitor *m, char *args UNUSED, FILE *out)
 static bool cmd_power(struct monitor *m, char *args UNUSED, FILE *out)
 {
     vm_power_button(m->vm);
-    fprintf(out, "the power button was pressed%s\n", vm_state(m->vm) == VM_PAUSED ? "; the guest is paused and sees it after \"resume\"" : "");
+    fprintf(out, "the power button was pressed%s\n",
+            vm_state(m->vm) == VM_PAUSED ? "; the guest is paused and sees it after \"resume\"" : "");
     return true;
 }
 
@@ -108,7 +109,8 @@ const struct monitor_command monitor_commands[] = {
     {"resume", "", "they go on", cmd_resume},
     {"reset", "", "the reset button: the guest boots again", cmd_reset},
     {"power", "", "the power button: the guest is asked to shut down", cmd_power},
-    {"trace", "LIST[,file=FILE]|off", "as --trace: exits, faults, interrupts, msr, pio, mmio, cr3, insn, all", cmd_trace},
+    {"trace", "LIST[,file=FILE]|off", "as --trace: exits, faults, interrupts, msr, pio, mmio, cr3, insn, all",
+     cmd_trace},
     {"quit", "", "ends at once", cmd_quit},
 };
 const unsigned monitor_command_count = ARRAY_SIZE(monitor_commands);

@@ -86,7 +86,8 @@ static unsigned distance(const char *a, const char *b)
     return row[n];
 }
 
-const char *options_guess(const char *word, const char *(*name)(const void *table, unsigned i), const void *table, unsigned n)
+const char *options_guess(const char *word, const char *(*name)(const void *table, unsigned i), const void *table,
+                          unsigned n)
 {
     size_t len = strlen(word);
     unsigned best = 3;
@@ -131,7 +132,9 @@ static int find_option(const struct option *table, unsigned rows, const char *wo
     return unknown_option(table, rows, word, len);
 }
 
-/* Sets *value to what belongs to the option at argv[0], and returns how many words that takes, or -EINVAL with err(). */
+/*
+ * Sets *value to what belongs to the option at argv[0], and returns how many words that takes, or -EINVAL with err().
+ */
 static int option_value(const struct option *o, int argc, char **argv, const char **value)
 {
     const char *inlined = strchr(argv[0], '=');

@@ -3,8 +3,9 @@
  *
  *   a shell:               COM1 <-> console (Ctrl-A, prompt) <-> standard input and output
  *   --console FILE, unix:  COM1 <-> that; standard input is not read
- *   a command:             ports <-> standard input, output, error, each on its own; COM1 -> the tail in memory, or what --console and --verbose say
- *   with a terminal:       ports <-> console <-> terminal, and a pseudo-terminal in the guest
+ *   a command:             ports <-> standard input, output, error, each on its own; COM1 -> the tail in memory, or
+ *   what --console and --verbose say with a terminal:       ports <-> console <-> terminal, and a pseudo-terminal in
+ *   the guest
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -98,20 +99,29 @@ static int open_stream(struct run *run, int in, int out, const char *name, struc
     return r;
 }
 
-/* A terminal whose foreground job is another's must not be read or set: it would stop us (tcgetpgrp(3), SIGTTIN, SIGTTOU). */
+/*
+ * A terminal whose foreground job is another's must not be read or set: it would stop us (tcgetpgrp(3), SIGTTIN,
+ * SIGTTOU).
+ */
 static bool in_background(int fd)
 {
     pid_t foreground = tcgetpgrp(fd);
     return foreground >= 0 && foreground != getpgrp();
 }
 
-/* The command's streams: a terminal if both input and output are one, as for any program that would then talk to a person. */
+/*
+ * The command's streams: a terminal if both input and output are one, as for any program that would then talk to a
+ * person.
+ */
 static int open_streams(struct run *run, const struct console_ops *ops)
 {
     bool background = isatty(STDIN_FILENO) && in_background(STDIN_FILENO);
     if (isatty(STDIN_FILENO) && isatty(STDOUT_FILENO) && !background)
         return open_console(run, ops);
-    /* "doppel run -- CMD &", or under timeout(1): most commands read nothing, so they get an empty input and run, instead of stopping. */
+    /*
+     * "doppel run -- CMD &", or under timeout(1): most commands read nothing, so they get an empty input and run,
+     * instead of stopping.
+     */
     int r = background ? 0 : open_stream(run, STDIN_FILENO, -1, "standard input", &run->in);
     if (r == 0)
         r = open_stream(run, -1, STDOUT_FILENO, "standard output", &run->out);

@@ -1,4 +1,7 @@
-/* A pipe from the signal handler to the loop (signals.h). The handler may run on any thread; a write of one byte is atomic and safe there. */
+/*
+ * A pipe from the signal handler to the loop (signals.h). The handler may run on any thread; a write of one byte is
+ * atomic and safe there.
+ */
 #define _GNU_SOURCE
 #include "ctl/signals.h"
 
@@ -54,8 +57,8 @@ static void on_pipe(void *arg UNUSED, u32 events UNUSED)
 static bool ignored_by_parent(int signo)
 {
     struct sigaction now;
-    return (signo == SIGHUP || signo == SIGINT || signo == SIGQUIT || signo == SIGTSTP) && sigaction(signo, NULL, &now) == 0 &&
-           now.sa_handler == SIG_IGN;
+    bool respected = signo == SIGHUP || signo == SIGINT || signo == SIGQUIT || signo == SIGTSTP;
+    return respected && sigaction(signo, NULL, &now) == 0 && now.sa_handler == SIG_IGN;
 }
 
 int signals_open(struct loop *loop, void (*fn)(void *arg, int signo), void *arg)

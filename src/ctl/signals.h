@@ -1,8 +1,8 @@
 /*
  * Signals to the process, turned into callbacks on the loop's thread.
  *
- * Signals have no argument: like the terminal, their pipe is per process. SIGTERM is counted apart, since two that come in quick succession must not
- * become one. SIGPIPE and SIGXFSZ are ignored: writes report those errors.
+ * Signals have no argument: like the terminal, their pipe is per process. SIGTERM is counted apart, since two that come
+ * in quick succession must not become one. SIGPIPE and SIGXFSZ are ignored: writes report those errors.
  */
 #pragma once
 
@@ -12,7 +12,9 @@
 int signals_open(struct loop *loop, void (*fn)(void *arg, int signo), void *arg);
 void signals_close(void);
 
-/* The process must have ended in so many seconds, or it is ended. For when the loop itself may hang. Async-signal-safe. */
+/*
+ * The process must have ended in so many seconds, or it is ended. For when the loop itself may hang. Async-signal-safe.
+ */
 void signals_deadline(unsigned seconds);
 /* The calling process stops as by SIGTSTP's default action, and goes on with SIGCONT. */
 void signals_stop_self(void);

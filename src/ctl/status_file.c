@@ -12,7 +12,8 @@
 
 static int cannot(const char *path, int error)
 {
-    return err(-error, "--status-file %s: cannot write it: %s; name a file in a directory that you may write", path, strerror(error));
+    return err(-error, "--status-file %s: cannot write it: %s; name a file in a directory that you may write", path,
+               strerror(error));
 }
 
 static bool replaceable(const char *path)
@@ -27,7 +28,9 @@ static int temporary_name(const char *path, char name[PATH_MAX])
     return n < 0 || n >= PATH_MAX ? cannot(path, ENAMETOOLONG) : 0;
 }
 
-/* Opens what will be written: the temporary file, or the device itself (a FIFO without a reader does not hold us up). */
+/*
+ * Opens what will be written: the temporary file, or the device itself (a FIFO without a reader does not hold us up).
+ */
 static int open_for_writing(const char *path, char name[PATH_MAX], bool *replace)
 {
     int r = temporary_name(path, name);

@@ -1,4 +1,7 @@
-/* Raw mode and its undoing (terminal.h; termios(3)). Raw mode leaves nothing to the line discipline: the guest has one of its own. */
+/*
+ * Raw mode and its undoing (terminal.h; termios(3)). Raw mode leaves nothing to the line discipline: the guest has one
+ * of its own.
+ */
 #define _GNU_SOURCE
 #include "ctl/terminal.h"
 
@@ -19,7 +22,8 @@ static struct {
     struct termios cooked;
     atomic_bool raw;
     struct sigaction previous[ARRAY_SIZE(crash_signals)];
-    u8 crash_stack[CRASH_STACK];                                   /* the main thread's normal one may be what has overflowed */
+    /* the main thread's normal one may be what has overflowed */
+    u8 crash_stack[CRASH_STACK];
 } terminal = {.fd = -1};
 
 bool terminal_is_raw(void)
@@ -62,8 +66,8 @@ _Noreturn void terminal_die(int status)
 }
 
 /*
- * A crash: the terminal first, then what would have happened without us (a core dump, a sanitizer's report). A fault comes again when its
- * instruction does; a signal that somebody sent is sent again.
+ * A crash: the terminal first, then what would have happened without us (a core dump, a sanitizer's report). A fault
+ * comes again when its instruction does; a signal that somebody sent is sent again.
  */
 static void crashed(int signo, siginfo_t *info, void *context UNUSED)
 {

@@ -1,6 +1,6 @@
 /*
- * Character back ends: nothing lost, nothing reordered, back-pressure, ends, and outputs that fail. Each test runs a loop of its own, with a fake
- * front end, and gives up after some seconds: what must not hang is seen to hang.
+ * Character back ends: nothing lost, nothing reordered, back-pressure, ends, and outputs that fail. Each test runs a
+ * loop of its own, with a fake front end, and gives up after some seconds: what must not hang is seen to hang.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -94,7 +94,9 @@ static void sink(void *arg, enum log_level level, const char *msg)
     snprintf(f->log_text, sizeof(f->log_text), "%s", msg);
 }
 
-static const struct chardev_front_ops front_ops = {.can_receive = can_receive, .receive = receive, .writable = writable, .event = event};
+static const struct chardev_front_ops front_ops = {
+    .can_receive = can_receive, .receive = receive, .writable = writable, .event = event,
+};
 
 /* Every 10 ms the condition is looked at; after GIVE_UP_SECONDS the test has failed. */
 static void tick(void *arg, u32 events UNUSED)
@@ -201,7 +203,8 @@ static void pipe_to_its_end(void **state UNUSED)
     int p[2];
     assert_int_equal(pipe(p), 0);
     fill_pipe(p[1], 50000);
-    close(p[1]);                                                   /* before the back end opens it: the end must be seen all the same */
+    /* before the back end opens it: the end must be seen all the same */
+    close(p[1]);
     assert_int_equal(chardev_fd_new(front->loop, p[0], -1, "t", &front_log, &front->dev), 0);
     connect_front();
     assert_true(run(at_eof));
@@ -686,11 +689,11 @@ static void keeps_the_last(void **state UNUSED)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        TEST(pipe_to_its_end), TEST(input_waits_for_room), TEST(no_spinning), TEST(regular_file), TEST(dev_null), TEST(fifo_to_its_end),
-        TEST(slow_pipe), TEST(slow_socket), TEST(full_pipe_takes_nothing), TEST(closed_pipe), TEST(command_may_close), TEST(full_disk),
-        TEST(output_file), TEST(unwritable_file), TEST(file_on_full_disk), TEST(output_fifo),
-        TEST(socket_client), TEST(socket_takes_turns), TEST(socket_half_closed), TEST(socket_client_dies), TEST(socket_paths),
-        TEST(keeps_the_last),
+        TEST(pipe_to_its_end), TEST(input_waits_for_room), TEST(no_spinning), TEST(regular_file), TEST(dev_null),
+        TEST(fifo_to_its_end), TEST(slow_pipe), TEST(slow_socket), TEST(full_pipe_takes_nothing), TEST(closed_pipe),
+        TEST(command_may_close), TEST(full_disk), TEST(output_file), TEST(unwritable_file), TEST(file_on_full_disk),
+        TEST(output_fifo), TEST(socket_client), TEST(socket_takes_turns), TEST(socket_half_closed),
+        TEST(socket_client_dies), TEST(socket_paths), TEST(keeps_the_last),
     };
     return cmocka_run_group_tests_name("chardev", tests, NULL, NULL);
 }

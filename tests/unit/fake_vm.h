@@ -1,8 +1,9 @@
 /*
  * A virtual machine without a processor, in place of src/vm, for tests of `doppel run`: small programs play the guest.
  *
- * On the serial line the guest is chosen by --kernel (see guest_start), in command mode by the command's name (see command_start). Everything happens on
- * the loop's thread. Include it once in a test program: it defines the vm_* and vport_* functions.
+ * On the serial line the guest is chosen by --kernel (see guest_start), in command mode by the command's name (see
+ * command_start). Everything happens on the loop's thread. Include it once in a test program: it defines the vm_* and
+ * vport_* functions.
  */
 #pragma once
 
@@ -244,7 +245,8 @@ static void command_start(struct vm *vm)
     } else if (!strcmp(name, "yes")) {
         out_pattern(vm, 1 << 20);
     } else if (!strcmp(name, "flags")) {
-        int n = snprintf(text, sizeof(text), "flags=%u size=%ux%u %s argc=%u\n", vm->run.flags, vm->run.cols, vm->run.rows, vm->term, vm->run.argc);
+        int n = snprintf(text, sizeof(text), "flags=%u size=%ux%u %s argc=%u\n", vm->run.flags, vm->run.cols,
+                         vm->run.rows, vm->term, vm->run.argc);
         port_write(vm, FAKE_STDOUT, text, (size_t)n);
         command_exit(vm, EXIT_STATUS, 0);
     } else if (!strcmp(name, "panic")) {

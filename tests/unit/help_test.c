@@ -123,7 +123,8 @@ static void man_page_is_clean(void **state UNUSED)
     help_man_page(f);
     fclose(f);
     char command[128], out[512] = "";
-    snprintf(command, sizeof(command), "command -v groff >/dev/null || { echo absent; exit; }; groff -man -Tutf8 -ww -z %s 2>&1", path);
+    snprintf(command, sizeof(command), "command -v groff >/dev/null || { echo absent; exit; }; groff -man -Tutf8 -ww "
+                                       "-z %s 2>&1", path);
     FILE *p = popen(command, "r");
     size_t n = fread(out, 1, sizeof(out) - 1, p);
     out[n] = '\0';
@@ -137,8 +138,9 @@ static void man_page_is_clean(void **state UNUSED)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(every_command_is_listed), cmocka_unit_test(every_option_is_explained), cmocka_unit_test(engines_are_listed),
-        cmocka_unit_test(filling), cmocka_unit_test(man_page_says_all), cmocka_unit_test(man_page_is_clean),
+        cmocka_unit_test(every_command_is_listed), cmocka_unit_test(every_option_is_explained),
+        cmocka_unit_test(engines_are_listed), cmocka_unit_test(filling), cmocka_unit_test(man_page_says_all),
+        cmocka_unit_test(man_page_is_clean),
     };
     return cmocka_run_group_tests_name("help", tests, NULL, NULL);
 }

@@ -64,10 +64,12 @@ static void sizes(void **state UNUSED)
         int result;
         u64 bytes;
     } cases[] = {
-        {"0", 0, 0}, {"4096", 0, 4096}, {"512M", 0, 512 * MiB}, {"512m", 0, 512 * MiB}, {"3G", 0, 3 * GiB}, {"1K", 0, 1024}, {"1T", 0, 1024 * GiB},
-        {"8388608T", 0, BIT(63)}, {"8388609T", -EINVAL, 0}, {"9223372036854775808", 0, BIT(63)}, {"9223372036854775809", -EINVAL, 0},
-        {"18446744073709551616", -EINVAL, 0}, {"99999999999999999999999G", -EINVAL, 0}, {"", -EINVAL, 0}, {"M", -EINVAL, 0}, {"-1", -EINVAL, 0},
-        {"+1", -EINVAL, 0}, {" 1", -EINVAL, 0}, {"1 M", -EINVAL, 0}, {"1MB", -EINVAL, 0}, {"0x10", -EINVAL, 0}, {"1.5G", -EINVAL, 0}, {"1Q", -EINVAL, 0},
+        {"0", 0, 0}, {"4096", 0, 4096}, {"512M", 0, 512 * MiB}, {"512m", 0, 512 * MiB}, {"3G", 0, 3 * GiB},
+        {"1K", 0, 1024}, {"1T", 0, 1024 * GiB}, {"8388608T", 0, BIT(63)}, {"8388609T", -EINVAL, 0},
+        {"9223372036854775808", 0, BIT(63)}, {"9223372036854775809", -EINVAL, 0}, {"18446744073709551616", -EINVAL, 0},
+        {"99999999999999999999999G", -EINVAL, 0}, {"", -EINVAL, 0}, {"M", -EINVAL, 0}, {"-1", -EINVAL, 0},
+        {"+1", -EINVAL, 0}, {" 1", -EINVAL, 0}, {"1 M", -EINVAL, 0}, {"1MB", -EINVAL, 0}, {"0x10", -EINVAL, 0},
+        {"1.5G", -EINVAL, 0}, {"1Q", -EINVAL, 0},
     };
     for (size_t i = 0; i < ARRAY_SIZE(cases); i++) {
         u64 bytes = 0;
@@ -94,7 +96,8 @@ static void defaults(void **state UNUSED)
 static void all_options(void **state UNUSED)
 {
     struct run_options o;
-    accepts(&o, "--engine interp --cpus 4 --memory=64M --kernel k --initrd i --append a=b --console none --no-reboot --status-file s --verbose");
+    accepts(&o, "--engine interp --cpus 4 --memory=64M --kernel k --initrd i --append a=b --console none --no-reboot "
+                "--status-file s --verbose");
     assert_string_equal(o.engine, "interp");
     assert_int_equal(o.cpus, 4);
     assert_int_equal(o.memory_bytes, 64 * MiB);
@@ -239,8 +242,9 @@ static void long_words(void **state UNUSED)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(sizes), cmocka_unit_test(defaults), cmocka_unit_test(all_options), cmocka_unit_test(too_many_disks), cmocka_unit_test(consoles),
-        cmocka_unit_test(traces), cmocka_unit_test(commands), cmocka_unit_test(wrong_values), cmocka_unit_test(unknown_options),
+        cmocka_unit_test(sizes), cmocka_unit_test(defaults), cmocka_unit_test(all_options),
+        cmocka_unit_test(too_many_disks), cmocka_unit_test(consoles), cmocka_unit_test(traces),
+        cmocka_unit_test(commands), cmocka_unit_test(wrong_values), cmocka_unit_test(unknown_options),
         cmocka_unit_test(long_words), cmocka_unit_test(disks),
     };
     return cmocka_run_group_tests_name("options", tests, NULL, NULL);

@@ -1,6 +1,6 @@
 /*
- * `doppel run` from the outside, on a machine without a processor (fake_vm.h): exit statuses, messages, streams, signals, terminals. Each run is a child
- * process; one that does not end in time is killed, and its test fails.
+ * `doppel run` from the outside, on a machine without a processor (fake_vm.h): exit statuses, messages, streams,
+ * signals, terminals. Each run is a child process; one that does not end in time is killed, and its test fails.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -25,7 +25,8 @@ static char guest_dir[64], scratch[64];
 
 struct child {
     pid_t pid;
-    int in, out, err;                                              /* our ends; with a terminal in and out are its master, err is -1 */
+    /* our ends; with a terminal in and out are its master, err is -1 */
+    int in, out, err;
     int slave;
     char text[2][400000];                                          /* what came: standard output, standard error */
     size_t len[2];
@@ -633,7 +634,8 @@ static void restored_on_every_exit(void **state UNUSED)
         const char *guest;
         int signo, expected;
     } ways[] = {
-        {"shell", SIGTERM, 0}, {"deaf", SIGQUIT, 128 + SIGQUIT}, {"shell", SIGHUP, 0}, {"deaf", SIGSEGV, -SIGSEGV}, {"deaf", SIGABRT, -SIGABRT},
+        {"shell", SIGTERM, 0}, {"deaf", SIGQUIT, 128 + SIGQUIT}, {"shell", SIGHUP, 0}, {"deaf", SIGSEGV, -SIGSEGV},
+        {"deaf", SIGABRT, -SIGABRT},
         {"deaf", SIGFPE, -SIGFPE},
     };
     for (size_t i = 0; i < ARRAY_SIZE(ways); i++) {
@@ -720,7 +722,10 @@ static void command_on_a_terminal(void **state UNUSED)
     assert_int_equal(finish(), 5);
 }
 
-/* As under timeout(1) in a shell: a job of its own, not the terminal's foreground. It must neither stop nor touch the terminal. */
+/*
+ * As under timeout(1) in a shell: a job of its own, not the terminal's foreground. It must neither stop nor touch the
+ * terminal.
+ */
 static void command_in_the_background(void **state UNUSED)
 {
     start_on_terminal_as(true, "run --quiet -- flags");
@@ -824,17 +829,21 @@ static int group_teardown(void **state UNUSED)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(powers_off), cmocka_unit_test(quiet_and_explicit_engine), cmocka_unit_test(guest_failures), cmocka_unit_test(host_failures),
-        cmocka_unit_test(usage), cmocka_unit_test(doctor_ends_well), cmocka_unit_test(missing_guest), cmocka_unit_test(command_line_of_the_kernel),
-        cmocka_unit_test(all_output_comes_out), cmocka_unit_test(closed_output_harms_nobody), cmocka_unit_test(end_of_input_does_not_end_the_guest),
-        cmocka_unit_test(console_file), cmocka_unit_test(first_sigterm_is_the_power_button), cmocka_unit_test(second_sigterm_ends),
-        cmocka_unit_test(two_sigterms_in_a_row), cmocka_unit_test(other_signals), cmocka_unit_test(sigterm_while_output_waits),
-        cmocka_unit_test(exit_statuses), cmocka_unit_test(separate_outputs), cmocka_unit_test(everything_arrives), cmocka_unit_test(input_to_output),
-        cmocka_unit_test(closed_streams), cmocka_unit_test(ends_are_passed_on), cmocka_unit_test(signals_to_the_command),
-        cmocka_unit_test(guest_fails_under_a_command), cmocka_unit_test(ctrl_a_x), cmocka_unit_test(restored_on_every_exit),
-        cmocka_unit_test(restored_after_crashes), cmocka_unit_test(works_while_the_guest_hangs), cmocka_unit_test(stop_and_continue),
-        cmocka_unit_test(window_size), cmocka_unit_test(command_on_a_terminal), cmocka_unit_test(command_in_the_background),
-        cmocka_unit_test(monitor_prompt), cmocka_unit_test(monitor_power),
+        cmocka_unit_test(powers_off), cmocka_unit_test(quiet_and_explicit_engine), cmocka_unit_test(guest_failures),
+        cmocka_unit_test(host_failures), cmocka_unit_test(usage), cmocka_unit_test(doctor_ends_well),
+        cmocka_unit_test(missing_guest), cmocka_unit_test(command_line_of_the_kernel),
+        cmocka_unit_test(all_output_comes_out), cmocka_unit_test(closed_output_harms_nobody),
+        cmocka_unit_test(end_of_input_does_not_end_the_guest), cmocka_unit_test(console_file),
+        cmocka_unit_test(first_sigterm_is_the_power_button), cmocka_unit_test(second_sigterm_ends),
+        cmocka_unit_test(two_sigterms_in_a_row), cmocka_unit_test(other_signals),
+        cmocka_unit_test(sigterm_while_output_waits), cmocka_unit_test(exit_statuses),
+        cmocka_unit_test(separate_outputs), cmocka_unit_test(everything_arrives), cmocka_unit_test(input_to_output),
+        cmocka_unit_test(closed_streams), cmocka_unit_test(ends_are_passed_on),
+        cmocka_unit_test(signals_to_the_command), cmocka_unit_test(guest_fails_under_a_command),
+        cmocka_unit_test(ctrl_a_x), cmocka_unit_test(restored_on_every_exit), cmocka_unit_test(restored_after_crashes),
+        cmocka_unit_test(works_while_the_guest_hangs), cmocka_unit_test(stop_and_continue),
+        cmocka_unit_test(window_size), cmocka_unit_test(command_on_a_terminal),
+        cmocka_unit_test(command_in_the_background), cmocka_unit_test(monitor_prompt), cmocka_unit_test(monitor_power),
         cmocka_unit_test(keys_from_a_pipe),
     };
     return cmocka_run_group_tests_name("run", tests, group_setup, group_teardown);
