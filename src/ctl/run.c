@@ -46,6 +46,7 @@ static void on_vm_ended(void *arg, const struct vm_result *r)
     run->ended = true;
     run->end = r->end;
     snprintf(run->host_error, sizeof(run->host_error), "%s", r->message);
+    run->exit_value = r->value;
     run->shutdown_vcpu = r->vcpu;
     run->shutdown_x86 = r->x86;
     if (run->console)
@@ -293,6 +294,7 @@ static int open_vm(struct run *run, const struct engine *engine)
         .kernel = o->kernel ? o->kernel : run->guest.kernel,
         .initrd = o->initrd ? o->initrd : o->kernel ? NULL : run->guest.initrd,
         .cmdline = run->cmdline, .disk = o->disk, .disks = o->disks, .serial = run->serial,
+        .debug_exit = o->debug_exit,
         .no_reboot = o->no_reboot || o->command,                   /* a command is not run twice */
         .trace = {.mask = o->trace_mask, .file = run->trace_file ? run->trace_file : run->stderr_stream},
         .log = &run->log, .loop = run->loop, .ended = on_vm_ended, .ended_arg = run,

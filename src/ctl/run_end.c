@@ -96,6 +96,10 @@ void run_end(struct run *run, struct status *s)
     case VM_END_POWEROFF: case VM_END_RESET:
         ended_in_order(run, s);
         break;
+    case VM_END_DEBUG_EXIT:
+        *s = (struct status){.status = (int)((run->exit_value << 1 | 1) & 0xff), .end = "debug-exit", .failed = "none",
+                             .reason = "the guest wrote to the debug exit port"};
+        break;
     case VM_END_QUIT:
         ended_by_request(run, s);
         break;

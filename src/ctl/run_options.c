@@ -141,6 +141,12 @@ static int set_no_reboot(void *target, const char *value UNUSED)
     return 0;
 }
 
+static int set_debug_exit(void *target, const char *value UNUSED)
+{
+    ((struct run_options *)target)->debug_exit = true;
+    return 0;
+}
+
 static int set_quiet(void *target, const char *value UNUSED)
 {
     ((struct run_options *)target)->quiet = true;
@@ -168,10 +174,13 @@ const struct option run_option_table[] = {
      "there, and there is no input. unix:PATH: a socket that takes one client at a time. With a COMMAND the default is none, and the last lines are shown if the "
      "guest fails.", false, set_console},
     {"no-reboot", NULL, "Ends when the guest resets itself, instead of booting it again.", false, set_no_reboot},
+    {"debug-exit", NULL, "For kernels under test: a write of V to port 0xf4 (1, 2 or 4 bytes) ends doppel with the exit "
+     "status (V << 1) | 1, of which a process keeps the lowest 8 bits, and bytes written to port 0xe9 go where the serial "
+     "console goes.", false, set_debug_exit},
     {"trace", "LIST[,file=FILE]", "Writes a line for each event of the kinds in LIST: exits, faults, interrupts, msr, pio, mmio, cr3, insn, or all; with guest time and "
      "processor, to FILE or standard error.", false, set_trace},
     {"status-file", "FILE", "Writes how the run ended to FILE, when it has ended: lines \"status=N\" (the exit status), \"end=\" (exited, poweroff, reset, quit, panic, "
-     "triple-fault, host-error, usage), \"failed=\" (none, command, guest, host, user: which side did) and \"reason=\".", false, set_status_file},
+     "triple-fault, debug-exit, host-error, usage), \"failed=\" (none, command, guest, host, user: which side did) and \"reason=\".", false, set_status_file},
     {"quiet", NULL, "Says nothing but errors on standard error.", false, set_quiet},
     {"verbose", NULL, "Says more: how long booting took and, with a COMMAND, the kernel's messages.", false, set_verbose},
 };

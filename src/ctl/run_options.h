@@ -15,7 +15,7 @@ struct run_options {
     unsigned disks;
     enum console_kind console;
     const char *console_path;                                      /* of CONSOLE_FILE and CONSOLE_UNIX */
-    bool no_reboot, quiet, verbose;
+    bool no_reboot, debug_exit, quiet, verbose;
     u32 trace_mask;
     const char *trace_file;                                        /* NULL: standard error */
     const char *status_file;

@@ -42,6 +42,7 @@ struct run {
     bool ended;
     enum vm_end end;
     char host_error[512];
+    u32 exit_value;                                                /* of the debug exit port */
     unsigned shutdown_vcpu;                                        /* of a triple fault */
     const struct x86 *shutdown_x86;                                /* the VM's */
     u64 started_ns, running_ns;                                    /* host's monotonic clock */

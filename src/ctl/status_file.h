@@ -2,7 +2,7 @@
  * --status-file: how a run ended, for programs. Lines "key=value":
  *
  *   status=N     doppel's exit status
- *   end=WORD     exited (the command), poweroff, reset, quit, panic, triple-fault, host-error, usage
+ *   end=WORD     exited (the command), poweroff, reset, quit, panic, triple-fault, debug-exit, host-error, usage
  *   failed=WORD  whose fault it is: none, command (a status other than 0), guest, host, user (quit, usage)
  *   reason=TEXT  to the end of the line
  *

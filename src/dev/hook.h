@@ -1,5 +1,5 @@
 /*
- * What a chip tells the machine beyond interrupts: reset, power-off, a panic of the guest.
+ * What a chip tells the machine beyond interrupts: reset, power-off, a panic of the guest, its own end.
  *
  * Called on the thread of the access with the chip's lock held: the receiver only records the event and wakes whoever acts on it.
  */
@@ -15,6 +15,7 @@ enum machine_event {
 struct machine_hook {
     void (*fn)(void *arg, enum machine_event what);
     void *arg;
+    void (*exit)(void *arg, unsigned value);                       /* debug_exit: ended by the guest; NULL: ignored */
 };
 static inline void machine_tell(const struct machine_hook *h, enum machine_event what)
 {

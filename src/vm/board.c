@@ -7,6 +7,7 @@
  *   0x000c0000  RAM, reserved from 0xe0000 (ACPI tables)      0x0060 0x0064         i8042
  *   0x00100000  RAM up to 3 GiB                               0x0070 0x0071         mc146818
  *   0xc0000000  PCI memory window                             0x0080 0x0092 0x00ed  POST and delay ports, fast reset
+ *                                                             0x00e9 0x00f4         debug console, debug exit (--debug-exit)
  *   0xe0000000  PCI configuration (ECAM), bus 0               0x02f8 0x03f8         ns16550 COM2, COM1
  *   0xfec00000  I/O APIC                                      0x03b0 to 0x03df      VGA registers
  *   0xfee00000  local APIC (each vCPU's own), MSI             0x0505                pvpanic
@@ -27,6 +28,8 @@
 #include "cpu/cpuid.h"
 #include "cpu/vcpu.h"
 #include "dev/acpi_pm.h"
+#include "dev/debug_exit.h"
+#include "dev/debugcon.h"
 #include "dev/i8042.h"
 #include "dev/i8254.h"
 #include "dev/i8259.h"
@@ -212,6 +215,18 @@ static int build_legacy(struct board *b, struct machine_hook hook)
     return 0;
 }
 
+static int build_debug(struct board *b, struct machine_hook hook)
+{
+    struct debugcon *con;
+    struct debug_exit *end;
+
+    if (!b->config->debug_exit)
+        return 0;
+    BUILD(con, debugcon_new(b->m->pio, DEBUGCON_PORT, b->config->serial, b->config->log, &con));
+    BUILD(end, debug_exit_new(b->m->pio, DEBUG_EXIT_PORT, hook, &end));
+    return 0;
+}
+
 static int build_pci(struct board *b, struct machine_hook hook)
 {
     struct pci_config cfg = { .pio = b->m->pio, .mmio = b->m->mmio, .msi = lapic_bus_msi(b->lapics), .io = { PCI_IO_BASE, PCI_IO_SIZE },
@@ -288,6 +303,8 @@ int board_new(const struct vm_config *config, struct machine *m, struct machine_
         r = build_interrupts(b);
     if (r == 0)
         r = build_legacy(b, hook);
+    if (r == 0)
+        r = build_debug(b, hook);
     if (r == 0)
         r = build_pci(b, hook);
     if (r == 0)

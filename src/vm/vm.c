@@ -88,6 +88,18 @@ static void on_machine_event(void *arg, enum machine_event what)
     }
 }
 
+/* The first value counts: the guest executes nothing after the store, but another vCPU may be in its own. */
+static void on_debug_exit(void *arg, unsigned value)
+{
+    struct vm *vm = arg;
+
+    pthread_mutex_lock(&vm->lock);
+    if (!vm->end_wanted)
+        vm->result.value = value;
+    pthread_mutex_unlock(&vm->lock);
+    vm_post_end(vm, VM_END_DEBUG_EXIT);
+}
+
 static void on_vcpu_stopped(void *arg, struct vcpu *v, int why, const char *message)
 {
     struct vm *vm = arg;
@@ -186,7 +198,7 @@ static int vm_machine_open(struct vm *vm)
         return r;
     if (c->engine->cpuid_limit)
         c->engine->cpuid_limit(m->cpuid);
-    r = board_new(c, m, (struct machine_hook){ on_machine_event, vm }, &vm->board);
+    r = board_new(c, m, (struct machine_hook){ .fn = on_machine_event, .arg = vm, .exit = on_debug_exit }, &vm->board);
     if (r < 0)
         return r;
     r = c->engine->machine_open(m);

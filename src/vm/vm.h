@@ -40,6 +40,7 @@ enum vm_end {
     VM_END_RESET,         /* the guest reset itself and config.no_reboot is set */
     VM_END_PANIC,         /* pvpanic */
     VM_END_TRIPLE_FAULT,  /* the CPU's state is in vm_result.x86 */
+    VM_END_DEBUG_EXIT,    /* the guest wrote to the debug exit port; vm_result.value says what */
     VM_END_QUIT,          /* vm_quit() */
     VM_END_HOST_ERROR,    /* vm_result.message says what */
 };
@@ -49,6 +50,7 @@ struct vm_result {
     unsigned vcpu;                 /* which one shut down, for VM_END_TRIPLE_FAULT */
     const struct x86 *x86;         /* its state, else NULL */
     const char *message;           /* for VM_END_HOST_ERROR, else "" */
+    u32 value;                     /* for VM_END_DEBUG_EXIT */
 };
 
 struct vm_config {
@@ -62,6 +64,7 @@ struct vm_config {
     const struct vm_port *port;
     unsigned ports;                                                /* of the virtio console; 0: the board has no virtio console */
     bool no_reboot;
+    bool debug_exit;                                               /* the board has a debug exit port and a debug console */
     struct trace trace;                                            /* clock is filled in by vm_new; mask may be 0 */
     const struct log *log;
     struct loop *loop;

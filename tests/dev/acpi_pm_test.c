@@ -26,7 +26,7 @@ static int setup(void **state UNUSED)
     bench_open(&bench);
     sci = (struct wire){ 0 };
     told = 0;
-    return acpi_pm_new(bench.pio, BASE, bench.clock, wire_line(&sci), (struct machine_hook){ tell, &told }, &pm);
+    return acpi_pm_new(bench.pio, BASE, bench.clock, wire_line(&sci), (struct machine_hook){ .fn = tell, .arg = &told }, &pm);
 }
 
 static int teardown(void **state UNUSED)
