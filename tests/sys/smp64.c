@@ -362,7 +362,7 @@ static void signals(void)
     for (int i = 0; i < 10000; i++)
         pause();
     u64 v = ap_value;
-    for (int i = 0; i < 100000 && ap_value == v; i++)
+    for (u32 i = 0; i < 400000000 && ap_value == v; i++)
         pause();
     must("runs", ap_value != v);
     ap_job = JOB_NONE;

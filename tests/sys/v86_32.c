@@ -136,6 +136,8 @@ static void sensitive(void)
     idt_default(OF);
 }
 
+static u32 v86_flags, v86_cs;
+
 static void privileged(void)
 {
     static const struct {
@@ -170,6 +172,23 @@ static void privileged(void)
         eq_trap(GP, 0);
         write_cr4(read_cr4() & ~(ulong)CR4_UMIP);
     }
+    test("v86: VEX is #UD");
+    memcpy(code, (const u8[]){0xc5, 0xf8, 0x77, 0xf4}, 4);
+    asm volatile(V86("ljmpw $0x8800, $0") ::: "memory");
+    eq_trap(UD, NONE);
+    test("v86: SYSENTER with SYSENTER_CS null is #GP(0), else it enters protected mode at CPL 0 (SDM 2B)");
+    wrmsr(MSR_SYSENTER_CS, 0);
+    asm volatile(V86("sysenter") ::: "memory");
+    eq_trap(GP, 0);
+    wrmsr(MSR_SYSENTER_CS, KCS);
+    wrmsr(MSR_SYSENTER_ESP, (ulong)ring0_stack_end);
+    asm volatile("movl $9972f, %%eax; xorl %%edx, %%edx; movl $0x176, %%ecx; wrmsr\n\t"
+                 TRY("pushl $0x9000; pushl $0x9000; pushl $0x9000; pushl $0x9000; pushl $0x9000; pushl $0xf000; pushl $0x20202; pushl $0x800; pushl $9970f - 0x8000; iretl\n"
+                     ".code16\n9970: sysenter\n.code32\n9972: pushfl; popl %%eax; movl %%cs, %%ecx; movl $0x23, %%edx; movl %%edx, %%ds; movl %%edx, %%es; xorl %%edx, %%edx; movl %%edx, %%fs; movl %%edx, %%gs")
+                 : "=a"(v86_flags), "=c"(v86_cs)::"edx", "memory", "cc");
+    eq_trap(NONE, NONE);
+    eq("CS", v86_cs, KCS);
+    eq("VM, IF", v86_flags & (F_VM | F_IF), 0);
     test("v86: ports are asked of the I/O map whatever the IOPL");
     for (int iopl = 0; iopl <= 3; iopl += 3) {
         user_flags = F_1 | IOPL(iopl);
