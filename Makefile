@@ -10,7 +10,8 @@ CC      := gcc
 endif
 
 CFLAGS  ?= -O2 -g
-override CFLAGS += -std=gnu17 -Wall -Wextra -Werror -fno-strict-aliasing -fno-common -pthread -Isrc -DDOPPEL_VERSION='"$(VERSION)"' $(SANITIZE)
+override CFLAGS += -std=gnu17 -Wall -Wextra -Werror -fno-strict-aliasing -fno-common -pthread -Isrc \
+	-DDOPPEL_VERSION='"$(VERSION)"' $(SANITIZE)
 LDLIBS  := -lZydis -lZycore -lpthread
 SETUP   := scripts/setup
 # In parallel unless the user says how (-j on the command line wins).
@@ -35,7 +36,8 @@ help:
 	@echo 'Variables: CC, CFLAGS, B (build folder), SANITIZE, V=1 (show commands)'
 
 # ---- what is needed, and what changed ----
-# Stamps: packages are looked at when scripts/setup changed or $(B) is new; objects are made anew when compiler, flags or the list of sources changed.
+# Stamps: packages are looked at when scripts/setup changed or $(B) is new; objects are made anew when compiler or flags
+# changed, the library when the list of sources did.
 $(B)/setup-%: $(SETUP)
 	@mkdir -p $(@D)
 	$(Q)$(SETUP) $* && touch $@
@@ -85,9 +87,10 @@ run: $(B)/doppel guest
 	$(Q)$(B)/doppel run
 
 # ---- tests ----
-# unit and dev tests run under ASan and UBSan, in a build folder of their own; fuzz targets are clang's and have a third one.
+# unit and dev tests run under ASan and UBSan, in a build folder of their own; fuzz targets are clang's, in a third one.
 # gcc itself says that these warnings are unreliable in sanitized code; the plain build has them.
-ASAN_WARN := $(if $(findstring clang,$(CC)),,-Wno-array-bounds -Wno-maybe-uninitialized -Wno-stringop-overflow -Wno-stringop-overread -Wno-stringop-truncation)
+ASAN_WARN := $(if $(findstring clang,$(CC)),,-Wno-array-bounds -Wno-maybe-uninitialized -Wno-stringop-overflow \
+	-Wno-stringop-overread -Wno-stringop-truncation)
 ASAN := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 PROGRAMS = $(patsubst tests/%.c,$(B)/tests/%,$(wildcard $(1)))
 ASAN_TESTS := $(call PROGRAMS,tests/unit/*_test.c tests/dev/*_test.c tests/hostile/*_test.c)
@@ -126,7 +129,9 @@ fuzz: $(B)/setup-test
 SOAK ?= 10
 soak: $(B)/setup-test
 	$(Q)$(MAKE) --no-print-directory test-programs guest-standard
-	$(Q)for i in $$(seq $(SOAK)); do echo "soak: round $$i of $(SOAK)"; tests/run --build $(B) --fuzz-seconds $(SECONDS) $(T) || exit 1; done
+	$(Q)for i in $$(seq $(SOAK)); do \
+		echo "soak: round $$i of $(SOAK)"; tests/run --build $(B) --fuzz-seconds $(SECONDS) $(T) || exit 1; \
+	done
 
 bench: $(B)/setup-bench $(B)/doppel guest
 	$(Q)bench/run $(BENCH) $(B)/doppel

@@ -1,12 +1,13 @@
 /*
  * Process 1 of the default guest.
  *
- * Mounts the kernel's file systems, loads the modules that /etc/modules lists, then either keeps a shell on the console, or (doppel.run=1) runs the one
- * command that the host sends, with its standard streams carried over ports of the virtio console (protocol.h). It reaps orphans, obeys the power
- * button and the signals of busybox's poweroff, halt and reboot, and ends the machine in order: processes stopped, disks synced and unmounted.
+ * Mounts the kernel's file systems, loads the modules that /etc/modules lists, then either keeps a shell on the
+ * console, or (doppel.run=1) runs the one command that the host sends, with its standard streams carried over ports of
+ * the virtio console (protocol.h). It reaps orphans, obeys the power button and the signals of busybox's poweroff, halt
+ * and reboot, and ends the machine in order: processes stopped, disks synced and unmounted.
  *
- * One thread, one poll() loop, nothing that blocks: every descriptor of a port or a pipe is non-blocking, so that a stalled stream stalls only itself.
- * Left out: services, users, getty, network set-up beyond the loopback.
+ * One thread, one poll() loop, nothing that blocks: every descriptor of a port or a pipe is non-blocking, so that a
+ * stalled stream stalls only itself. Left out: services, users, getty, network set-up beyond the loopback.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -40,8 +41,8 @@
 
 #define CHUNK 65536
 #define STOP_MS 2000                                               /* between SIGTERM and SIGKILL at shutdown */
-#define OWN_END_MS 200                                             /* the command called poweroff: until it gets SIGTERM */
-#define COMMAND_STOP_MS 5000                                       /* the same for the command, when the power button is pressed */
+#define OWN_END_MS 200                                          /* the command called poweroff: until it gets SIGTERM */
+#define COMMAND_STOP_MS 5000                            /* the same for the command, when the power button is pressed */
 #define PORT_RETRY_MS 20
 #define PIPE_BYTES (256 << 10)
 #define BUTTONS_MAX 8
@@ -49,9 +50,9 @@
 /* One direction of a stream: what came from src waits in buf until dst takes it. */
 struct pump {
     int src, dst;                                                  /* -1: closed */
-    bool port_src;                                                 /* a port gives 0 while the host has not connected it: no end */
+    bool port_src;                                      /* a port gives 0 while the host has not connected it: no end */
     bool until_empty;                                              /* src ends where nothing is left in it */
-    bool eof;                                                      /* src has ended; buf may still hold its last bytes */
+    bool eof;                                                     /* src has ended; buf may still hold its last bytes */
     bool broken;                                                   /* nobody reads dst: discard */
     uint64_t limit;                                                /* src ends after so many bytes */
     uint64_t taken, given;                                         /* bytes from src, to dst */
@@ -91,7 +92,7 @@ struct init {
     int64_t kill_at;                                               /* what still runs then is killed; 0: no haste */
     int kill_with;                                                 /* the command, by this signal */
     bool stopping;                                                 /* all processes were told to end */
-    bool port_down;                                                /* the host has not connected a port: look again soon */
+    bool port_down;                                             /* the host has not connected a port: look again soon */
     struct ctl ctl;
     struct command cmd;
 };
@@ -139,7 +140,8 @@ static void mount_all(void)
     mount_one("tmpfs", "/dev/shm", MS_NOSUID | MS_NODEV, "mode=1777");
     mount_one("tmpfs", "/run", MS_NOSUID | MS_NODEV, "mode=0755");
     mount_one("tmpfs", "/tmp", MS_NOSUID | MS_NODEV, "mode=1777");
-    if (symlink("/proc/self/fd", "/dev/fd") || symlink("fd/0", "/dev/stdin") || symlink("fd/1", "/dev/stdout") || symlink("fd/2", "/dev/stderr"))
+    if (symlink("/proc/self/fd", "/dev/fd") || symlink("fd/0", "/dev/stdin") || symlink("fd/1", "/dev/stdout") ||
+        symlink("fd/2", "/dev/stderr"))
         say("/dev/fd: %s", strerror(errno));
 }
 
@@ -324,7 +326,7 @@ static bool pump_fill(struct pump *p)
         p->done = 0;
         p->have = n;
         p->taken += n;
-        p->eof = p->taken == p->limit;                             /* now: nothing that still comes would wake us up for it */
+        p->eof = p->taken == p->limit;                       /* now: nothing that still comes would wake us up for it */
         return true;
     }
     if (n < 0 && (errno == EAGAIN || errno == EINTR))
@@ -407,7 +409,8 @@ static void ctl_flush(struct ctl *c)
 static void unmount_all(void)
 {
     struct mount_point { struct mount_point *next; char dir[]; } *list = NULL, *m;
-    static const char *const keep[] = { "rootfs", "proc", "sysfs", "devtmpfs", "devpts", "tmpfs", "cgroup", "cgroup2", NULL };
+    static const char *const keep[] = { "rootfs", "proc", "sysfs", "devtmpfs", "devpts", "tmpfs", "cgroup",
+                                        "cgroup2", NULL };
     FILE *f = setmntent("/proc/self/mounts", "re");
     struct mntent *e;
 
@@ -449,7 +452,8 @@ static void stop_all(struct init *s)
     s->kill_at = now_ms() + STOP_MS;
 }
 
-/* The power button, or (own) poweroff, reboot, halt. A command is asked to end first, so that its status still reaches the host. */
+/* The power button, or (own) poweroff, reboot, halt. A command is asked to end first, so that its status still reaches
+ * the host. */
 static void end_request(struct init *s, int how, bool own)
 {
     bool again = s->how;
@@ -471,7 +475,7 @@ static void kill_rest(struct init *s)
     if (s->stopping) {
         kill(-1, SIGKILL);
         for (int i = 0; i < 100 && waitpid(-1, NULL, WNOHANG) >= 0; i++)
-            usleep(i * 200);                                       /* one that hangs in the kernel does not hold us up */
+            usleep(i * 200);                                      /* one that hangs in the kernel does not hold us up */
         finish(s);
     } else if (s->cmd.state == CMD_RUNNING) {
         kill(-s->cmd.pid, s->kill_with);
@@ -507,7 +511,7 @@ static void child_defaults(void)
 
 static void shell_start(struct init *s)
 {
-    s->shell_at = now_ms() + 1000;                                 /* one that ends at once is not started again at once */
+    s->shell_at = now_ms() + 1000;                              /* one that ends at once is not started again at once */
     s->shell = fork();
     if (s->shell)
         return;
@@ -575,7 +579,7 @@ static bool open_streams(struct command *c, const struct msg_run *run, int fd[3]
         if (openpty(&c->master, &c->slave, NULL, NULL, run->rows && run->cols ? &w : NULL))
             return false;
         fcntl(c->master, F_SETFD, FD_CLOEXEC);
-        fcntl(c->slave, F_SETFD, FD_CLOEXEC);                      /* kept open: no hang-up while nobody else has it open */
+        fcntl(c->slave, F_SETFD, FD_CLOEXEC);                  /* kept open: no hang-up while nobody else has it open */
         fcntl(c->master, F_SETFL, O_RDWR | O_NONBLOCK);
         fd[0] = fd[1] = fd[2] = c->slave;
         pump_init(&c->in, c->port[0], fcntl(c->master, F_DUPFD_CLOEXEC, 3));

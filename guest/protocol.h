@@ -1,20 +1,24 @@
 /*
  * What doppel and the default guest's init say to each other. Both sides include this file.
  *
- * Kernel parameters (read by init from /proc/cmdline; NAME=VALUE without a dot reaches its environment by way of the kernel):
- *   doppel.run=1             command mode: wait for the port doppel.ctl and run what it says; without it, a shell on the console
+ * Kernel parameters (read by init from /proc/cmdline; NAME=VALUE without a dot reaches its environment by way of the
+ * kernel):
+ *   doppel.run=1             command mode: wait for the port doppel.ctl and run what it says; else a shell
  *   doppel.rows=N, .cols=N   size of the terminal behind the serial console, where known
  *   TERM=NAME                its kind
  *
- * Ports of the virtio console, found by name (/sys/class/virtio-ports/X/name). Each is open on the host's side from the start; the host sends on a
- * port only after the guest has opened it (Linux discards what comes earlier) and never closes one.
- *   doppel.ctl      messages in both directions, as below; also offered, but not needed, in shell mode (WINSIZE then means the console)
- *   doppel.stdin    bytes to the command; doppel.stdout, doppel.stderr bytes from it. With RUN_TTY all output is on doppel.stdout.
+ * Ports of the virtio console, found by name (/sys/class/virtio-ports/X/name). Each is open on the host's side from the
+ * start; the host sends on a port only after the guest has opened it (Linux discards what comes earlier) and never
+ * closes one.
+ *   doppel.ctl      messages in both directions, as below; may be there in shell mode too (WINSIZE: the console)
+ *   doppel.stdin    bytes to the command
+ *   doppel.stdout, doppel.stderr     bytes from it; with RUN_TTY all output is on doppel.stdout
  *
- * Ports are not ordered among each other, so every end of a stream is told on doppel.ctl with the count of bytes that belong to it: the receiver
- * takes exactly as many from the port, however late they come. EXITED is sent when the command has ended and its counts are known, maybe before the
- * last bytes of output. When the host has taken all of them from the ports (it may discard them), it answers DONE: only then is nothing left in a
- * queue that would be lost with the guest, which syncs, unmounts and switches the machine off.
+ * Ports are not ordered among each other, so every end of a stream is told on doppel.ctl with the count of bytes that
+ * belong to it: the receiver takes exactly as many from the port, however late they come. EXITED is sent when the
+ * command has ended and its counts are known, maybe before the last bytes of output. When the host has taken all of
+ * them from the ports (it may discard them), it answers DONE: only then is nothing left in a queue that would be lost
+ * with the guest, which syncs, unmounts and switches the machine off.
  *
  *   guest                                    host
  *   READY                          ------>
@@ -25,9 +29,9 @@
  *                                  <------   DONE
  *   (power off)
  *
- * A message is struct msg_head and len bytes of payload. All integers are little-endian, all structs without padding. Unknown types are
- * skipped. A message longer than MSG_MAX, or one that does not parse, is an error of the sender: the guest reports EXITED with EXIT_PROTOCOL; the host
- * treats it as a failure of the guest (the guest is not trusted).
+ * A message is struct msg_head and len bytes of payload. All integers are little-endian, all structs without padding.
+ * Unknown types are skipped. A message longer than MSG_MAX, or one that does not parse, is an error of the sender: the
+ * guest reports EXITED with EXIT_PROTOCOL; the host treats it as a failure of the guest (the guest is not trusted).
  */
 #pragma once
 
@@ -63,8 +67,8 @@ enum msg_type {
     MSG_EXITED = 68,       /* struct msg_exited; the last message */
 };
 
-#define RUN_TTY 1u                                                 /* run it on a pseudo-terminal: one terminal for input, output and errors */
-#define RUN_STDIN_CLOSED 2u                                        /* the caller has no standard input, output, error at all: /dev/null, */
+#define RUN_TTY 1u                          /* run it on a pseudo-terminal: one terminal for input, output and errors */
+#define RUN_STDIN_CLOSED 2u                     /* the caller has no standard input, output, error at all: /dev/null, */
 #define RUN_STDOUT_CLOSED 4u                                       /* or for outputs a pipe that nobody reads */
 #define RUN_STDERR_CLOSED 8u
 
@@ -72,8 +76,8 @@ struct msg_run {
     uint32_t flags;                                                /* RUN_* */
     uint16_t rows, cols;                                           /* with RUN_TTY; 0: not known */
     uint32_t argc, envc;                                           /* argc >= 1 */
-    /* Then 1 + argc + envc strings, each with its NUL, nothing behind: working directory ("": the default, /root), arguments, NAME=VALUE added to
-     * the command's environment (TERM, ...). */
+    /* Then 1 + argc + envc strings, each with its NUL, nothing behind: working directory ("": the default, /root),
+     * arguments, NAME=VALUE added to the command's environment (TERM, ...). */
 };
 struct msg_count {
     uint64_t bytes;                                                /* since the start */
@@ -89,12 +93,12 @@ struct msg_ready {
 };
 struct msg_exited {
     uint32_t how;                                                  /* enum exit_how */
-    uint32_t code;                                                 /* EXIT_STATUS: 0..255; EXIT_SIGNAL: its number; EXIT_EXEC, EXIT_PROTOCOL: an errno */
+    uint32_t code;                /* EXIT_STATUS: 0..255; EXIT_SIGNAL: its number; EXIT_EXEC, EXIT_PROTOCOL: an errno */
     uint64_t stdout_bytes, stderr_bytes;                           /* all that the host will get on these ports */
 };
 enum exit_how {
     EXIT_STATUS = 0,
     EXIT_SIGNAL = 1,
-    EXIT_EXEC = 2,                                                 /* could not be started: doppel exits with 127 for ENOENT, else with 126, as sh does */
+    EXIT_EXEC = 2,               /* could not be started: doppel exits with 127 for ENOENT, else with 126, as sh does */
     EXIT_PROTOCOL = 3,                                             /* the guest did not understand the host */
 };

@@ -1,8 +1,8 @@
 /*
  * The ACPI tables (ACPI specification 6.4; section numbers below are its). See acpi.h.
  *
- * All tables are built in one buffer that mirrors ACPI_BASE.., then written to the guest. The DSDT is the little that an operating system cannot find out
- * by itself: power-off, the PCI windows and interrupt routing, and the ISA devices.
+ * All tables are built in one buffer that mirrors ACPI_BASE.., then written to the guest. The DSDT is the little that
+ * an operating system cannot find out by itself: power-off, the PCI windows and interrupt routing, and the ISA devices.
  * Left out: processors as devices (the MADT lists them), sleep states but S5, GPE methods, thermal and battery devices.
  */
 #include "vm/acpi.h"
@@ -66,11 +66,13 @@ struct fadt {                                                      /* 5.2.9 */
     u16 arm_boot_arch;
     u8 minor_version;
     u64 x_facs, x_dsdt;
-    struct gas x_pm1a_evt, x_pm1b_evt, x_pm1a_cnt, x_pm1b_cnt, x_pm2_cnt, x_pm_tmr, x_gpe0, x_gpe1, sleep_control, sleep_status;
+    struct gas x_pm1a_evt, x_pm1b_evt, x_pm1a_cnt, x_pm1b_cnt, x_pm2_cnt, x_pm_tmr, x_gpe0, x_gpe1;
+    struct gas sleep_control, sleep_status;
     u64 hypervisor;
 } PACKED;
 _Static_assert(sizeof(struct fadt) == 276, "FADT of revision 6");
-enum { FADT_WBINVD = 1 << 0, FADT_PROC_C1 = 1 << 2, FADT_SLP_BUTTON = 1 << 5, FADT_FIX_RTC = 1 << 6, FADT_TMR_VAL_EXT = 1 << 8, FADT_RESET_REG_SUP = 1 << 10 };
+enum { FADT_WBINVD = 1 << 0, FADT_PROC_C1 = 1 << 2, FADT_SLP_BUTTON = 1 << 5, FADT_FIX_RTC = 1 << 6 };
+enum { FADT_TMR_VAL_EXT = 1 << 8, FADT_RESET_REG_SUP = 1 << 10 };
 enum { BOOT_LEGACY_DEVICES = 1 << 0, BOOT_8042 = 1 << 1, BOOT_NO_VGA = 1 << 2, BOOT_NO_RTC = 1 << 5 };
 
 struct facs {                                                      /* 5.2.10 */
@@ -252,7 +254,8 @@ static void isa_devices(struct aml *a, const struct acpi_config *c)
         isa_device(a, "PEVT", "QEMU0001", c->pvpanic_port, 1, 0, -1);
 }
 
-/* What belongs to the board and to no device: operating systems keep their hands off it, and trust ECAM only if it is listed here. */
+/* What belongs to the board and to no device: operating systems keep their hands off it, and trust ECAM only if it is
+ * listed here. */
 static void board_resources(struct aml *a, const struct acpi_config *c)
 {
     device_begin(a, "MRES", "PNP0C02");
@@ -309,7 +312,8 @@ static u32 write_facs(struct area *ar)
 
 static struct gas io_gas(u16 port, unsigned bits, u8 access)
 {
-    return port ? (struct gas){ .space = GAS_IO, .width = (u8)bits, .access = access, .address = port } : (struct gas){ 0 };
+    return port ? (struct gas){ .space = GAS_IO, .width = (u8)bits, .access = access, .address = port }
+                : (struct gas){ 0 };
 }
 
 static u32 write_fadt(struct area *ar, const struct acpi_config *c, u32 facs, u32 dsdt)
@@ -317,7 +321,7 @@ static u32 write_fadt(struct area *ar, const struct acpi_config *c, u32 facs, u3
     struct fadt f = {
         .facs = facs,
         .dsdt = dsdt,
-        .pm_profile = 1,                                           /* desktop */
+        .pm_profile = 1, /* desktop */
         .sci_int = c->sci_irq,
         .smi_cmd = c->smi_cmd,
         .acpi_enable = c->acpi_enable,
@@ -330,12 +334,13 @@ static u32 write_fadt(struct area *ar, const struct acpi_config *c, u32 facs, u3
         .pm1_cnt_len = 2,
         .pm_tmr_len = 4,
         .gpe0_len = c->gpe0_len,
-        .p_lvl2_lat = 0xffff,                                      /* no C2, no C3 */
+        .p_lvl2_lat = 0xffff, /* no C2, no C3 */
         .p_lvl3_lat = 0xffff,
         .century = c->rtc_century,
-        .boot_arch = BOOT_LEGACY_DEVICES | (c->i8042 ? BOOT_8042 : 0) | (c->vga ? 0 : BOOT_NO_VGA) | (c->rtc ? 0 : BOOT_NO_RTC),
-        .flags = FADT_WBINVD | FADT_PROC_C1 | FADT_SLP_BUTTON | FADT_FIX_RTC | (c->pm_timer_32bit ? FADT_TMR_VAL_EXT : 0) |
-                 (c->reset_port ? FADT_RESET_REG_SUP : 0),
+        .boot_arch =
+            BOOT_LEGACY_DEVICES | (c->i8042 ? BOOT_8042 : 0) | (c->vga ? 0 : BOOT_NO_VGA) | (c->rtc ? 0 : BOOT_NO_RTC),
+        .flags = FADT_WBINVD | FADT_PROC_C1 | FADT_SLP_BUTTON | FADT_FIX_RTC |
+                 (c->pm_timer_32bit ? FADT_TMR_VAL_EXT : 0) | (c->reset_port ? FADT_RESET_REG_SUP : 0),
         .reset_reg = io_gas(c->reset_port, 8, ACCESS_BYTE),
         .reset_value = c->reset_value,
         .minor_version = 4,
@@ -473,7 +478,8 @@ int acpi_write(struct ram *ram, const struct acpi_config *c, u64 *rsdp_gpa)
     write_rsdp(ar, rsdt, xsdt);
 
     if (ar->out.full)
-        rc = err(-ENOSPC, "the ACPI tables of %u vCPUs do not fit into %u KiB; use fewer --cpus", c->vcpus, ACPI_SIZE / 1024);
+        rc = err(-ENOSPC, "the ACPI tables of %u vCPUs do not fit into %u KiB; use fewer --cpus", c->vcpus,
+                 ACPI_SIZE / 1024);
     else if (ram_write(ram, ACPI_BASE, ar->buf, ar->out.pos))
         rc = err(-EFAULT, "no memory at 0x%x for the ACPI tables; use a larger --memory", ACPI_BASE);
     *rsdp_gpa = ACPI_BASE;

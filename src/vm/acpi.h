@@ -1,8 +1,9 @@
 /*
  * ACPI tables (ACPI specification 6.4): what the board is, told to the guest. RSDP, XSDT, FADT, FACS, DSDT, MADT, MCFG.
  *
- * The board fills struct acpi_config; every address and interrupt number comes from there. The tables lie in the BIOS area, where old systems look
- * for them, in RAM that the e820 map reserves. Called while vCPUs stand still, again at each reset.
+ * The board fills struct acpi_config; every address and interrupt number comes from there. The tables lie in the BIOS
+ * area, where old systems look for them, in RAM that the e820 map reserves. Called while vCPUs stand still, again at
+ * each reset.
  */
 #pragma once
 
@@ -34,7 +35,7 @@ struct acpi_config {
     bool pm_timer_32bit;
     u16 gpe0;                                                      /* gpe0_len ports: status, enable */
     u8 gpe0_len;                                                   /* even; 0: none */
-    u16 smi_cmd;                                                   /* 0: always in ACPI mode; else ports of the enable commands */
+    u16 smi_cmd;                                         /* 0: always in ACPI mode; else ports of the enable commands */
     u8 acpi_enable, acpi_disable;
     u8 s5_typ;                                                     /* SLP_TYP of power-off */
     u16 reset_port;                                                /* 0xcf9 */
@@ -46,7 +47,7 @@ struct acpi_config {
     unsigned buses;                                                /* 1..256: buses behind the host bridge */
     struct acpi_window pci_io[2];                                  /* without 0xcf8..0xcff */
     struct acpi_window pci_mem32, pci_mem64;
-    u32 pci_gsi[4];                                                /* INTA..D of device 0; the pin of device d, INTx p is (d + p) % 4 */
+    u32 pci_gsi[4];                                /* INTA..D of device 0; the pin of device d, INTx p is (d + p) % 4 */
     u8 pci_irq[4];                                                 /* the same in i8259 mode; 0: no routing then */
     /* legacy devices */
     struct acpi_serial serial[2];

@@ -1,14 +1,29 @@
-/* The AML writer, see aml.h. Encodings: ACPI specification 6.4, 20.2 (grammar) and 6.4 (resource data types). Not thread-safe: a plain value. */
+/* The AML writer, see aml.h. Encodings: ACPI specification 6.4, 20.2 (grammar) and 6.4 (resource data types). Not
+ * thread-safe: a plain value. */
 #include "vm/aml.h"
 
 #include <string.h>
 
 enum {
-    NAME_OP = 0x08, BYTE_PREFIX = 0x0a, WORD_PREFIX = 0x0b, DWORD_PREFIX = 0x0c, STRING_PREFIX = 0x0d, QWORD_PREFIX = 0x0e, SCOPE_OP = 0x10,
-    BUFFER_OP = 0x11, PACKAGE_OP = 0x12, METHOD_OP = 0x14, EXT_PREFIX = 0x5b, ROOT_CHAR = 0x5c, ARG0_OP = 0x68, STORE_OP = 0x70, DEVICE_OP = 0x82,
-    IF_OP = 0xa0, RETURN_OP = 0xa4,
+    NAME_OP = 0x08,
+    BYTE_PREFIX = 0x0a,
+    WORD_PREFIX = 0x0b,
+    DWORD_PREFIX = 0x0c,
+    STRING_PREFIX = 0x0d,
+    QWORD_PREFIX = 0x0e,
+    SCOPE_OP = 0x10,
+    BUFFER_OP = 0x11,
+    PACKAGE_OP = 0x12,
+    METHOD_OP = 0x14,
+    EXT_PREFIX = 0x5b,
+    ROOT_CHAR = 0x5c,
+    ARG0_OP = 0x68,
+    STORE_OP = 0x70,
+    DEVICE_OP = 0x82,
+    IF_OP = 0xa0,
+    RETURN_OP = 0xa4,
 };
-#define LENGTH_BYTES 3u                                            /* lead byte 0x80 | low nibble, then 16 bits: 20 bits in all */
+#define LENGTH_BYTES 3u                                  /* lead byte 0x80 | low nibble, then 16 bits: 20 bits in all */
 
 void aml_init(struct aml *a, void *buf, u32 size)
 {
@@ -150,7 +165,8 @@ void aml_string(struct aml *a, const char *s)
 /* Three letters of five bits and four hexadecimal digits, big-endian (6.1.5 _HID). */
 void aml_eisaid(struct aml *a, const char *id)
 {
-    u32 v = (u32)(id[0] - '@') << 26 | (u32)(id[1] - '@') << 21 | (u32)(id[2] - '@') << 16 | (u32)strtoul(id + 3, NULL, 16);
+    u32 letters = (u32)(id[0] - '@') << 26 | (u32)(id[1] - '@') << 21 | (u32)(id[2] - '@') << 16;
+    u32 v = letters | (u32)strtoul(id + 3, NULL, 16);
 
     aml_u8(a, DWORD_PREFIX);
     aml_u32(a, __builtin_bswap32(v));
@@ -218,7 +234,7 @@ void aml_res_memory(struct aml *a, u32 base, u32 len)
 }
 
 enum { TYPE_MEMORY, TYPE_IO, TYPE_BUS };
-#define FIXED 0x0c                                                 /* minimum and maximum are fixed; decodes positively; produced by the bridge */
+#define FIXED 0x0c                       /* minimum and maximum are fixed; decodes positively; produced by the bridge */
 
 static void window_head(struct aml *a, u8 tag, u16 len, u8 type, u8 type_flags)
 {

@@ -1,8 +1,8 @@
 /*
  * Writes ACPI Machine Language (ACPI specification 6.4, chapter 20) and resource descriptors (6.4 of it) into a buffer.
  *
- * Blocks nest: aml_device() ... aml_end(). A block's length always takes three bytes, so that it can be filled in at the end. When the buffer is full the
- * writer remembers it and writes no more; the caller asks once, at the end.
+ * Blocks nest: aml_device() ... aml_end(). A block's length always takes three bytes, so that it can be filled in at
+ * the end. When the buffer is full the writer remembers it and writes no more; the caller asks once, at the end.
  */
 #pragma once
 

@@ -1,7 +1,9 @@
 /*
- * What all ways to boot share: files, the command line, the initrd, and the processor's state at a kernel's entry. See boot.h.
+ * What all ways to boot share: files, the command line, the initrd, and the processor's state at a kernel's entry. See
+ * boot.h.
  *
- * There is no firmware, so what firmware would have set up stands here too: the memory type ranges (SDM vol. 3A 12.11), a GDT, page tables.
+ * There is no firmware, so what firmware would have set up stands here too: the memory type ranges (SDM vol. 3A 12.11),
+ * a GDT, page tables.
  */
 #include "vm/boot.h"
 
@@ -15,7 +17,8 @@
 
 #define CHUNK (64 * KiB)
 
-/* Selectors as the Linux boot protocol wants them (__BOOT_CS, __BOOT_DS); their descriptors are slots 2 and 3 of the GDT. */
+/* Selectors as the Linux boot protocol wants them (__BOOT_CS, __BOOT_DS); their descriptors are slots 2 and 3 of the
+ * GDT. */
 #define BOOT_CS 0x10
 #define BOOT_DS 0x18
 #define ATTR_CODE32 (SEG_G | SEG_DB | SEG_P | SEG_S | 0xb)
@@ -56,7 +59,8 @@ void boot_file_close(struct boot_file *f)
 int boot_file_read(const struct boot_file *f, u64 offset, void *buf, u64 len)
 {
     if (!range_in(offset, len, f->size))
-        return err(-EIO, "%s %s: is truncated or damaged: it refers to bytes behind its end; get it again", f->what, f->path);
+        return err(-EIO, "%s %s: is truncated or damaged: it refers to bytes behind its end; get it again", f->what,
+                   f->path);
     if (f->fd < 0) {
         memcpy(buf, f->bytes + offset, len);
         return 0;
@@ -79,7 +83,8 @@ int boot_file_copy(const struct boot_file *f, u64 offset, struct ram *ram, u64 g
     u8 buf[CHUNK];
 
     if (!ram_has(ram, gpa, len))
-        return err(-ENOMEM, "%s %s: does not fit into the guest's memory at 0x%llx; use a larger --memory", f->what, f->path, (unsigned long long)gpa);
+        return err(-ENOMEM, "%s %s: does not fit into the guest's memory at 0x%llx; use a larger --memory", f->what,
+                   f->path, (unsigned long long)gpa);
     for (u64 done = 0; done < len;) {
         u64 n = MIN(len - done, sizeof buf);
         int rc = boot_file_read(f, offset + done, buf, n);
@@ -95,7 +100,8 @@ int boot_file_copy(const struct boot_file *f, u64 offset, struct ram *ram, u64 g
 int boot_write(struct boot_load *l, u64 gpa, const void *p, u64 len)
 {
     if (ram_write(l->ram, gpa, p, len))
-        return err(-ENOMEM, "the guest's memory has no room for boot data at 0x%llx; use a larger --memory", (unsigned long long)gpa);
+        return err(-ENOMEM, "the guest's memory has no room for boot data at 0x%llx; use a larger --memory",
+                   (unsigned long long)gpa);
     return 0;
 }
 
@@ -106,8 +112,8 @@ int boot_cmdline(struct boot_load *l, u64 max)
 
     max = MIN(max, BOOT_CMDLINE_MAX);
     if (len > max)
-        return err(-E2BIG, "the kernel parameters are %llu bytes long; %s takes %llu; shorten --append", (unsigned long long)len - 1, l->kernel.path,
-                   (unsigned long long)max - 1);
+        return err(-E2BIG, "the kernel parameters are %llu bytes long; %s takes %llu; shorten --append",
+                   (unsigned long long)len - 1, l->kernel.path, (unsigned long long)max - 1);
     return boot_write(l, BOOT_CMDLINE, s, len);
 }
 
@@ -121,14 +127,17 @@ int boot_initrd(struct boot_load *l, u64 floor, u64 limit, u64 *gpa)
     limit = MIN(limit, BOOT_RAM_TOP);
     *gpa = e820_place(l->config->map, floor, limit, f->size, PAGE_SIZE, true);
     if (!*gpa || f->size > UINT32_MAX)
-        return err(-ENOMEM, "initrd %s: %llu MiB do not fit beside the kernel into the guest's memory below %llu MiB; use a larger --memory or a smaller initrd",
+        return err(-ENOMEM,
+                   "initrd %s: %llu MiB do not fit beside the kernel into the guest's memory below %llu MiB; use a "
+                   "larger --memory or a smaller initrd",
                    f->path, (unsigned long long)(f->size >> 20) + 1, (unsigned long long)(limit >> 20));
     return boot_file_copy(f, 0, l->ram, *gpa, f->size);
 }
 
 /* ---- the processor ---- */
 
-/* Write-back by default, the video memory and the PCI hole below 4 GiB uncacheable: as firmware does. Linux gives up on PAT without it. */
+/* Write-back by default, the video memory and the PCI hole below 4 GiB uncacheable: as firmware does. Linux gives up on
+ * PAT without it. */
 static void set_mtrrs(struct boot_load *l)
 {
     const u64 wb = 0x0606060606060606ull, hole = 4 * GiB - BOOT_RAM_TOP;
@@ -228,7 +237,10 @@ static int unknown_kernel(struct boot_load *l)
         if (range_in(kind[i].offset, kind[i].len, f->size) && !boot_file_read(f, kind[i].offset, found, kind[i].len) &&
             !memcmp(found, kind[i].magic, kind[i].len))
             return err(-ENOEXEC, "kernel %s: %s", f->path, kind[i].what);
-    return err(-ENOEXEC, "kernel %s: is neither a Linux kernel (bzImage) nor an ELF file with a PVH entry; is it the right file, and whole?", f->path);
+    return err(-ENOEXEC,
+               "kernel %s: is neither a Linux kernel (bzImage) nor an ELF file with a PVH entry; is it the right file, "
+               "and whole?",
+               f->path);
 }
 
 int boot_place(struct boot_load *l)

@@ -1,11 +1,12 @@
 /*
- * Boot: puts a kernel into guest memory and the bootstrap processor at its entry, as a boot loader would have left them.
+ * Boot: puts a kernel into guest memory and the bootstrap processor at its entry, as a boot loader would have left
+ * them.
  *
  *   Linux bzImage           64-bit boot protocol, else 32-bit (Documentation/arch/x86/boot.rst)           boot_linux.c
  *   ELF, 64 or 32 bit       PVH: XEN_ELFNOTE_PHYS32_ENTRY (Xen's docs/misc/pvh.pandoc)                    boot_elf.c
  *
- * Files are untrusted: whatever they hold, the outcome is a booted guest (that may crash) or an error for the user; nothing outside guest memory changes.
- * vCPUs stand still meanwhile. A reset of the machine loads again.
+ * Files are untrusted: whatever they hold, the outcome is a booted guest (that may crash) or an error for the user;
+ * nothing outside guest memory changes. vCPUs stand still meanwhile. A reset of the machine loads again.
  *
  * Low memory as the kernel finds it (all usable RAM by the e820 map, the kernel takes it back when it has its own):
  *   0x00001000  GDT                                  BOOT_GDT
@@ -37,10 +38,11 @@ struct boot_config {
     const char *cmdline;                                           /* NULL: "" */
     const struct e820 *map;
     u64 rsdp_gpa;                                                  /* ACPI tables; 0: none */
-    u8 phys_bits;                                                  /* MAXPHYADDR, for the MTRR that makes the hole below 4 GiB uncacheable; 0: leave it */
+    u8 phys_bits;                /* MAXPHYADDR, for the MTRR that makes the hole below 4 GiB uncacheable; 0: leave it */
 };
 
-/* Loads, and sets *bsp to the state at the entry: from reset plus what the protocol asks. 0, or a negative errno with err(). */
+/* Loads, and sets *bsp to the state at the entry: from reset plus what the protocol asks. 0, or a negative errno with
+ * err(). */
 int boot_load(struct ram *ram, const struct boot_config *config, struct x86 *bsp);
 
 /* ---- between the files of this module, and for tests ---- */
@@ -78,6 +80,6 @@ int boot_elf(struct boot_load *l);                                 /* BOOT_OTHER
 /* Puts the initrd as high as may be below limit (exclusive) and above floor; 0 where there is none to load. */
 int boot_initrd(struct boot_load *l, u64 floor, u64 limit, u64 *gpa);
 int boot_write(struct boot_load *l, u64 gpa, const void *p, u64 len);
-int boot_cmdline(struct boot_load *l, u64 max);                    /* to BOOT_CMDLINE; max: bytes with the NUL that the kernel takes */
+int boot_cmdline(struct boot_load *l, u64 max);     /* to BOOT_CMDLINE; max: bytes with the NUL that the kernel takes */
 int boot_enter32(struct boot_load *l, u64 rip);                   /* flat 32-bit protected mode, paging off */
 int boot_enter64(struct boot_load *l, u64 rip);                    /* long mode on the identity map */

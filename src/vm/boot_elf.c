@@ -1,9 +1,10 @@
 /*
- * ELF kernels (vmlinux, unikernels, test programs) by PVH: the "x86/HVM direct boot ABI" of Xen's docs/misc/pvh.pandoc, structures as in
- * xen/arch-x86/hvm/start_info.h. The note XEN_ELFNOTE_PHYS32_ENTRY gives the entry: 32-bit protected mode, paging off, EBX = hvm_start_info.
+ * ELF kernels (vmlinux, unikernels, test programs) by PVH: the "x86/HVM direct boot ABI" of Xen's docs/misc/pvh.pandoc,
+ * structures as in xen/arch-x86/hvm/start_info.h. The note XEN_ELFNOTE_PHYS32_ENTRY gives the entry: 32-bit protected
+ * mode, paging off, EBX = hvm_start_info.
  *
- * Segments go to their physical addresses. Nothing in the file is trusted: each number is checked before it is an address, a length or a count.
- * Left out: section headers, relocation, symbol tables.
+ * Segments go to their physical addresses. Nothing in the file is trusted: each number is checked before it is an
+ * address, a length or a count. Left out: section headers, relocation, symbol tables.
  */
 #include <elf.h>
 #include <errno.h>
@@ -70,9 +71,11 @@ static int read_header(struct elf *e)
     e->phoff = e->is64 ? h.e64.e_phoff : h.e32.e_phoff;
     e->phnum = e->is64 ? h.e64.e_phnum : h.e32.e_phnum;
     if (h.ident[EI_DATA] != ELFDATA2LSB || (machine != EM_X86_64 && machine != EM_386))
-        return err(-ENOEXEC, "kernel %s: is an ELF file for another processor (machine %u); doppel runs x86 kernels", f->path, machine);
+        return err(-ENOEXEC, "kernel %s: is an ELF file for another processor (machine %u); doppel runs x86 kernels",
+                   f->path, machine);
     if (type != ET_EXEC && type != ET_DYN)
-        return err(-ENOEXEC, "kernel %s: is an ELF file, but not an executable (type %u); take vmlinux or bzImage", f->path, type);
+        return err(-ENOEXEC, "kernel %s: is an ELF file, but not an executable (type %u); take vmlinux or bzImage",
+                   f->path, type);
     if (phentsize != (e->is64 ? sizeof(Elf64_Phdr) : sizeof(Elf32_Phdr)) || !e->phnum || e->phnum > SEGMENTS_MAX)
         return bad(e, "is an ELF file without usable program headers");
     return 0;
@@ -88,8 +91,14 @@ static int read_phdr(const struct elf *e, unsigned i, Elf64_Phdr *p)
         return bad(e, "is truncated: its program headers are missing");
     rc = boot_file_read(&e->l->kernel, e->phoff + i * size, e->is64 ? (void *)p : (void *)&p32, size);
     if (!rc && !e->is64)
-        *p = (Elf64_Phdr){ .p_type = p32.p_type, .p_flags = p32.p_flags, .p_offset = p32.p_offset, .p_vaddr = p32.p_vaddr, .p_paddr = p32.p_paddr,
-                           .p_filesz = p32.p_filesz, .p_memsz = p32.p_memsz, .p_align = p32.p_align };
+        *p = (Elf64_Phdr){ .p_type = p32.p_type,
+                           .p_flags = p32.p_flags,
+                           .p_offset = p32.p_offset,
+                           .p_vaddr = p32.p_vaddr,
+                           .p_paddr = p32.p_paddr,
+                           .p_filesz = p32.p_filesz,
+                           .p_memsz = p32.p_memsz,
+                           .p_align = p32.p_align };
     return rc;
 }
 
@@ -116,10 +125,14 @@ static int load_segment(struct elf *e, const Elf64_Phdr *p)
     if (p->p_filesz > p->p_memsz)
         return bad(e, "has a segment that is larger in the file than in memory");
     if (p->p_paddr < BOOT_LOW_END)
-        return err(-EINVAL, "kernel %s: wants to be at 0x%llx; addresses below 0x%x hold what the boot loader hands over: link it higher",
+        return err(-EINVAL,
+                   "kernel %s: wants to be at 0x%llx; addresses below 0x%x hold what the boot loader hands over: link "
+                   "it higher",
                    l->kernel.path, (unsigned long long)p->p_paddr, BOOT_LOW_END);
     if (!range_in(p->p_paddr, p->p_memsz, BOOT_RAM_TOP) || !e820_usable(l->config->map, p->p_paddr, p->p_memsz))
-        return err(-ENOMEM, "kernel %s: wants 0x%llx bytes at 0x%llx, where the guest has no free memory; use a larger --memory or link it elsewhere",
+        return err(-ENOMEM,
+                   "kernel %s: wants 0x%llx bytes at 0x%llx, where the guest has no free memory; use a larger --memory "
+                   "or link it elsewhere",
                    l->kernel.path, (unsigned long long)p->p_memsz, (unsigned long long)p->p_paddr);
     rc = boot_file_copy(&l->kernel, p->p_offset, l->ram, p->p_paddr, p->p_filesz);
     if (!rc)
@@ -201,7 +214,9 @@ int boot_elf(struct boot_load *l)
             rc = read_notes(&e, &p);
     }
     if (!rc && (!e.entry || e.entry > UINT32_MAX))
-        rc = err(-ENOEXEC, "kernel %s: is an ELF file without a PVH entry (note XEN_ELFNOTE_PHYS32_ENTRY); build it with CONFIG_PVH, or take bzImage",
+        rc = err(-ENOEXEC,
+                 "kernel %s: is an ELF file without a PVH entry (note XEN_ELFNOTE_PHYS32_ENTRY); build it with "
+                 "CONFIG_PVH, or take bzImage",
                  l->kernel.path);
     for (unsigned i = 0; i < e.phnum && !rc; i++) {
         rc = read_phdr(&e, i, &p);

@@ -1,9 +1,10 @@
 /*
- * Linux by its own boot protocol (the kernel's Documentation/arch/x86/boot.rst, versions 2.10 and up): the compressed image is put where it wants to be,
- * boot_params (the "zero page") filled in, and control passed to the 64-bit entry, or to the 32-bit one of kernels that have no other.
+ * Linux by its own boot protocol (the kernel's Documentation/arch/x86/boot.rst, versions 2.10 and up): the compressed
+ * image is put where it wants to be, boot_params (the "zero page") filled in, and control passed to the 64-bit entry,
+ * or to the 32-bit one of kernels that have no other.
  *
- * The kernel unpacks itself. Left out: zImage and kernels before 2.6.31 (protocol below 2.10), which have neither init_size nor pref_address; the
- * real-mode entry; EFI hand-over.
+ * The kernel unpacks itself. Left out: zImage and kernels before 2.6.31 (protocol below 2.10), which have neither
+ * init_size nor pref_address; the real-mode entry; EFI hand-over.
  */
 #include <asm/bootparam.h>
 #include <errno.h>
@@ -12,7 +13,7 @@
 #include "base/err.h"
 #include "vm/boot.h"
 
-#define HEADER_OFFSET 0x1f1u                                       /* of struct setup_header in the file and in boot_params */
+#define HEADER_OFFSET 0x1f1u                                 /* of struct setup_header in the file and in boot_params */
 #define BOOT_FLAG 0xaa55
 #define HDRS 0x53726448u                                           /* "HdrS" */
 #define ENTRY64 0x200
@@ -21,7 +22,7 @@
 struct image {
     struct setup_header h;
     u64 offset, size;                                              /* the protected-mode part in the file */
-    u64 gpa, end;                                                  /* in memory: until it has unpacked itself it needs all up to end */
+    u64 gpa, end;                                   /* in memory: until it has unpacked itself it needs all up to end */
 };
 
 static int damaged(const struct boot_load *l, const char *what)
@@ -48,8 +49,8 @@ static int read_header(struct boot_load *l, struct image *im)
     if (length < room)
         memset((u8 *)&im->h + length, 0, room - length);
     if (im->h.version < 0x20a || !(im->h.loadflags & LOADED_HIGH))
-        return err(-ENOEXEC, "kernel %s: uses boot protocol %u.%02u; 2.10 (Linux 2.6.31) or later is needed", f->path, im->h.version >> 8,
-                   im->h.version & 0xff);
+        return err(-ENOEXEC, "kernel %s: uses boot protocol %u.%02u; 2.10 (Linux 2.6.31) or later is needed", f->path,
+                   im->h.version >> 8, im->h.version & 0xff);
     if (im->h.version < 0x20c)
         im->h.xloadflags = 0;
 
@@ -58,8 +59,8 @@ static int read_header(struct boot_load *l, struct image *im)
     if (!im->size)
         return damaged(l, "its size");
     if (!range_in(im->offset, im->size, f->size))
-        return err(-EIO, "kernel %s: is truncated: %llu of %llu bytes are there; get it again", f->path, (unsigned long long)f->size,
-                   (unsigned long long)(im->offset + im->size));
+        return err(-EIO, "kernel %s: is truncated: %llu of %llu bytes are there; get it again", f->path,
+                   (unsigned long long)f->size, (unsigned long long)(im->offset + im->size));
     return 0;
 }
 
@@ -75,8 +76,9 @@ static int place_image(struct boot_load *l, struct image *im)
     if (im->gpa < MiB || !range_in(im->gpa, need, BOOT_RAM_TOP) || !e820_usable(map, im->gpa, need))
         im->gpa = im->h.relocatable_kernel ? e820_place(map, MiB, BOOT_RAM_TOP, need, align, false) : 0;
     if (!im->gpa)
-        return err(-ENOMEM, "kernel %s: needs %llu MiB of memory below %llu MiB to unpack itself; use a larger --memory", l->kernel.path,
-                   (unsigned long long)(need >> 20) + 1, BOOT_RAM_TOP / MiB);
+        return err(-ENOMEM,
+                   "kernel %s: needs %llu MiB of memory below %llu MiB to unpack itself; use a larger --memory",
+                   l->kernel.path, (unsigned long long)(need >> 20) + 1, BOOT_RAM_TOP / MiB);
     im->end = im->gpa + need;
     return boot_file_copy(&l->kernel, im->offset, l->ram, im->gpa, im->size);
 }

@@ -1,6 +1,6 @@
 /*
- * The physical memory map that a guest is told at boot: the PC BIOS call INT 15h, AX=E820h (ACPI specification 6.4, chapter 15), in the form that both
- * Linux's boot_params and PVH's start info want it. A plain value.
+ * The physical memory map that a guest is told at boot: the PC BIOS call INT 15h, AX=E820h (ACPI specification 6.4,
+ * chapter 15), in the form that both Linux's boot_params and PVH's start info want it. A plain value.
  */
 #pragma once
 
@@ -19,10 +19,12 @@ struct e820 {
     unsigned n;
 };
 
-/* The map of a machine: its RAM, less what is reserved (which wins, and is listed also where there is no RAM: ECAM, tables). 0, or -E2BIG with err(). */
+/* The map of a machine: its RAM, less what is reserved (which wins, and is listed also where there is no RAM: ECAM,
+ * tables). 0, or -E2BIG with err(). */
 int e820_build(struct e820 *map, const struct ram *ram, const struct e820_entry *reserved, unsigned n);
 
-/* The highest or lowest place for size bytes, aligned (a power of two), in usable memory of [floor, limit); floor is above 0. 0 when there is none. */
+/* The highest or lowest place for size bytes, aligned (a power of two), in usable memory of [floor, limit); floor is
+ * above 0. 0 when there is none. */
 u64 e820_place(const struct e820 *map, u64 floor, u64 limit, u64 size, u64 align, bool highest);
 /* Is [base, base + size) all usable RAM? */
 bool e820_usable(const struct e820 *map, u64 base, u64 size);

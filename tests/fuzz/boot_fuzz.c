@@ -1,7 +1,8 @@
 /*
  * Boot images: whatever a kernel file and an initrd hold, loading gives a guest or an error, and touches nothing else.
  *
- * The first four bytes choose: memory size, where the initrd begins, and whether the rest gets a valid magic number (so that the fuzzer need not find it).
+ * The first four bytes choose: memory size, where the initrd begins, and whether the rest gets a valid magic number (so
+ * that the fuzzer need not find it).
  */
 #include <string.h>
 
@@ -41,10 +42,15 @@ int LLVMFuzzerTestOneInput(const u8 *data, size_t size)
         memcpy(file, data[2] & 8 ? "\x7f" "ELF\x01\x01" : "\x7f" "ELF\x02\x01", 6);
         memcpy(file + 16, data[2] & 8 ? "\x02\0\x03" : "\x02\0\x3e", 4);
     }
-    if (ram_init(&ram) || ram_add(&ram, 0, 0xa0000) || ram_add(&ram, 0xc0000, memory - 0xc0000) || e820_build(&map, &ram, reserved, ARRAY_SIZE(reserved)))
+    if (ram_init(&ram) || ram_add(&ram, 0, 0xa0000) || ram_add(&ram, 0xc0000, memory - 0xc0000) ||
+        e820_build(&map, &ram, reserved, ARRAY_SIZE(reserved)))
         abort();
-    struct boot_config config = { .kernel = "kernel", .cmdline = "quiet", .map = &map, .rsdp_gpa = 0xe0000, .phys_bits = data[3] };
-    struct boot_load l = { .ram = &ram, .config = &config, .bsp = bsp, .kernel = { "kernel", "kernel", -1, file, kernel_size } };
+    struct boot_config config = {
+        .kernel = "kernel", .cmdline = "quiet", .map = &map, .rsdp_gpa = 0xe0000, .phys_bits = data[3]
+    };
+    struct boot_load l = {
+        .ram = &ram, .config = &config, .bsp = bsp, .kernel = { "kernel", "kernel", -1, file, kernel_size }
+    };
     if (initrd_size)
         l.initrd = (struct boot_file){ "initrd", "initrd", -1, data + 4 + kernel_size, initrd_size };
     int rc = boot_place(&l);

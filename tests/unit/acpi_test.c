@@ -1,4 +1,5 @@
-/* ACPI tables: every table is found from the RSDP, sums to zero and says what the board said; ACPICA's disassembler reads all of the AML. */
+/* ACPI tables: every table is found from the RSDP, sums to zero and says what the board said; ACPICA's disassembler
+ * reads all of the AML. */
 #include <errno.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -14,11 +15,33 @@
 
 static struct ram ram;
 static const struct acpi_config board = {
-    .vcpus = 3, .lapic_base = 0xfee00000, .ioapic_base = 0xfec00000, .ioapic_id = 7, .sci_irq = 9, .pm1_evt = 0x600, .pm1_cnt = 0x604,
-    .pm_timer = 0x608, .pm_timer_32bit = true, .gpe0 = 0x620, .gpe0_len = 16, .s5_typ = 5, .reset_port = 0xcf9, .reset_value = 6,
-    .rtc_century = 0x32, .i8042 = true, .ecam_base = 0xe0000000, .buses = 1, .pci_io = { { 0xc000, 0x4000 } },
-    .pci_mem32 = { 0xc0000000, 0x20000000 }, .pci_mem64 = { 0x8000000000, 0x4000000000 }, .pci_gsi = { 16, 17, 18, 19 },
-    .pci_irq = { 10, 11, 10, 11 }, .serial = { { 0x3f8, 4 }, { 0x2f8, 3 } }, .pvpanic_port = 0x505, .rtc = true, .pit = true,
+    .vcpus = 3,
+    .lapic_base = 0xfee00000,
+    .ioapic_base = 0xfec00000,
+    .ioapic_id = 7,
+    .sci_irq = 9,
+    .pm1_evt = 0x600,
+    .pm1_cnt = 0x604,
+    .pm_timer = 0x608,
+    .pm_timer_32bit = true,
+    .gpe0 = 0x620,
+    .gpe0_len = 16,
+    .s5_typ = 5,
+    .reset_port = 0xcf9,
+    .reset_value = 6,
+    .rtc_century = 0x32,
+    .i8042 = true,
+    .ecam_base = 0xe0000000,
+    .buses = 1,
+    .pci_io = { { 0xc000, 0x4000 } },
+    .pci_mem32 = { 0xc0000000, 0x20000000 },
+    .pci_mem64 = { 0x8000000000, 0x4000000000 },
+    .pci_gsi = { 16, 17, 18, 19 },
+    .pci_irq = { 10, 11, 10, 11 },
+    .serial = { { 0x3f8, 4 }, { 0x2f8, 3 } },
+    .pvpanic_port = 0x505,
+    .rtc = true,
+    .pit = true,
 };
 
 static int setup(void **state)
@@ -196,9 +219,20 @@ static void test_no_memory(void **state)
 static void test_disassembler(void **state)
 {
     static const char *const want[] = {
-        "Name (\\_S5, Package (0x04)", "Device (PCI0)", "EisaId (\"PNP0A03\")", "Method (_PRT, 0", "Method (\\_PIC, 1", "EisaId (\"PNP0501\")",
-        "EisaId (\"PNP0B00\")", "EisaId (\"PNP0303\")", "\"QEMU0001\"", "WordIO (ResourceProducer", "DWordMemory (ResourceProducer",
-        "QWordMemory (ResourceProducer", "0x0505", "0x0013FFFF",
+        "Name (\\_S5, Package (0x04)",
+        "Device (PCI0)",
+        "EisaId (\"PNP0A03\")",
+        "Method (_PRT, 0",
+        "Method (\\_PIC, 1",
+        "EisaId (\"PNP0501\")",
+        "EisaId (\"PNP0B00\")",
+        "EisaId (\"PNP0303\")",
+        "\"QEMU0001\"",
+        "WordIO (ResourceProducer",
+        "DWordMemory (ResourceProducer",
+        "QWordMemory (ResourceProducer",
+        "0x0505",
+        "0x0013FFFF",
     };
     char dir[] = "/tmp/doppel-acpi-XXXXXX", cmd[256], text[400000];
     u8 aml[32768];
@@ -220,7 +254,8 @@ static void test_disassembler(void **state)
     assert_non_null(f);
     assert_int_equal(fwrite(aml, 1, len, f), len);
     fclose(f);
-    snprintf(cmd, sizeof cmd, "cd %s && iasl -d dsdt.dat >log 2>&1 && iasl -p again dsdt.dsl >>log 2>&1 && ! grep -q 'Error ' log", dir);
+    snprintf(cmd, sizeof cmd,
+             "cd %s && iasl -d dsdt.dat >log 2>&1 && iasl -p again dsdt.dsl >>log 2>&1 && ! grep -q 'Error ' log", dir);
     assert_int_equal(system(cmd), 0);
     snprintf(cmd, sizeof cmd, "%s/dsdt.dsl", dir);
     f = fopen(cmd, "r");

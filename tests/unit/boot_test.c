@@ -1,6 +1,7 @@
 /*
- * Booting: images made here by hand, good ones and each kind of bad one. Bad ones must give an error that names the file and leave a process that is
- * unharmed (this runs under ASan and UBSan); good ones must leave memory and processor as the protocols say.
+ * Booting: images made here by hand, good ones and each kind of bad one. Bad ones must give an error that names the
+ * file and leave a process that is unharmed (this runs under ASan and UBSan); good ones must leave memory and processor
+ * as the protocols say.
  */
 #include <asm/bootparam.h>
 #include <elf.h>
@@ -38,7 +39,9 @@ static struct world *world_of(u64 memory)
     assert_int_equal(ram_add(&w->ram, 0, 0xa0000), 0);
     assert_int_equal(ram_add(&w->ram, 0xc0000, memory - 0xc0000), 0);
     assert_int_equal(e820_build(&w->map, &w->ram, reserved, ARRAY_SIZE(reserved)), 0);
-    w->config = (struct boot_config){ .kernel = "K", .cmdline = "console=ttyS0", .map = &w->map, .rsdp_gpa = 0xe0000, .phys_bits = 40 };
+    w->config = (struct boot_config){
+        .kernel = "K", .cmdline = "console=ttyS0", .map = &w->map, .rsdp_gpa = 0xe0000, .phys_bits = 40
+    };
     return w;
 }
 
@@ -63,7 +66,9 @@ static struct boot_file bytes(const char *what, const void *p, u64 size)
 
 static int place(struct world *w, const void *kernel, u64 size, const void *initrd, u64 initrd_size)
 {
-    struct boot_load l = { .ram = &w->ram, .config = &w->config, .bsp = &w->bsp, .kernel = bytes("kernel", kernel, size) };
+    struct boot_load l = {
+        .ram = &w->ram, .config = &w->config, .bsp = &w->bsp, .kernel = bytes("kernel", kernel, size)
+    };
     if (initrd)
         l.initrd = bytes("initrd", initrd, initrd_size);
     return boot_place(&l);
@@ -76,7 +81,8 @@ static u64 peek(struct world *w, u64 gpa, unsigned size)
     return v;
 }
 
-/* An error, and one that tells the user what to do: it names the file and has a word of remedy after a semicolon or a colon. */
+/* An error, and one that tells the user what to do: it names the file and has a word of remedy after a semicolon or a
+ * colon. */
 static void assert_refused(int rc, const char *word)
 {
     if (rc >= 0)
@@ -91,8 +97,11 @@ static void assert_refused(int rc, const char *word)
 static void test_e820(void **state)
 {
     struct world *w = *state;
-    const struct e820_entry want[] = { { 0, 0x9f000, E820_RAM }, { 0x9f000, 0x1000, E820_RESERVED }, { 0xc0000, 0x20000, E820_RAM },
-                                       { 0xe0000, 0x20000, E820_RESERVED }, { MiB, MEMORY - MiB, E820_RAM } };
+    const struct e820_entry want[] = { { 0, 0x9f000, E820_RAM },
+                                       { 0x9f000, 0x1000, E820_RESERVED },
+                                       { 0xc0000, 0x20000, E820_RAM },
+                                       { 0xe0000, 0x20000, E820_RESERVED },
+                                       { MiB, MEMORY - MiB, E820_RAM } };
 
     assert_int_equal(w->map.n, ARRAY_SIZE(want));
     for (unsigned i = 0; i < ARRAY_SIZE(want); i++) {
@@ -116,7 +125,9 @@ static void test_e820(void **state)
 static void test_e820_reserved_splits(void **state)
 {
     struct world *w = *state;
-    const struct e820_entry hole[] = { { 32 * MiB, MiB, E820_RESERVED }, { 0xe0000000, MiB, E820_RESERVED }, { 0, 0x1000, E820_NVS } };
+    const struct e820_entry hole[] = { { 32 * MiB, MiB, E820_RESERVED },
+                                       { 0xe0000000, MiB, E820_RESERVED },
+                                       { 0, 0x1000, E820_NVS } };
     struct e820_entry many[E820_MAX];
 
     assert_int_equal(e820_build(&w->map, &w->ram, hole, 3), 0);
@@ -147,9 +158,21 @@ static struct setup_header *header(struct bz *b)
 static struct bz *make_bz(void)
 {
     struct bz *b = test_calloc(1, sizeof *b);
-    struct setup_header h = { .setup_sects = SETUP_SECTS, .syssize = PAYLOAD / 16, .boot_flag = 0xaa55, .jump = 0x66eb, .header = 0x53726448,
-        .version = 0x20f, .loadflags = LOADED_HIGH, .initrd_addr_max = 0x7fffffff, .kernel_alignment = 0x200000, .relocatable_kernel = 1,
-        .min_alignment = 21, .xloadflags = XLF_KERNEL_64, .cmdline_size = 2047, .pref_address = 0x1000000, .init_size = 0x800000 };
+    struct setup_header h = { .setup_sects = SETUP_SECTS,
+                              .syssize = PAYLOAD / 16,
+                              .boot_flag = 0xaa55,
+                              .jump = 0x66eb,
+                              .header = 0x53726448,
+                              .version = 0x20f,
+                              .loadflags = LOADED_HIGH,
+                              .initrd_addr_max = 0x7fffffff,
+                              .kernel_alignment = 0x200000,
+                              .relocatable_kernel = 1,
+                              .min_alignment = 21,
+                              .xloadflags = XLF_KERNEL_64,
+                              .cmdline_size = 2047,
+                              .pref_address = 0x1000000,
+                              .init_size = 0x800000 };
 
     memcpy(header(b), &h, sizeof h);
     for (unsigned i = 0; i < PAYLOAD; i++)
@@ -181,7 +204,8 @@ static void test_bzimage64(void **state)
     assert_int_equal(x->seg[SEG_SS].sel, 0x18);
     assert_int_equal(x->mtrr_mask[0], ((1ull << 40) - GiB) | 0x800);
     /* The identity map, walked by hand to 1 GiB + 2 MiB. */
-    u64 pml4e = peek(w, x->cr3, 8), pdpte = peek(w, (pml4e & PAGE_MASK) + 8, 8), pde = peek(w, (pdpte & PAGE_MASK) + 8, 8);
+    u64 pml4e = peek(w, x->cr3, 8), pdpte = peek(w, (pml4e & PAGE_MASK) + 8, 8),
+        pde = peek(w, (pdpte & PAGE_MASK) + 8, 8);
     assert_int_equal(pml4e & pdpte & 3, 3);
     assert_int_equal(pde, (GiB + 2 * MiB) | 0x83);
     /* The GDT describes what the registers hold (SDM vol. 3A 3.4.5). */
@@ -242,7 +266,8 @@ static void test_bzimage32(void **state)
     test_free(b);
 }
 
-/* Where its favourite place is too small, it goes to the lowest that is not; if it cannot be moved, it does not boot. */
+/* Where its favourite place is too small, it goes to the lowest that is not; if it cannot be moved, it does not boot.
+ * */
 static void test_bzimage_small_memory(void **state)
 {
     struct world *w = world_of(20 * MiB);
@@ -350,13 +375,23 @@ static struct elf64 *make_elf(void)
 {
     struct elf64 *e = test_calloc(1, sizeof *e);
 
-    e->h = (Elf64_Ehdr){ .e_type = ET_EXEC, .e_machine = EM_X86_64, .e_phoff = offsetof(struct elf64, p), .e_phentsize = sizeof(Elf64_Phdr), .e_phnum = 2 };
+    e->h = (Elf64_Ehdr){ .e_type = ET_EXEC,
+                         .e_machine = EM_X86_64,
+                         .e_phoff = offsetof(struct elf64, p),
+                         .e_phentsize = sizeof(Elf64_Phdr),
+                         .e_phnum = 2 };
     memcpy(e->h.e_ident, ELFMAG, SELFMAG);
     e->h.e_ident[EI_CLASS] = ELFCLASS64;
     e->h.e_ident[EI_DATA] = ELFDATA2LSB;
-    e->p[0] = (Elf64_Phdr){ .p_type = PT_LOAD, .p_offset = offsetof(struct elf64, code), .p_vaddr = 0xffffffff80200000, .p_paddr = 0x200000,
-                            .p_filesz = sizeof e->code, .p_memsz = 3 * sizeof e->code };
-    e->p[1] = (Elf64_Phdr){ .p_type = PT_NOTE, .p_offset = offsetof(struct elf64, note), .p_filesz = sizeof e->note, .p_align = 4 };
+    e->p[0] = (Elf64_Phdr){ .p_type = PT_LOAD,
+                            .p_offset = offsetof(struct elf64, code),
+                            .p_vaddr = 0xffffffff80200000,
+                            .p_paddr = 0x200000,
+                            .p_filesz = sizeof e->code,
+                            .p_memsz = 3 * sizeof e->code };
+    e->p[1] = (Elf64_Phdr){
+        .p_type = PT_NOTE, .p_offset = offsetof(struct elf64, note), .p_filesz = sizeof e->note, .p_align = 4
+    };
     e->note.n = (Elf64_Nhdr){ .n_namesz = 4, .n_descsz = 8, .n_type = 18 };
     memcpy(e->note.name, "Xen", 4);
     e->note.value = 0x200010;
@@ -399,15 +434,26 @@ static void test_elf(void **state)
 static void test_elf32(void **state)
 {
     struct world *w = *state;
-    struct { Elf32_Ehdr h; Elf32_Phdr p[2]; struct { Elf32_Nhdr n; char name[4]; u32 value; } note; u8 code[16]; } e = {
-        .h = { .e_type = ET_EXEC, .e_machine = EM_386, .e_phoff = sizeof(Elf32_Ehdr), .e_phentsize = sizeof(Elf32_Phdr), .e_phnum = 2 },
+    struct {
+        Elf32_Ehdr h;
+        Elf32_Phdr p[2];
+        struct { Elf32_Nhdr n; char name[4]; u32 value; } note;
+        u8 code[16];
+    } e = {
+        .h = { .e_type = ET_EXEC,
+               .e_machine = EM_386,
+               .e_phoff = sizeof(Elf32_Ehdr),
+               .e_phentsize = sizeof(Elf32_Phdr),
+               .e_phnum = 2 },
         .note = { { 4, 4, 18 }, "Xen", 0x100004 },
         .code = "0123456789abcde",
     };
 
     memcpy(e.h.e_ident, ELFMAG "\x01\x01", 6);
     e.p[0] = (Elf32_Phdr){ .p_type = PT_NOTE, .p_offset = (u32)((u8 *)&e.note - (u8 *)&e), .p_filesz = sizeof e.note };
-    e.p[1] = (Elf32_Phdr){ .p_type = PT_LOAD, .p_offset = (u32)(e.code - (u8 *)&e), .p_paddr = 0x100000, .p_filesz = 16, .p_memsz = 16 };
+    e.p[1] = (Elf32_Phdr){
+        .p_type = PT_LOAD, .p_offset = (u32)(e.code - (u8 *)&e), .p_paddr = 0x100000, .p_filesz = 16, .p_memsz = 16
+    };
     assert_int_equal(place(w, &e, sizeof e, NULL, 0), 0);
     assert_int_equal(w->bsp.rip, 0x100004);
     assert_int_equal(peek(w, 0x100000, 4), 0x33323130);
@@ -460,9 +506,12 @@ static void test_elf_bad(void **state)
 
 static void test_wrong_kind(void **state)
 {
-    static const struct { unsigned at; const char *magic, *word; } kind[] = {
-        { 56, "ARM\x64", "arm64" }, { 48, "RISCV", "RISC-V" }, { 0, "\x1f\x8b", "gzip" }, { 0, "\x28\xb5\x2f\xfd", "zstd" },
-        { 0, "070701", "--initrd" }, { 0, "MZ", "EFI" },
+    static const struct {
+        unsigned at;
+        const char *magic, *word;
+    } kind[] = {
+        { 56, "ARM\x64", "arm64" },        { 48, "RISCV", "RISC-V" },   { 0, "\x1f\x8b", "gzip" },
+        { 0, "\x28\xb5\x2f\xfd", "zstd" }, { 0, "070701", "--initrd" }, { 0, "MZ", "EFI" },
     };
     struct world *w = *state;
 
@@ -537,9 +586,14 @@ int main(void)
 {
 #define TEST(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
     const struct CMUnitTest tests[] = {
-        TEST(test_e820), TEST(test_e820_reserved_splits), TEST(test_bzimage64), TEST(test_bzimage_short_header), TEST(test_bzimage32),
-        TEST(test_bzimage_small_memory), TEST(test_bzimage_bad), TEST(test_cmdline), TEST(test_initrd), TEST(test_elf), TEST(test_elf32),
-        TEST(test_elf_bad), TEST(test_wrong_kind), TEST(test_files), TEST(test_shrinking),
+        TEST(test_e820),        TEST(test_e820_reserved_splits),
+        TEST(test_bzimage64),   TEST(test_bzimage_short_header),
+        TEST(test_bzimage32),   TEST(test_bzimage_small_memory),
+        TEST(test_bzimage_bad), TEST(test_cmdline),
+        TEST(test_initrd),      TEST(test_elf),
+        TEST(test_elf32),       TEST(test_elf_bad),
+        TEST(test_wrong_kind),  TEST(test_files),
+        TEST(test_shrinking),
     };
     return cmocka_run_group_tests_name("boot", tests, NULL, NULL);
 }

@@ -6,7 +6,8 @@ mkdir -p "$programs"
 fake() { printf '#!/bin/bash\n%s\n' "$2" >"$programs/fake_$1_test"; chmod +x "$programs/fake_$1_test"; }
 run() { out=$("$top/tests/run" --build "$tmp/build" "unit/fake_$1*" 2>&1); status=$?; last=$(tail -n 1 <<<"$out"); }
 
-fake good 'echo 1..2; echo "ok 1 - a"; echo "ok 2 - b # SKIP no such device"; echo "# skip: no such tool"; echo "ok 3 # SKIP c"; echo 1..1'
+fake good 'echo 1..2; echo "ok 1 - a"; echo "ok 2 - b # SKIP no such device"
+echo "# skip: no such tool"; echo "ok 3 # SKIP c"; echo 1..1'
 run good
 is "passed and skipped" "$last" "1 passed, 0 failed, 2 skipped"
 is "passed and skipped: exit status" "$status" 0
