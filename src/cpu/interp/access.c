@@ -292,7 +292,6 @@ int mem_store(struct icpu *c, const struct op *op, unsigned size, u64 val)
 
 int rmw_begin_slow(struct icpu *c, const struct op *op, unsigned size, struct rmw *w, u64 *old)
 {
-    w->host = NULL;
     if (mem_linear(c, op, size, MMU_WRITE, &w->la))
         return OP_FAULT;
     if (misaligned(c, w->la, size))

@@ -47,12 +47,33 @@ static inline u8 *op_hit(const struct icpu *c, const struct op *op, unsigned n, 
     return likely(op->flags & OPF_FLAT) ? tlb_hit(c, op_ea(c, op), n, access) : NULL;
 }
 
-#define OP_ACCESS(T)                                                                                  \
-    /* 0 or OP_FAULT */                                                                               \
-    static inline int op_load_##T(struct icpu *c, const struct op *op, T *val)                        \
+/*
+ * A handler with a memory operand is written once, as NAME_body(c, op, slow), and made twice by MEM_HANDLER(NAME): the short way (slow is false) gives up with
+ * OP_MISS when an access is not plain, before anything has changed, and ends in a jump to the cold NAME_slow, which begins again and does
+ * all accesses by access.c's functions. So the short way makes no calls and needs no stack frame.
+ */
+#define OP_MISS (-1)
+#define BODY static inline __attribute__((always_inline)) int
+#define MEM_HANDLER(name) MEM_HANDLER_(name)
+#define MEM_HANDLER_(name)                                                                            \
+    static __attribute__((noinline, cold)) int name##_slow(struct icpu *c, const struct op *op)       \
     {                                                                                                 \
-        u8 *p = op_hit(c, op, sizeof(T), MMU_READ);                                                   \
-        if (likely(p)) {                                                                              \
+        return name##_body(c, op, true);                                                              \
+    }                                                                                                 \
+    static int name(struct icpu *c, const struct op *op)                                              \
+    {                                                                                                 \
+        int r = name##_body(c, op, false);                                                            \
+        return unlikely(r == OP_MISS) ? name##_slow(c, op) : r;                                       \
+    }
+
+/* 0, OP_FAULT or OP_MISS */
+#define OP_LOAD(T)                                                                                    \
+    BODY op_load_##T(struct icpu *c, const struct op *op, T *val, bool slow)                          \
+    {                                                                                                 \
+        if (!slow) {                                                                                  \
+            u8 *p = op_hit(c, op, sizeof(T), MMU_READ);                                               \
+            if (unlikely(!p))                                                                         \
+                return OP_MISS;                                                                       \
             *val = host_load_##T(p);                                                                  \
             return 0;                                                                                 \
         }                                                                                             \
@@ -60,37 +81,46 @@ static inline u8 *op_hit(const struct icpu *c, const struct op *op, unsigned n, 
         int r = mem_load(c, op, sizeof(T), &v);                                                       \
         *val = (T)v;                                                                                  \
         return r;                                                                                     \
-    }                                                                                                 \
+    }
+OP_LOAD(u8)
+OP_LOAD(u16)
+OP_LOAD(u32)
+OP_LOAD(u64)
+#undef OP_LOAD
+
+/* The last thing that a handler does: 0 or OP_FAULT. */
+#define OP_STORE(T)                                                                                   \
     static inline int op_store_##T(struct icpu *c, const struct op *op, T val)                        \
     {                                                                                                 \
         u8 *p = op_hit(c, op, sizeof(T), MMU_WRITE);                                                  \
-        if (likely(p)) {                                                                              \
-            host_store_##T(p, val);                                                                   \
-            return 0;                                                                                 \
-        }                                                                                             \
-        return mem_store(c, op, sizeof(T), val);                                                      \
+        if (unlikely(!p))                                                                             \
+            return mem_store(c, op, sizeof(T), val);                                                  \
+        host_store_##T(p, val);                                                                       \
+        return 0;                                                                                     \
     }
-OP_ACCESS(u8)
-OP_ACCESS(u16)
-OP_ACCESS(u32)
-OP_ACCESS(u64)
-#undef OP_ACCESS
+OP_STORE(u8)
+OP_STORE(u16)
+OP_STORE(u32)
+OP_STORE(u64)
+#undef OP_STORE
 
 /*
- * Read-modify-write without LOCK: rmw_begin() gives the old value, and a place for rmw_end() to put the new one: the host address, or
- * the linear address when the access is not a plain one. All faults that the store could raise are raised by rmw_begin().
+ * Read-modify-write without LOCK: rmw_begin() gives the old value, and a place for rmw_end() to put the new one. All faults that the store could raise are
+ * raised by rmw_begin().
  */
 struct rmw {
-    u8 *host;
-    u64 la;
+    u8 *host;                                                      /* the short way's */
+    u64 la;                                                        /* the slow one's */
 };
 int rmw_begin_slow(struct icpu *c, const struct op *op, unsigned size, struct rmw *w, u64 *old);
 
 #define RMW_ACCESS(T)                                                                                 \
-    static inline int rmw_begin_##T(struct icpu *c, const struct op *op, struct rmw *w, T *old)       \
+    BODY rmw_begin_##T(struct icpu *c, const struct op *op, struct rmw *w, T *old, bool slow)         \
     {                                                                                                 \
-        w->host = op_hit(c, op, sizeof(T), MMU_WRITE);                                                \
-        if (likely(w->host)) {                                                                        \
+        if (!slow) {                                                                                  \
+            w->host = op_hit(c, op, sizeof(T), MMU_WRITE);                                            \
+            if (unlikely(!w->host))                                                                   \
+                return OP_MISS;                                                                       \
             *old = host_load_##T(w->host);                                                            \
             return 0;                                                                                 \
         }                                                                                             \
@@ -99,13 +129,12 @@ int rmw_begin_slow(struct icpu *c, const struct op *op, unsigned size, struct rm
         *old = (T)v;                                                                                  \
         return r;                                                                                     \
     }                                                                                                 \
-    static inline int rmw_end_##T(struct icpu *c, const struct rmw *w, T val)                         \
+    BODY rmw_end_##T(struct icpu *c, const struct rmw *w, T val, bool slow)                           \
     {                                                                                                 \
-        if (likely(w->host)) {                                                                        \
-            host_store_##T(w->host, val);                                                             \
-            return 0;                                                                                 \
-        }                                                                                             \
-        return lin_store(c, w->la, sizeof(T), val);                                                   \
+        if (slow)                                                                                     \
+            return lin_store(c, w->la, sizeof(T), val);                                               \
+        host_store_##T(w->host, val);                                                                 \
+        return 0;                                                                                     \
     }
 RMW_ACCESS(u8)
 RMW_ACCESS(u16)

@@ -7,18 +7,16 @@
  */
 #include "cpu/interp/ops.h"
 
-#define op_name(name, T) name##_##T
-
 /* a = a OP b. CARRY: "" or ASM_CARRY_IN. flags: icpu.fl before and after. */
 #define DEFINE_BINARY(T, name, insn, CARRY)                                                           \
-    static inline T op_name(name, T)(T a, T b, u32 *flags)                                            \
+    static inline T name##_##T(T a, T b, u32 *flags)                                                  \
     {                                                                                                 \
         u32 f = *flags;                                                                               \
         asm(CARRY insn ASM_##T " %[b], %[a]\n\t" ASM_FLAGS_OUT : [a] "+r"(a), "+&a"(f) : [b] "r"(b) : "cc"); \
         *flags = f;                                                                                   \
         return a;                                                                                     \
     }                                                                                                 \
-    static inline void op_name(name##_locked, T)(void *m, T b, u32 *flags)                            \
+    static inline void name##_locked##_##T(void *m, T b, u32 *flags)                                  \
     {                                                                                                 \
         u32 f = *flags;                                                                               \
         asm volatile(CARRY "lock " insn ASM_##T " %[b], %[m]\n\t" ASM_FLAGS_OUT                       \
@@ -27,14 +25,14 @@
     }
 
 #define DEFINE_UNARY(T, name, insn, CARRY, OUT)                                                       \
-    static inline T op_name(name, T)(T a, u32 *flags)                                                 \
+    static inline T name##_##T(T a, u32 *flags)                                                       \
     {                                                                                                 \
         u32 f = *flags;                                                                               \
         asm(CARRY insn ASM_##T " %[a]\n\t" OUT : [a] "+r"(a), "+&a"(f) : : "cc");                     \
         *flags = f;                                                                                   \
         return a;                                                                                     \
     }                                                                                                 \
-    static inline void op_name(name##_locked, T)(void *m, u32 *flags)                                 \
+    static inline void name##_locked##_##T(void *m, u32 *flags)                                       \
     {                                                                                                 \
         u32 f = *flags;                                                                               \
         asm volatile(CARRY "lock " insn ASM_##T " %[m]\n\t" OUT : [m] "+m"(*(any_##T *)m), "+&a"(f) : : "cc", "memory"); \
@@ -44,52 +42,57 @@
 
 /* ---- operand forms of a = a OP b ---- */
 #define FORMS_BINARY(T, name, BEFORE)                                                                 \
-    static int op_name(name##_rr, T)(struct icpu *c, const struct op *op)                             \
+    static int name##_rr##_##T(struct icpu *c, const struct op *op)                                   \
     {                                                                                                 \
         u32 fl = BEFORE;                                                                              \
-        set_##T(c, op->rm, op_name(name, T)(get_##T(c, op->rm), get_##T(c, op->reg), &fl));           \
+        set_##T(c, op->rm, name##_##T(get_##T(c, op->rm), get_##T(c, op->reg), &fl));                 \
         c->fl = fl;                                                                                   \
         return OP_NEXT;                                                                               \
     }                                                                                                 \
-    static int op_name(name##_ri, T)(struct icpu *c, const struct op *op)                             \
+    static int name##_ri##_##T(struct icpu *c, const struct op *op)                                   \
     {                                                                                                 \
         u32 fl = BEFORE;                                                                              \
-        set_##T(c, op->rm, op_name(name, T)(get_##T(c, op->rm), (T)op->imm, &fl));                    \
+        set_##T(c, op->rm, name##_##T(get_##T(c, op->rm), (T)op->imm, &fl));                          \
         c->fl = fl;                                                                                   \
         return OP_NEXT;                                                                               \
     }                                                                                                 \
-    static int op_name(name##_rm, T)(struct icpu *c, const struct op *op)                             \
+    BODY name##_rm_##T##_body(struct icpu *c, const struct op *op, bool slow)                         \
     {                                                                                                 \
         u32 fl = BEFORE;                                                                              \
         T b;                                                                                          \
-        if (unlikely(op_load_##T(c, op, &b)))                                                         \
-            return OP_FAULT;                                                                          \
-        set_##T(c, op->reg, op_name(name, T)(get_##T(c, op->reg), b, &fl));                           \
+        int r = op_load_##T(c, op, &b, slow);                                                         \
+        if (unlikely(r))                                                                              \
+            return r;                                                                                 \
+        set_##T(c, op->reg, name##_##T(get_##T(c, op->reg), b, &fl));                                 \
         c->fl = fl;                                                                                   \
         return OP_NEXT;                                                                               \
     }                                                                                                 \
-    static inline int op_name(name##_mem, T)(struct icpu *c, const struct op *op, T b)                \
+    BODY name##_mem_##T(struct icpu *c, const struct op *op, T b, bool slow)                          \
     {                                                                                                 \
         u32 fl = BEFORE;                                                                              \
         struct rmw w;                                                                                 \
         T a;                                                                                          \
-        if (unlikely(rmw_begin_##T(c, op, &w, &a)))                                                   \
-            return OP_FAULT;                                                                          \
-        a = op_name(name, T)(a, b, &fl);                                                              \
-        if (unlikely(rmw_end_##T(c, &w, a)))                                                          \
+        int r = rmw_begin_##T(c, op, &w, &a, slow);                                                   \
+        if (unlikely(r))                                                                              \
+            return r;                                                                                 \
+        a = name##_##T(a, b, &fl);                                                                    \
+        if (unlikely(rmw_end_##T(c, &w, a, slow)))                                                    \
             return OP_FAULT;                                                                          \
         c->fl = fl;                                                                                   \
         return OP_NEXT;                                                                               \
     }                                                                                                 \
-    static int op_name(name##_mr, T)(struct icpu *c, const struct op *op)                             \
+    BODY name##_mr_##T##_body(struct icpu *c, const struct op *op, bool slow)                         \
     {                                                                                                 \
-        return op_name(name##_mem, T)(c, op, get_##T(c, op->reg));                                    \
+        return name##_mem_##T(c, op, get_##T(c, op->reg), slow);                                      \
     }                                                                                                 \
-    static int op_name(name##_mi, T)(struct icpu *c, const struct op *op)                             \
+    BODY name##_mi_##T##_body(struct icpu *c, const struct op *op, bool slow)                         \
     {                                                                                                 \
-        return op_name(name##_mem, T)(c, op, (T)op->imm);                                             \
+        return name##_mem_##T(c, op, (T)op->imm, slow);                                               \
     }                                                                                                 \
-    static int op_name(name##_lock, T)(struct icpu *c, const struct op *op)                           \
+    MEM_HANDLER(name##_rm_##T)                                                                        \
+    MEM_HANDLER(name##_mr_##T)                                                                        \
+    MEM_HANDLER(name##_mi_##T)                                                                        \
+    static int name##_lock##_##T(struct icpu *c, const struct op *op)                                 \
     {                                                                                                 \
         T b = op->aux == FORM_MI ? (T)op->imm : get_##T(c, op->reg);                                  \
         u32 fl = BEFORE;                                                                              \
@@ -98,29 +101,22 @@
             return OP_FAULT;                                                                          \
         void *m = lock_host(c, la, sizeof(T));                                                        \
         if (unlikely(!m))                                                                             \
-            return locked_slow(c, op, op_name(name##_mem_fn, T), b);                                  \
-        op_name(name##_locked, T)(m, b, &fl);                                                         \
+            return locked_slow(c, op, op->aux == FORM_MI ? name##_mi_##T##_slow : name##_mr_##T##_slow); \
+        name##_locked##_##T(m, b, &fl);                                                               \
         c->fl = fl;                                                                                   \
         return OP_NEXT;                                                                               \
     }
 
-#define SLOW_BINARY(T, name)                                                                          \
-    static inline int op_name(name##_mem, T)(struct icpu *c, const struct op *op, T b);               \
-    static int op_name(name##_mem_fn, T)(struct icpu *c, const struct op *op, u64 b)                  \
-    {                                                                                                 \
-        return op_name(name##_mem, T)(c, op, (T)b);                                                   \
-    }
-
 /* The unlocked operation under the split lock. */
-static int locked_slow(struct icpu *c, const struct op *op, int (*fn)(struct icpu *, const struct op *, u64), u64 b)
+static int locked_slow(struct icpu *c, const struct op *op, op_fn fn)
 {
     pthread_mutex_lock(&c->v->m->split_lock);
-    int r = fn(c, op, b);
+    int r = fn(c, op);
     pthread_mutex_unlock(&c->v->m->split_lock);
     return r;
 }
 
-#define BINARY(T, name, insn, CARRY, BEFORE) DEFINE_BINARY(T, name, insn, CARRY) SLOW_BINARY(T, name) FORMS_BINARY(T, name, BEFORE)
+#define BINARY(T, name, insn, CARRY, BEFORE) DEFINE_BINARY(T, name, insn, CARRY) FORMS_BINARY(T, name, BEFORE)
 
 FOR_SIZES(BINARY, add, "add", "", 0)
 FOR_SIZES(BINARY, or, "or", "", 0)
@@ -132,46 +128,52 @@ FOR_SIZES(BINARY, xor, "xor", "", 0)
 
 /* ---- CMP and TEST: no result ---- */
 #define COMPARE(T, name, insn)                                                                        \
-    static inline u32 op_name(name, T)(T a, T b)                                                      \
+    static inline u32 name##_##T(T a, T b)                                                            \
     {                                                                                                 \
         u32 f = 0;                                                                                    \
         asm(insn ASM_##T " %[b], %[a]\n\t" ASM_FLAGS_OUT : "+&a"(f) : [a] "r"(a), [b] "r"(b) : "cc"); \
         return f;                                                                                     \
     }                                                                                                 \
-    static int op_name(name##_rr, T)(struct icpu *c, const struct op *op)                             \
+    static int name##_rr##_##T(struct icpu *c, const struct op *op)                                   \
     {                                                                                                 \
-        c->fl = op_name(name, T)(get_##T(c, op->rm), get_##T(c, op->reg));                            \
+        c->fl = name##_##T(get_##T(c, op->rm), get_##T(c, op->reg));                                  \
         return OP_NEXT;                                                                               \
     }                                                                                                 \
-    static int op_name(name##_ri, T)(struct icpu *c, const struct op *op)                             \
+    static int name##_ri##_##T(struct icpu *c, const struct op *op)                                   \
     {                                                                                                 \
-        c->fl = op_name(name, T)(get_##T(c, op->rm), (T)op->imm);                                     \
+        c->fl = name##_##T(get_##T(c, op->rm), (T)op->imm);                                           \
         return OP_NEXT;                                                                               \
     }                                                                                                 \
-    static int op_name(name##_rm, T)(struct icpu *c, const struct op *op)                             \
+    BODY name##_rm_##T##_body(struct icpu *c, const struct op *op, bool slow)                         \
     {                                                                                                 \
         T b;                                                                                          \
-        if (unlikely(op_load_##T(c, op, &b)))                                                         \
-            return OP_FAULT;                                                                          \
-        c->fl = op_name(name, T)(get_##T(c, op->reg), b);                                             \
+        int r = op_load_##T(c, op, &b, slow);                                                         \
+        if (unlikely(r))                                                                              \
+            return r;                                                                                 \
+        c->fl = name##_##T(get_##T(c, op->reg), b);                                                   \
         return OP_NEXT;                                                                               \
     }                                                                                                 \
-    static int op_name(name##_mr, T)(struct icpu *c, const struct op *op)                             \
+    MEM_HANDLER(name##_rm_##T)                                                                        \
+    BODY name##_mr_##T##_body(struct icpu *c, const struct op *op, bool slow)                         \
     {                                                                                                 \
         T a;                                                                                          \
-        if (unlikely(op_load_##T(c, op, &a)))                                                         \
-            return OP_FAULT;                                                                          \
-        c->fl = op_name(name, T)(a, get_##T(c, op->reg));                                             \
+        int r = op_load_##T(c, op, &a, slow);                                                         \
+        if (unlikely(r))                                                                              \
+            return r;                                                                                 \
+        c->fl = name##_##T(a, get_##T(c, op->reg));                                                   \
         return OP_NEXT;                                                                               \
     }                                                                                                 \
-    static int op_name(name##_mi, T)(struct icpu *c, const struct op *op)                             \
+    MEM_HANDLER(name##_mr_##T)                                                                        \
+    BODY name##_mi_##T##_body(struct icpu *c, const struct op *op, bool slow)                         \
     {                                                                                                 \
         T a;                                                                                          \
-        if (unlikely(op_load_##T(c, op, &a)))                                                         \
-            return OP_FAULT;                                                                          \
-        c->fl = op_name(name, T)(a, (T)op->imm);                                                      \
+        int r = op_load_##T(c, op, &a, slow);                                                         \
+        if (unlikely(r))                                                                              \
+            return r;                                                                                 \
+        c->fl = name##_##T(a, (T)op->imm);                                                            \
         return OP_NEXT;                                                                               \
-    }
+    }                                                                                                 \
+    MEM_HANDLER(name##_mi_##T)
 FOR_SIZES(COMPARE, cmp, "cmp")
 FOR_SIZES(COMPARE, test, "test")
 
@@ -205,32 +207,29 @@ int bind_alu(struct icpu *c, const struct decoded *d, struct op *op, unsigned ar
 
 /* ---- one operand ---- */
 #define FORMS_UNARY(T, name)                                                                          \
-    static int op_name(name##_r, T)(struct icpu *c, const struct op *op)                              \
+    static int name##_r##_##T(struct icpu *c, const struct op *op)                                    \
     {                                                                                                 \
         u32 fl = c->fl;                                                                               \
-        set_##T(c, op->rm, op_name(name, T)(get_##T(c, op->rm), &fl));                                \
+        set_##T(c, op->rm, name##_##T(get_##T(c, op->rm), &fl));                                      \
         c->fl = fl;                                                                                   \
         return OP_NEXT;                                                                               \
     }                                                                                                 \
-    static int op_name(name##_m, T)(struct icpu *c, const struct op *op)                              \
+    BODY name##_m_##T##_body(struct icpu *c, const struct op *op, bool slow)                          \
     {                                                                                                 \
         u32 fl = c->fl;                                                                               \
         struct rmw w;                                                                                 \
         T a;                                                                                          \
-        if (unlikely(rmw_begin_##T(c, op, &w, &a)))                                                   \
-            return OP_FAULT;                                                                          \
-        a = op_name(name, T)(a, &fl);                                                                 \
-        if (unlikely(rmw_end_##T(c, &w, a)))                                                          \
+        int r = rmw_begin_##T(c, op, &w, &a, slow);                                                   \
+        if (unlikely(r))                                                                              \
+            return r;                                                                                 \
+        a = name##_##T(a, &fl);                                                                       \
+        if (unlikely(rmw_end_##T(c, &w, a, slow)))                                                    \
             return OP_FAULT;                                                                          \
         c->fl = fl;                                                                                   \
         return OP_NEXT;                                                                               \
     }                                                                                                 \
-    static int op_name(name##_m_fn, T)(struct icpu *c, const struct op *op, u64 b)                    \
-    {                                                                                                 \
-        (void)b;                                                                                      \
-        return op_name(name##_m, T)(c, op);                                                           \
-    }                                                                                                 \
-    static int op_name(name##_lock, T)(struct icpu *c, const struct op *op)                           \
+    MEM_HANDLER(name##_m_##T)                                                                         \
+    static int name##_lock##_##T(struct icpu *c, const struct op *op)                                 \
     {                                                                                                 \
         u32 fl = c->fl;                                                                               \
         u64 la;                                                                                       \
@@ -238,8 +237,8 @@ int bind_alu(struct icpu *c, const struct decoded *d, struct op *op, unsigned ar
             return OP_FAULT;                                                                          \
         void *m = lock_host(c, la, sizeof(T));                                                        \
         if (unlikely(!m))                                                                             \
-            return locked_slow(c, op, op_name(name##_m_fn, T), 0);                                    \
-        op_name(name##_locked, T)(m, &fl);                                                            \
+            return locked_slow(c, op, name##_m_##T##_slow);                                           \
+        name##_locked##_##T(m, &fl);                                                                  \
         c->fl = fl;                                                                                   \
         return OP_NEXT;                                                                               \
     }

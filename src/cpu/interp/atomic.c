@@ -98,9 +98,9 @@ int bind_xchg_acc(struct icpu *c, const struct decoded *d, struct op *op, unsign
         struct rmw w;                                                                                 \
         u32 fl;                                                                                       \
         T a;                                                                                          \
-        if (unlikely(rmw_begin_##T(c, op, &w, &a)))                                                   \
+        if (rmw_begin_##T(c, op, &w, &a, true))                                                       \
             return OP_FAULT;                                                                          \
-        if (unlikely(rmw_end_##T(c, &w, add_flags_##T(a, get_##T(c, op->reg), &fl))))                 \
+        if (rmw_end_##T(c, &w, add_flags_##T(a, get_##T(c, op->reg), &fl), true))                     \
             return OP_FAULT;                                                                          \
         set_##T(c, op->reg, a);                                                                       \
         c->fl = fl;                                                                                   \

@@ -130,16 +130,18 @@ int bind_bt(struct icpu *c, const struct decoded *d, struct op *op, unsigned arg
         c->fl = fl;                                                                                   \
         return OP_NEXT;                                                                               \
     }                                                                                                 \
-    static int name##_rm_##T(struct icpu *c, const struct op *op)                                     \
+    BODY name##_rm_##T##_body(struct icpu *c, const struct op *op, bool slow)                         \
     {                                                                                                 \
         u32 fl = c->fl;                                                                               \
         T src;                                                                                        \
-        if (unlikely(op_load_##T(c, op, &src)))                                                       \
-            return OP_FAULT;                                                                          \
+        int r = op_load_##T(c, op, &src, slow);                                                       \
+        if (unlikely(r))                                                                              \
+            return r;                                                                                 \
         c->r[op->reg] = name##_##T(c->r[op->reg], src, &fl);                                          \
         c->fl = fl;                                                                                   \
         return OP_NEXT;                                                                               \
-    }
+    }                                                                                                 \
+    MEM_HANDLER(name##_rm_##T)
 #define REG_u16 "w"
 #define REG_u32 "k"
 #define REG_u64 "q"

@@ -76,11 +76,13 @@ static int jmp64_reg(struct icpu *c, const struct op *op)
     return jump64(c, c->r[op->rm]);
 }
 
-static int jmp64_mem(struct icpu *c, const struct op *op)
+BODY jmp64_mem_body(struct icpu *c, const struct op *op, bool slow)
 {
     u64 target;
-    return unlikely(op_load_u64(c, op, &target)) ? OP_FAULT : jump64(c, target);
+    int r = op_load_u64(c, op, &target, slow);
+    return unlikely(r) ? r : jump64(c, target);
 }
+MEM_HANDLER(jmp64_mem)
 
 static int target32(struct icpu *c, const struct op *op, u64 *target) /* of an indirect branch */
 {
@@ -123,36 +125,41 @@ static int call64_refused(struct icpu *c)
     return fault_gp(c, 0);
 }
 
-static inline int call64(struct icpu *c, const struct op *op, u64 target)
+BODY call64(struct icpu *c, const struct op *op, u64 target, bool slow)
 {
     u64 ret = op_next_rip(c, op), la = c->r[RSP] - 8;
     if (unlikely(!tlb_canonical(target)))
         return call64_refused(c);
-    u8 *p = tlb_hit(c, la, 8, MMU_WRITE);
-    if (likely(p)) {
+    if (slow) {
+        if (stack_push(c, 8, ret))
+            return OP_FAULT;
+    } else {
+        u8 *p = tlb_hit(c, la, 8, MMU_WRITE);
+        if (unlikely(!p))
+            return OP_MISS;
         host_store_u64(p, ret);
         c->r[RSP] = la;
-    } else if (stack_push(c, 8, ret)) {
-        return OP_FAULT;
     }
     c->rip = target;
     return OP_NEAR;
 }
 
-static int call64_rel(struct icpu *c, const struct op *op)
+BODY call64_rel_body(struct icpu *c, const struct op *op, bool slow)
 {
-    return call64(c, op, c->r[REG_RIP] + (u64)op->disp);
+    return call64(c, op, c->r[REG_RIP] + (u64)op->disp, slow);
 }
+MEM_HANDLER(call64_rel)
 
-static int call64_reg(struct icpu *c, const struct op *op)
+BODY call64_reg_body(struct icpu *c, const struct op *op, bool slow)
 {
-    return call64(c, op, c->r[op->rm]);
+    return call64(c, op, c->r[op->rm], slow);
 }
+MEM_HANDLER(call64_reg)
 
 static int call64_mem(struct icpu *c, const struct op *op)
 {
     u64 target;
-    return unlikely(op_load_u64(c, op, &target)) ? OP_FAULT : call64(c, op, target);
+    return mem_load(c, op, 8, &target) ? OP_FAULT : call64(c, op, target, true);
 }
 
 static int call32(struct icpu *c, const struct op *op, u64 target)
@@ -187,20 +194,25 @@ int bind_call(struct icpu *c, const struct decoded *d, struct op *op, unsigned a
 }
 
 /* ---- RET ---- */
-static int ret64(struct icpu *c, const struct op *op)              /* op->imm: bytes of arguments to drop */
+BODY ret64_body(struct icpu *c, const struct op *op, bool slow)    /* op->imm: bytes of arguments to drop */
 {
     u64 target, rsp = c->r[RSP];
-    u8 *p = tlb_hit(c, rsp, 8, MMU_READ);
-    if (likely(p))
+    if (slow) {
+        if (stack_peek(c, 0, 8, &target))
+            return OP_FAULT;
+    } else {
+        const u8 *p = tlb_hit(c, rsp, 8, MMU_READ);
+        if (unlikely(!p))
+            return OP_MISS;
         target = host_load_u64(p);
-    else if (stack_peek(c, 0, 8, &target))
-        return OP_FAULT;
+    }
     if (unlikely(!tlb_canonical(target)))
         return fault_gp(c, 0);
     c->r[RSP] = rsp + 8 + op->imm;
     c->rip = target;
     return OP_NEAR;
 }
+MEM_HANDLER(ret64)
 
 static int ret32(struct icpu *c, const struct op *op)
 {

@@ -16,7 +16,7 @@
 #define ARENA_BYTES (32 * MiB)
 #define HASH_BITS 15
 #define PAGE_HASH_BITS 12
-#define BLOCK_MAX (sizeof(struct block) + (BLOCK_OPS + 1) * sizeof(struct op))
+#define BLOCK_MAX (sizeof(struct block) + BLOCK_BYTES + (BLOCK_OPS + 1) * sizeof(struct op))
 #define INSN_MAX 15u
 #define SLOW_STORES 200                /* to a page with code, until it counts as data */
 
@@ -53,8 +53,8 @@ int code_open(struct icpu *c)
     k->hash = map_zero(sizeof *k->hash << HASH_BITS);
     k->page_hash = map_zero(sizeof *k->page_hash << PAGE_HASH_BITS);
     k->arena = map_zero(ARENA_BYTES);
-    k->scratch = map_zero(BLOCK_MAX);
-    if (!k->hash || !k->page_hash || !k->arena || !k->scratch) {
+    k->uncached = map_zero(BLOCK_MAX);
+    if (!k->hash || !k->page_hash || !k->arena || !k->uncached) {
         code_close(c);
         return err(-ENOMEM, "vCPU %u: no memory for its code cache", c->v->id);
     }
@@ -70,7 +70,7 @@ void code_close(struct icpu *c)
     unmap(k->hash, sizeof *k->hash << HASH_BITS);
     unmap(k->page_hash, sizeof *k->page_hash << PAGE_HASH_BITS);
     unmap(k->arena, ARENA_BYTES);
-    unmap(k->scratch, BLOCK_MAX);
+    unmap(k->uncached, BLOCK_MAX);
     unmap(k->page_state, k->pages);
     unmap(k, sizeof *k);
     c->code = NULL;
@@ -238,16 +238,24 @@ void code_written(struct icpu *c, u64 gpa, unsigned n)
 }
 
 /* ---- decoding ---- */
-static void block_finish(struct icpu *c, struct block *b, const u8 *bytes, unsigned len, unsigned n)
+static unsigned padded(unsigned len)
 {
-    b->len = (u16)len;
-    b->n = (u16)n;
-    b->mode = c->mode;
-    memset(b->bytes, 0, sizeof b->bytes);
-    memcpy(b->bytes, bytes, len);
-    b->op[n] = (struct op){ .fn = op_leave, .off = (u8)len };
+    return (len + 15) & ~15u;
 }
 
+/* Makes a block at b of the n ops in k->ops and their len bytes. */
+static void block_make(struct icpu *c, struct block *b, u64 gpa, const u8 *bytes, unsigned len, unsigned n)
+{
+    struct icode *k = c->code;
+    k->ops[n] = (struct op){ .fn = op_leave, .off = (u8)len };
+    *b = (struct block){ .gpa = gpa, .gpa2 = BLOCK_DEAD, .len = (u8)len, .n = (u8)n, .mode = c->mode, .first = (u8)len };
+    b->op = (struct op *)(void *)(b->bytes + padded(len));
+    memset(b->bytes, 0, padded(len));
+    memcpy(b->bytes, bytes, len);
+    memcpy(b->op, k->ops, (n + 1) * sizeof *b->op);
+}
+
+/* Room for a block; what is cached may be dropped for it, and the stubs of ops that have been decoded already with it: so it comes before decoding. */
 static struct block *arena_alloc(struct icpu *c)
 {
     struct icode *k = c->code;
@@ -258,7 +266,7 @@ static struct block *arena_alloc(struct icpu *c)
 
 static void arena_commit(struct icode *k, const struct block *b)
 {
-    k->used += ALIGN_UP(sizeof *b + (b->n + 1u) * sizeof b->op[0], 64);
+    k->used = ALIGN_UP((size_t)((u8 *)(b->op + b->n + 1) - k->arena), 64);
 }
 
 /* How many bytes of code may still be fetched before CS ends. At least 1: the caller has looked. */
@@ -269,12 +277,12 @@ static u64 limit_room(const struct icpu *c, u64 rip)
 }
 
 /* Straight-line code in one page, n bytes of it; returns the number of instructions, 0 when the first one does not end here. */
-static unsigned decode_run(struct icpu *c, struct block *b, const u8 *bytes, unsigned room, unsigned *len)
+static unsigned decode_run(struct icpu *c, const u8 *bytes, unsigned room, unsigned *len)
 {
     unsigned n = 0;
     *len = 0;
     while (n < BLOCK_OPS && *len + (n ? INSN_MAX : 0) <= BLOCK_BYTES) {
-        struct op *op = &b->op[n];
+        struct op *op = &c->code->ops[n];
         int r = decode_one(c, bytes + *len, room - *len, *len, op);
         if (r == DECODE_MORE)
             break;
@@ -293,14 +301,11 @@ static struct block *decode_block(struct icpu *c, u64 gpa, const u8 *host)
     unsigned in_page = PAGE_SIZE - (gpa & ~PAGE_MASK), room = MIN(in_page, (unsigned)sizeof bytes), len;
     room = (unsigned)MIN(room, limit_room(c, c->rip));
     memcpy(bytes, host, room);
-    unsigned n = decode_run(c, b, bytes, room, &len);
+    unsigned n = decode_run(c, bytes, room, &len);
     if (!n)
         return NULL;
-    b->gpa = gpa;
-    b->gpa2 = BLOCK_DEAD;
-    b->first = (u8)len;
-    b->chunks = in_page >= ALIGN_UP(len, 16) ? (u8)(ALIGN_UP(len, 16) / 16) : 0;
-    block_finish(c, b, bytes, len, n);
+    block_make(c, b, gpa, bytes, len, n);
+    b->chunks = in_page >= padded(len) ? (u8)(padded(len) / 16) : 0;
     arena_commit(c->code, b);
     block_insert(c, b);
     return b;
@@ -309,7 +314,7 @@ static struct block *decode_block(struct icpu *c, u64 gpa, const u8 *host)
 /* Code outside RAM: byte by byte, since devices see what is fetched. Not cached. */
 static struct block *decode_mmio(struct icpu *c, u64 gpa)
 {
-    struct block *b = c->code->scratch;
+    struct block *b = c->code->uncached;
     u8 bytes[INSN_MAX];
     u64 room = MIN(limit_room(c, c->rip), PAGE_SIZE - (gpa & ~PAGE_MASK));
     if (fp_full(c))
@@ -318,10 +323,9 @@ static struct block *decode_mmio(struct icpu *c, u64 gpa)
         u64 val = 0;
         vcpu_mmio(c->v, gpa + n, 1, false, &val);
         bytes[n++] = (u8)val;
-        if (decode_one(c, bytes, n, 0, &b->op[0]) == DECODE_MORE)
+        if (decode_one(c, bytes, n, 0, &c->code->ops[0]) == DECODE_MORE)
             continue;
-        b->gpa = b->gpa2 = BLOCK_DEAD;
-        block_finish(c, b, bytes, b->op[0].len, 1);
+        block_make(c, b, BLOCK_DEAD, bytes, c->code->ops[0].len, 1);
         return b;
     }
     fault_gp(c, 0);                                                /* at CS's limit; across pages of a device: no machine has that */
@@ -377,16 +381,14 @@ static struct block *decode_crossing(struct icpu *c, const struct fetch *f1)
     unsigned n = (unsigned)MIN(room, INSN_MAX);
     memcpy(bytes, f1->host, first);
     memcpy(bytes + first, f2.host, n - first);
-    if (decode_one(c, bytes, n, 0, &b->op[0]) == DECODE_MORE) {
+    if (decode_one(c, bytes, n, 0, &c->code->ops[0]) == DECODE_MORE) {
         fault_gp(c, 0);                                            /* CS ends within the instruction */
         return NULL;
     }
-    unsigned len = b->op[0].len;
-    b->gpa = f1->gpa;
+    unsigned len = c->code->ops[0].len;
+    block_make(c, b, f1->gpa, bytes, len, 1);
     b->gpa2 = len > first ? f2.gpa : BLOCK_DEAD;
     b->first = (u8)MIN(len, first);
-    b->chunks = 0;
-    block_finish(c, b, bytes, len, 1);
     arena_commit(c->code, b);
     block_insert(c, b);
     return b;

@@ -24,15 +24,16 @@
 #define BLOCK_OPS 32
 #define BLOCK_BYTES 64
 
+/* Entering a block touches as few cache lines as possible: header and up to 16 bytes of code are one line, the ops follow. */
 struct block {
-    u8 bytes[BLOCK_BYTES] __attribute__((aligned(16)));            /* as decoded; zeroed beyond len */
     u64 gpa;                           /* of the first byte; BLOCK_DEAD when it must not be found any more */
     u64 gpa2;                          /* page of the second part of a crossing instruction, else BLOCK_DEAD */
-    u16 len, n;                        /* bytes, instructions */
+    struct block *hash_next, *page_next;
+    struct op *op;                     /* n, and one more that leaves the block */
+    u8 len, n;                         /* bytes, instructions */
     u8 chunks;                         /* comparison in 16-byte steps; 0: too close to the page's end for that */
     u8 mode, first;                    /* first: bytes in the first page (== len unless crossing) */
-    struct block *hash_next, *page_next;
-    struct op op[];                    /* n, and one more that leaves the block */
+    u8 bytes[] __attribute__((aligned(16)));                       /* as decoded, zeroed up to the next 16 */
 };
 #define BLOCK_DEAD (~0ull)
 
@@ -52,7 +53,8 @@ struct icode {
     u64 pages;
     bool flush_wanted;
     ZydisDecoder decoder[IMODE_LONG64 + 1];
-    struct block *scratch;             /* room for one instruction that is not cached */
+    struct block *uncached;            /* for one instruction that is not in RAM */
+    struct op ops[BLOCK_OPS + 1];      /* of the block that is being decoded */
 };
 
 int code_open(struct icpu *c);

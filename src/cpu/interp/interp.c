@@ -88,7 +88,6 @@ void icpu_load(struct icpu *c)
     c->rip = x->rip;
     icpu_set_rflags(c, x->rflags);
     c->db_pending = 0;
-    c->end_block = false;
     fp_load(c);
     if (in->fresh || translation_changed(x, &in->seen)) {
         in->fresh = false;
@@ -158,7 +157,6 @@ static int finish(struct icpu *c, const struct op *op, int r)
         return OP_FAULT;
     }
     c->v->insns++;
-    c->end_block = false;
     return OP_NEXT;
 }
 

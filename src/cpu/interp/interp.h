@@ -94,7 +94,6 @@ struct icpu {
     u32 flags;                     /* the other RFLAGS bits (TF IF DF IOPL NT RF VM AC VIF VIP ID and bit 1) */
     u8 cpl;
     u8 mode;                       /* enum imode */
-    bool end_block;                /* changed translation or mode in a way that the block must be left after this op: return OP_END (stores into code need nothing, code.h) */
     u8 stack_size;                 /* 2, 4 or 8: from SS.B, or 8 in 64-bit mode */
     struct fault fault;
     u64 db_pending;                /* DR6 bits of data breakpoints met by this instruction (#DB after it) */

@@ -17,14 +17,16 @@
         set_##T(c, op->rm, (T)op->imm);                                                               \
         return OP_NEXT;                                                                               \
     }                                                                                                 \
-    static int mov_rm_##T(struct icpu *c, const struct op *op)                                        \
+    BODY mov_rm_##T##_body(struct icpu *c, const struct op *op, bool slow)                            \
     {                                                                                                 \
         T v;                                                                                          \
-        if (unlikely(op_load_##T(c, op, &v)))                                                         \
-            return OP_FAULT;                                                                          \
+        int r = op_load_##T(c, op, &v, slow);                                                         \
+        if (unlikely(r))                                                                              \
+            return r;                                                                                 \
         set_##T(c, op->reg, v);                                                                       \
         return OP_NEXT;                                                                               \
     }                                                                                                 \
+    MEM_HANDLER(mov_rm_##T)                                                                           \
     static int mov_mr_##T(struct icpu *c, const struct op *op)                                        \
     {                                                                                                 \
         return op_store_##T(c, op, get_##T(c, op->reg));                                              \
@@ -68,14 +70,16 @@ int bind_movnti(struct icpu *c, const struct decoded *d, struct op *op, unsigned
         set_##D(c, op->rm, (D)(CAST)get_##S(c, op->reg));                                             \
         return OP_NEXT;                                                                               \
     }                                                                                                 \
-    static int name##_rm_##D##_##S(struct icpu *c, const struct op *op)                               \
+    BODY name##_rm_##D##_##S##_body(struct icpu *c, const struct op *op, bool slow)                   \
     {                                                                                                 \
         S v;                                                                                          \
-        if (unlikely(op_load_##S(c, op, &v)))                                                         \
-            return OP_FAULT;                                                                          \
+        int r = op_load_##S(c, op, &v, slow);                                                         \
+        if (unlikely(r))                                                                              \
+            return r;                                                                                 \
         set_##D(c, op->reg, (D)(CAST)v);                                                              \
         return OP_NEXT;                                                                               \
-    }
+    }                                                                                                 \
+    MEM_HANDLER(name##_rm_##D##_##S)
 #define MOVX_TO(D, unused)                                                                            \
     MOVX(D, u8, movzx, u8)                                                                            \
     MOVX(D, u8, movsx, s8)                                                                            \
@@ -140,14 +144,16 @@ int bind_lea(struct icpu *c, const struct decoded *d, struct op *op, unsigned ar
         set_##T(c, op->rm, CC_##cc(c->fl) ? get_##T(c, op->reg) : get_##T(c, op->rm));                \
         return OP_NEXT;                                                                               \
     }                                                                                                 \
-    static int cmov_rm_##cc##_##T(struct icpu *c, const struct op *op)                                \
+    BODY cmov_rm_##cc##_##T##_body(struct icpu *c, const struct op *op, bool slow)                    \
     {                                                                                                 \
         T v;                                                                                          \
-        if (unlikely(op_load_##T(c, op, &v)))                                                         \
-            return OP_FAULT;                                                                          \
+        int r = op_load_##T(c, op, &v, slow);                                                         \
+        if (unlikely(r))                                                                              \
+            return r;                                                                                 \
         set_##T(c, op->reg, CC_##cc(c->fl) ? v : get_##T(c, op->reg));                                \
         return OP_NEXT;                                                                               \
-    }
+    }                                                                                                 \
+    MEM_HANDLER(cmov_rm_##cc##_##T)
 #define CONDITIONAL(cc)                                                                               \
     CMOV(cc, u16)                                                                                     \
     CMOV(cc, u32)                                                                                     \

@@ -114,11 +114,13 @@ FOR_WIDE_SIZES(MULDIV, 0)
     {                                                                                                 \
         return muldiv_##T(c, op, get_##T(c, op->rm));                                                 \
     }                                                                                                 \
-    static int muldiv_m_##T(struct icpu *c, const struct op *op)                                      \
+    BODY muldiv_m_##T##_body(struct icpu *c, const struct op *op, bool slow)                          \
     {                                                                                                 \
         T b;                                                                                          \
-        return unlikely(op_load_##T(c, op, &b)) ? OP_FAULT : muldiv_##T(c, op, b);                    \
-    }
+        int r = op_load_##T(c, op, &b, slow);                                                         \
+        return unlikely(r) ? r : muldiv_##T(c, op, b);                                                \
+    }                                                                                                 \
+    MEM_HANDLER(muldiv_m_##T)
 FOR_SIZES(MULDIV_FORMS, 0)
 
 /* ---- IMUL with two or three operands ---- */
@@ -137,16 +139,18 @@ FOR_SIZES(MULDIV_FORMS, 0)
         c->fl = fl;                                                                                   \
         return OP_NEXT;                                                                               \
     }                                                                                                 \
-    static int imul2_rm_##T(struct icpu *c, const struct op *op)                                      \
+    BODY imul2_rm_##T##_body(struct icpu *c, const struct op *op, bool slow)                          \
     {                                                                                                 \
         u32 fl = c->fl;                                                                               \
         T b;                                                                                          \
-        if (unlikely(op_load_##T(c, op, &b)))                                                         \
-            return OP_FAULT;                                                                          \
+        int r = op_load_##T(c, op, &b, slow);                                                         \
+        if (unlikely(r))                                                                              \
+            return r;                                                                                 \
         set_##T(c, op->reg, imul2_##T(get_##T(c, op->reg), b, &fl));                                  \
         c->fl = fl;                                                                                   \
         return OP_NEXT;                                                                               \
     }                                                                                                 \
+    MEM_HANDLER(imul2_rm_##T)                                                                         \
     static int imul3_rr_##T(struct icpu *c, const struct op *op)                                      \
     {                                                                                                 \
         u32 fl = c->fl;                                                                               \
@@ -154,16 +158,18 @@ FOR_SIZES(MULDIV_FORMS, 0)
         c->fl = fl;                                                                                   \
         return OP_NEXT;                                                                               \
     }                                                                                                 \
-    static int imul3_rm_##T(struct icpu *c, const struct op *op)                                      \
+    BODY imul3_rm_##T##_body(struct icpu *c, const struct op *op, bool slow)                          \
     {                                                                                                 \
         u32 fl = c->fl;                                                                               \
         T b;                                                                                          \
-        if (unlikely(op_load_##T(c, op, &b)))                                                         \
-            return OP_FAULT;                                                                          \
+        int r = op_load_##T(c, op, &b, slow);                                                         \
+        if (unlikely(r))                                                                              \
+            return r;                                                                                 \
         set_##T(c, op->reg, imul2_##T(b, (T)op->imm, &fl));                                           \
         c->fl = fl;                                                                                   \
         return OP_NEXT;                                                                               \
-    }
+    }                                                                                                 \
+    MEM_HANDLER(imul3_rm_##T)
 FOR_WIDE_SIZES(IMUL, 0)
 
 #define WIDE_ROW(name) { NULL, name##_u16, name##_u32, name##_u64 }

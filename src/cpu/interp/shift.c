@@ -21,15 +21,16 @@
         c->fl = fl;                                                                                   \
         return OP_NEXT;                                                                               \
     }                                                                                                 \
-    static inline int name##_mem_##T(struct icpu *c, const struct op *op, u8 n)                       \
+    BODY name##_mem_##T(struct icpu *c, const struct op *op, u8 n, bool slow)                         \
     {                                                                                                 \
         u32 fl = c->fl;                                                                               \
         struct rmw w;                                                                                 \
         T a;                                                                                          \
-        if (unlikely(rmw_begin_##T(c, op, &w, &a)))                                                   \
-            return OP_FAULT;                                                                          \
+        int r = rmw_begin_##T(c, op, &w, &a, slow);                                                   \
+        if (unlikely(r))                                                                              \
+            return r;                                                                                 \
         a = name##_##T(a, n, &fl);                                                                    \
-        if (unlikely(rmw_end_##T(c, &w, a)))                                                          \
+        if (unlikely(rmw_end_##T(c, &w, a, slow)))                                                    \
             return OP_FAULT;                                                                          \
         c->fl = fl;                                                                                   \
         return OP_NEXT;                                                                               \
@@ -42,14 +43,16 @@
     {                                                                                                 \
         return name##_reg_##T(c, op, (u8)c->r[RCX]);                                                  \
     }                                                                                                 \
-    static int name##_mi_##T(struct icpu *c, const struct op *op)                                     \
+    BODY name##_mi_##T##_body(struct icpu *c, const struct op *op, bool slow)                         \
     {                                                                                                 \
-        return name##_mem_##T(c, op, (u8)op->imm);                                                    \
+        return name##_mem_##T(c, op, (u8)op->imm, slow);                                              \
     }                                                                                                 \
-    static int name##_mc_##T(struct icpu *c, const struct op *op)                                     \
+    BODY name##_mc_##T##_body(struct icpu *c, const struct op *op, bool slow)                         \
     {                                                                                                 \
-        return name##_mem_##T(c, op, (u8)c->r[RCX]);                                                  \
-    }
+        return name##_mem_##T(c, op, (u8)c->r[RCX], slow);                                            \
+    }                                                                                                 \
+    MEM_HANDLER(name##_mi_##T)                                                                        \
+    MEM_HANDLER(name##_mc_##T)
 #define SHIFT_OF(T, name) SHIFT(T, name)
 FOR_SIZES(SHIFT_OF, rol)
 FOR_SIZES(SHIFT_OF, ror)
@@ -91,19 +94,21 @@ int bind_shift(struct icpu *c, const struct decoded *d, struct op *op, unsigned 
         c->fl = fl;                                                                                   \
         return OP_NEXT;                                                                               \
     }                                                                                                 \
-    static int name##_m_##T(struct icpu *c, const struct op *op)                                      \
+    BODY name##_m_##T##_body(struct icpu *c, const struct op *op, bool slow)                          \
     {                                                                                                 \
         u32 fl = c->fl;                                                                               \
         struct rmw w;                                                                                 \
         T a;                                                                                          \
-        if (unlikely(rmw_begin_##T(c, op, &w, &a)))                                                   \
-            return OP_FAULT;                                                                          \
+        int r = rmw_begin_##T(c, op, &w, &a, slow);                                                   \
+        if (unlikely(r))                                                                              \
+            return r;                                                                                 \
         a = name##_##T(a, get_##T(c, op->reg), (u8)(op->aux ? c->r[RCX] : op->imm), &fl);             \
-        if (unlikely(rmw_end_##T(c, &w, a)))                                                          \
+        if (unlikely(rmw_end_##T(c, &w, a, slow)))                                                    \
             return OP_FAULT;                                                                          \
         c->fl = fl;                                                                                   \
         return OP_NEXT;                                                                               \
-    }
+    }                                                                                                 \
+    MEM_HANDLER(name##_m_##T)
 FOR_WIDE_SIZES(DOUBLE, shld)
 FOR_WIDE_SIZES(DOUBLE, shrd)
 

@@ -27,11 +27,13 @@ static int push64_imm(struct icpu *c, const struct op *op)
     return push64(c, op->imm);
 }
 
-static int push64_mem(struct icpu *c, const struct op *op)
+BODY push64_mem_body(struct icpu *c, const struct op *op, bool slow)
 {
     u64 v;
-    return unlikely(op_load_u64(c, op, &v)) ? OP_FAULT : push64(c, v);
+    int r = op_load_u64(c, op, &v, slow);
+    return unlikely(r) ? r : push64(c, v);
 }
+MEM_HANDLER(push64_mem)
 
 static int push_any(struct icpu *c, const struct op *op)
 {
@@ -52,25 +54,23 @@ int bind_push(struct icpu *c, const struct decoded *d, struct op *op, unsigned a
     return BIND_OK;
 }
 
-static int pop64_reg(struct icpu *c, const struct op *op)
-{
-    u64 rsp = c->r[RSP], v;
-    u8 *p = tlb_hit(c, rsp, 8, MMU_READ);
-    if (likely(p))
-        v = host_load_u64(p);
-    else if (stack_peek(c, 0, 8, &v))
-        return OP_FAULT;
-    c->r[RSP] = rsp + 8;
-    c->r[op->rm] = v;                                              /* POP RSP: the value wins */
-    return OP_NEXT;
-}
-
 static int pop_reg(struct icpu *c, const struct op *op)
 {
     u64 v;
     if (stack_pop(c, op->size, &v))
         return OP_FAULT;
     set_reg(c, op->rm, op->size, v);
+    return OP_NEXT;
+}
+
+static int pop64_reg(struct icpu *c, const struct op *op)
+{
+    u64 rsp = c->r[RSP];
+    const u8 *p = tlb_hit(c, rsp, 8, MMU_READ);
+    if (unlikely(!p))
+        return pop_reg(c, op);
+    c->r[RSP] = rsp + 8;
+    c->r[op->rm] = host_load_u64(p);                               /* POP RSP: the value wins */
     return OP_NEXT;
 }
 
