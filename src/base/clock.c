@@ -159,6 +159,11 @@ u64 clock_tsc(const struct clock *c)
     return tsc;
 }
 
+u64 clock_tsc_bias(const struct clock *c)
+{
+    return -atomic_load_explicit(&c->tsc_offset, memory_order_relaxed);
+}
+
 u64 clock_tsc_khz(const struct clock *c)
 {
     return c->tsc_khz;

@@ -28,6 +28,7 @@ int clock_new(struct loop *l, struct clock **out);                 /* starts run
 void clock_free(struct clock *c);
 u64 clock_ns(const struct clock *c);                               /* any thread */
 u64 clock_tsc(const struct clock *c);                              /* any thread; guest TSC before a vCPU's own TSC_ADJUST/offset */
+u64 clock_tsc_bias(const struct clock *c);                         /* clock_tsc() less the host's TSC, while it runs (modulo 2^64) */
 u64 clock_tsc_khz(const struct clock *c);
 u64 clock_tsc_to_ns(const struct clock *c, u64 guest_tsc);         /* the clock_ns() at which clock_tsc() has/had that value; saturates */
 u64 clock_ns_to_tsc(const struct clock *c, u64 ns);

@@ -111,16 +111,19 @@ const struct cpuid_regs *cpuid_host(u32 leaf, u32 subleaf)
 
 enum word { W_1C, W_1D, W_7B, W_7C, W_7D, W_71A, W_D1A, W_E1C, W_E1D, W_E7D, W_E8B, W_E21A, W_E21C, WORDS };
 enum { EAX, EBX, ECX, EDX };
+#define PV_FEATURES \
+    (F(KVM_FEATURE_CLOCKSOURCE2) | F(KVM_FEATURE_NOP_IO_DELAY) | F(KVM_FEATURE_CLOCKSOURCE_STABLE_BIT))
 #define F(n) (1u << (n))
 
 /*
  * Which bits may pass from the host, and which are shown on any host because doppel itself carries them. amd, intel:
- * shown only to that vendor's guests.
+ * shown only to that vendor's guests. bare: with an engine that runs the guest on the bare processor, what it may know
+ * about speculation; the host's answers then replace those of amd and intel.
  */
 static const struct {
     u32 leaf;
     u8 subleaf, reg;
-    u32 pass, always, amd, intel;
+    u32 pass, always, amd, intel, bare;
 } word[WORDS] = {
     /* SSE3 PCLMUL SSSE3 FMA CX16 PCID SSE4.1 SSE4.2 MOVBE POPCNT AES XSAVE AVX F16C RDRAND; always X2APIC TSC_DEADLINE
        HYPERVISOR */
@@ -144,7 +147,8 @@ static const struct {
               .always = F(2)},
     /* FSRM VP2INTERSECT AVX512_FP16; Intel: MD_CLEAR no, IBRS/IBPB and ARCH_CAPABILITIES yes: "enhanced IBRS" replaces
        retpolines */
-    [W_7D] = {7, 0, EDX, .pass = F(4) | F(8) | F(23), .intel = F(26) | F(29)},
+    [W_7D] = {7, 0, EDX, .pass = F(4) | F(8) | F(23), .intel = F(26) | F(29),
+              .bare = F(10) | F(26) | F(27) | F(28) | F(29) | F(31)},
     /* AVX_VNNI AVX512_BF16 FZRM FSRS FSRC */
     [W_71A] = {7, 1, EAX, .pass = F(4) | F(5) | F(10) | F(11) | F(12)},
     /* XSAVEOPT XSAVEC XGETBV1 XSAVES */
@@ -155,10 +159,11 @@ static const struct {
     [W_E1D] = {0x80000001, 0, EDX, .pass = F(20) | F(22) | F(26) | F(27) | F(29), .always = F(11)},
     [W_E7D] = {0x80000007, 0, EDX, .always = F(8)}, /* invariant TSC */
     /* XSAVEERPTR; AMD: SSB_NO BTC_NO */
-    [W_E8B] = {0x80000008, 0, EBX, .pass = F(2), .amd = F(26) | F(29)},
+    [W_E8B] = {0x80000008, 0, EBX, .pass = F(2), .amd = F(26) | F(29),
+               .bare = F(12) | F(14) | F(15) | F(17) | F(18) | F(24) | F(25) | F(26) | F(28) | F(29)},
     /* AMD: LFENCE always serializing, null selectors clear bases, automatic IBRS, SRSO_NO */
-    [W_E21A] = {0x80000021, 0, EAX, .amd = F(2) | F(6) | F(8) | F(29)},
-    [W_E21C] = {0x80000021, 0, ECX, .amd = F(1) | F(2)}, /* TSA_SQ_NO TSA_L1_NO */
+    [W_E21A] = {0x80000021, 0, EAX, .amd = F(2) | F(6) | F(8) | F(29), .bare = F(2) | F(6) | F(8) | F(29)},
+    [W_E21C] = {0x80000021, 0, ECX, .amd = F(1) | F(2), .bare = F(1) | F(2)}, /* TSA_SQ_NO TSA_L1_NO */
 };
 #define AMD_COPIES 0x0183f3ffu             /* bits of 80000001.EDX that repeat those of 1.EDX on AMD */
 
@@ -208,6 +213,7 @@ struct cpuid_policy {
     u64 tsc_khz;
     bool amd;
     u32 w[WORDS];
+    u32 pv;                                /* KVM_CPUID_FEATURES */
     u64 xcr0_mask;
     unsigned phys_bits;
     u32 crystal_num, crystal_den;          /* TSC / 1 GHz crystal, leaf 0x15 */
@@ -290,6 +296,7 @@ int cpuid_policy_new(unsigned vcpus, u64 tsc_khz, struct cpuid_policy **out)
         p->w[W_7B] &= ~F(16);
     if (!cpuid_host(0xd, 9)->eax)
         p->w[W_7C] &= ~F(3);
+    p->pv = PV_FEATURES;
     topology_features(p);
     follow_dependencies(p);
     unsigned phys = cpuid_host(0x80000008, 0)->eax & 0xff;
@@ -315,6 +322,19 @@ bool cpuid_has(const struct cpuid_policy *p, enum cpu_feature f)
 void cpuid_clear(struct cpuid_policy *p, enum cpu_feature f)
 {
     p->w[feature[f].word] &= ~F(feature[f].bit);
+    follow_dependencies(p);
+}
+
+void cpuid_keep(struct cpuid_policy *p, u32 leaf, u32 subleaf, const struct cpuid_regs *r)
+{
+    const u32 ours[WORDS] = {[W_1C] = F(24) | F(31), [W_1D] = F(28), [W_E1C] = F(1)}; /* TSC deadline, hypervisor, topology */
+    for (unsigned i = 0; i < WORDS; i++) {
+        u32 have = reg_of(r, word[i].reg), bare = word[i].bare;
+        if (word[i].leaf == leaf && word[i].subleaf == subleaf)
+            p->w[i] = (p->w[i] & ~bare & (have | ours[i])) | (have & bare);
+    }
+    if (leaf == KVM_CPUID_FEATURES)
+        p->pv &= r->eax;
     follow_dependencies(p);
 }
 
@@ -505,7 +525,7 @@ static void leaf_kvm(const struct cpuid_policy *p, u32 leaf, struct cpuid_regs *
         memcpy(&r->edx, &KVM_SIGNATURE[8], 4);
         break;
     case KVM_CPUID_FEATURES:
-        r->eax = F(KVM_FEATURE_CLOCKSOURCE2) | F(KVM_FEATURE_NOP_IO_DELAY) | F(KVM_FEATURE_CLOCKSOURCE_STABLE_BIT);
+        r->eax = p->pv;
         break;
     case KVM_CPUID_TIMING:
         r->eax = (u32)p->tsc_khz;

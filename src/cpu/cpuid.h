@@ -30,6 +30,11 @@ enum cpu_feature {
 };
 bool cpuid_has(const struct cpuid_policy *p, enum cpu_feature f);
 void cpuid_clear(struct cpuid_policy *p, enum cpu_feature f);       /* for engine->cpuid_limit */
+/*
+ * For engine->cpuid_limit of one that runs the guest on the bare processor: of this leaf's features only those in *r are kept, and what the guest is told
+ * about speculation is what *r says.
+ */
+void cpuid_keep(struct cpuid_policy *p, u32 leaf, u32 subleaf, const struct cpuid_regs *r);
 u64 cpuid_xcr0_mask(const struct cpuid_policy *p);                  /* bits that XSETBV may set */
 unsigned cpuid_phys_bits(const struct cpuid_policy *p);
 u64 cpuid_cr4_mask(const struct cpuid_policy *p);                   /* bits that CR4 may have */

@@ -21,10 +21,13 @@ struct engine {
     int (*get)(struct vcpu *v, struct x86 *x);                     /* vCPU's thread, or while it stands still */
     int (*set)(struct vcpu *v, const struct x86 *x);
     void (*cpuid_limit)(struct cpuid_policy *p);                   /* takes away the features that this engine cannot carry */
+    void (*time_stop)(struct machine *m);                          /* before guest time stands still, and after it goes on; vCPUs are held. NULL: */
+    void (*time_start)(struct machine *m);                         /* the engine has no clock of its own */
+    const struct irqchip_ops *irqchip;                             /* its interrupt chips (their arg: the machine), or NULL: ours are used */
 };
 
-extern const struct engine interp_engine;
+extern const struct engine interp_engine, kvm_engine;
 
-/* By name; NULL if there is none. engine_names() is for messages: "interp". */
+/* By name; NULL if there is none. engine_names() is for messages: "interp, kvm". */
 const struct engine *engine_find(const char *name);
 const char *engine_names(void);

@@ -1,14 +1,17 @@
 /*
  * Intel 8254 programmable interval timer (data sheet 231164), and port 0x61 of the PC/AT around counter 2.
  *
- * Nothing ticks: a counter is the tick at which its count was loaded, and what it shows is computed from the time when somebody looks. Time is counted
- * in ticks of I8254_HZ. Only counter 0 has a wire (IRQ0), so only counter 0 has a timer, for the rising edges of its OUT.
+ * Nothing ticks: a counter is the tick at which its count was loaded, and what it shows is computed from the time when
+ * somebody looks. Time is counted in ticks of I8254_HZ. Only counter 0 has a wire (IRQ0), so only counter 0 has a
+ * timer, for the rising edges of its OUT.
  *
- * OUT of counter 0 in modes 2, 3, 4 is shown to the interrupt controllers as a short low pulse before each rising edge, not for its true length: an
- * interrupt controller that is served late then loses no request. Reads (status, port 0x61) give the true level.
- * Edges that were missed because the host was late coalesce into one; edges come no closer than EDGE_MIN_NS however small the count.
+ * OUT of counter 0 in modes 2, 3, 4 is shown to the interrupt controllers as a short low pulse before each rising edge,
+ * not for its true length: an interrupt controller that is served late then loses no request. Reads (status, port 0x61)
+ * give the true level. Edges that were missed because the host was late coalesce into one; edges come no closer than
+ * EDGE_MIN_NS however small the count.
  *
- * Gates 0 and 1 are tied high; gate 2 is bit 0 of port 0x61. Left out: bits 6 and 7 of port 0x61 (parity and channel checks: never).
+ * Gates 0 and 1 are tied high; gate 2 is bit 0 of port 0x61. Left out: bits 6 and 7 of port 0x61 (parity and channel
+ * checks: never).
  *
  * Locking: device.lock; the interrupt controllers' and the clock's are taken under it.
  */
@@ -19,7 +22,8 @@
 #include "base/err.h"
 
 #define EDGE_MIN_NS 50000u
-#define REFRESH_NS 15085u                                          /* 18 ticks: bit 4 of port 0x61 changes with every refresh */
+/* 18 ticks: bit 4 of port 0x61 changes with every refresh */
+#define REFRESH_NS 15085u
 #define NS_PER_S 1000000000u
 
 enum { RW_LATCH, RW_LSB, RW_MSB, RW_BOTH };
@@ -35,8 +39,10 @@ struct counter {
 
     u32 written, n;                                                /* counts 1..65536: written, and in force */
     s64 start;                                                     /* tick at which CE was (or will be) loaded with n */
-    s64 held;                                                      /* gate low in modes 0 and 4: ticks that had passed */
-    bool pending;                                                  /* modes 2 and 3: `written` takes over at tick switch_at */
+    /* gate low in modes 0 and 4: ticks that had passed */
+    s64 held;
+    /* modes 2 and 3: `written` takes over at tick switch_at */
+    bool pending;
     s64 switch_at;
 
     u16 latch;
@@ -51,9 +57,11 @@ struct i8254 {
     struct irq_line irq0;
     struct timer timer;
     struct counter counter[3];
-    s64 event;                                                     /* counter 0: tick of the next thing to do; -1: none */
+    /* counter 0: tick of the next thing to do; -1: none */
+    s64 event;
     bool event_is_edge;
     u8 port61;                                                     /* bits 3..0 as written */
+    struct irqchip elsewhere;                                      /* ops: the real chip; nothing counts here then */
 };
 
 /* ---- time ---- */
@@ -144,7 +152,8 @@ static void settle(struct counter *c, s64 t)
 
     if (!c->pending || t < c->switch_at)
         return;
-    low_half = c->mode == 3 && (c->switch_at - c->start) % c->n; /* mode 3 changes at a half's end, which may be the high half's */
+    /* mode 3 changes at a half's end, which may be the high half's */
+    low_half = c->mode == 3 && (c->switch_at - c->start) % c->n;
     c->n = c->written;
     c->start = low_half ? c->switch_at - high_half(c->n) : c->switch_at;
     c->pending = false;
@@ -236,7 +245,7 @@ static void arm(struct i8254 *p, s64 t, u64 not_before_ns)
         p->event = c->switch_at; /* the next edge depends on what takes over then */
         p->event_is_edge = false;
     }
-    if (p->event < 0)
+    if (p->event < 0 || p->elsewhere.ops)
         timer_disarm(&p->timer);
     else
         timer_arm(&p->timer, MAX(tick_ns(p->event), not_before_ns));
@@ -302,7 +311,8 @@ static void control_write(struct i8254 *p, u8 val, s64 t)
     struct counter *c = &p->counter[val >> 6 & 3];
     u8 mode = val >> 1 & 7;
 
-    if (val >> 6 == 3) { /* read-back: bit 5 clear latches counts, bit 4 clear the status, of the counters in bits 3..1 */
+    /* read-back: bit 5 clear latches counts, bit 4 clear the status, of the counters in bits 3..1 */
+    if (val >> 6 == 3) {
         for (int i = 0; i < 3; i++) {
             if (!(val >> (i + 1) & 1))
                 continue;
@@ -412,6 +422,60 @@ static void port61_write(void *dev, u64 off UNUSED, u64 val, unsigned size UNUSE
     set_gate(&p->counter[2], val & 1, t);
 }
 
+/* ---- the real chip elsewhere ---- */
+
+static int give(struct i8254 *p)
+{
+    struct i8254_regs r = { .speaker = p->port61 & 2 };
+    s64 t = tick_now(p);
+
+    for (int i = 0; i < 3; i++) {
+        struct counter *c = &p->counter[i];
+
+        settle(c, t);
+        r.counter[i] = (struct i8254_counter_regs){
+            .count = c->written, .elapsed_ns = tick_ns(MAX(elapsed(c, t), 0)), .mode = c->mode, .rw = c->rw,
+            .bcd = c->bcd, .gate = c->gate,
+            .loaded = c->have_count, .write_high = c->write_high, .read_high = c->read_high,
+            .status_latched = c->status_latched,
+            .write_low = c->write_low, .status = c->status, .latch_bytes = c->latch_bytes, .latch = c->latch,
+        };
+    }
+    return p->elsewhere.ops->i8254_set(p->elsewhere.arg, &r);
+}
+
+static int take(struct i8254 *p)
+{
+    struct i8254_regs r;
+    s64 t = tick_now(p);
+    int e = p->elsewhere.ops->i8254_get(p->elsewhere.arg, &r);
+
+    if (e < 0)
+        return e;
+    for (int i = 0; i < 3; i++) {
+        const struct i8254_counter_regs *c = &r.counter[i];
+        s64 passed = (s64)((u128)c->elapsed_ns * I8254_HZ / NS_PER_S);
+
+        p->counter[i] = (struct counter){
+            .mode = c->mode, .rw = c->rw, .bcd = c->bcd, .gate = c->gate, .have_count = c->loaded,
+            .triggered = c->loaded, .null_count = !c->loaded,
+            .write_high = c->write_high, .read_high = c->read_high, .write_low = c->write_low, .written = c->count,
+            .n = c->count, .start = t - passed,
+            .held = passed, .latch = c->latch, .latch_bytes = c->latch_bytes, .status_latched = c->status_latched,
+            .status = c->status,
+        };
+    }
+    p->port61 = (u8)(r.counter[2].gate | r.speaker << 1);
+    return 0;
+}
+
+void i8254_attach(struct i8254 *p, struct irqchip elsewhere)
+{
+    pthread_mutex_lock(&p->device.lock);
+    p->elsewhere = elsewhere;
+    pthread_mutex_unlock(&p->device.lock);
+}
+
 /* ---- device ---- */
 
 static void i8254_reset(struct device *d)
@@ -420,9 +484,12 @@ static void i8254_reset(struct device *d)
 
     pthread_mutex_lock(&d->lock);
     for (int i = 0; i < 3; i++)
-        p->counter[i] = (struct counter){ .rw = RW_BOTH, .gate = i < 2, .n = 65536, .written = 65536, .null_count = true };
+        p->counter[i] = (struct counter){ .rw = RW_BOTH, .gate = i < 2, .n = 65536, .written = 65536,
+            .null_count = true };
     p->port61 = 0;
     rewire(p, tick_now(p));
+    if (p->elsewhere.ops)
+        give(p);
     pthread_mutex_unlock(&d->lock);
 }
 
@@ -466,13 +533,17 @@ static bool tick_ok(s64 t)
 
 static bool counter_ok(const struct counter *c, int i)
 {
-    return c->mode <= 5 && c->rw >= RW_LSB && c->rw <= RW_BOTH && c->n >= 1 && c->n <= 65536 && c->written >= 1 && c->written <= 65536 &&
+    return c->mode <= 5 && c->rw >= RW_LSB && c->rw <= RW_BOTH && c->n >= 1 && c->n <= 65536 && c->written >= 1 &&
+        c->written <= 65536 &&
            c->latch_bytes <= 2 && (i == 2 || c->gate) && tick_ok(c->start) && tick_ok(c->held) && tick_ok(c->switch_at);
 }
 
 static void i8254_state(struct device *d, struct stream *s)
 {
     struct i8254 *p = (struct i8254 *)d;
+
+    if (p->elsewhere.ops && !s->load && !s->error)
+        s->error = take(p);
     struct counter counter[3] = { p->counter[0], p->counter[1], p->counter[2] };
 
     stream_section(s, "i8254", 1);
@@ -488,6 +559,8 @@ static void i8254_state(struct device *d, struct stream *s)
         p->counter[i] = counter[i];
     p->port61 &= 0x0f;
     arm(p, tick_now(p), 0); /* the interrupt controllers restore the wire's level themselves */
+    if (p->elsewhere.ops)
+        s->error = give(p);
 }
 
 static void i8254_free(struct device *d)
@@ -532,7 +605,8 @@ int i8254_new(struct bus *pio, struct clock *clock, struct irq_line irq0, struct
         }
     }
     for (int i = 0; i < 3; i++)
-        p->counter[i] = (struct counter){ .rw = RW_BOTH, .gate = i < 2, .n = 65536, .written = 65536, .null_count = true };
+        p->counter[i] = (struct counter){ .rw = RW_BOTH, .gate = i < 2, .n = 65536, .written = 65536,
+            .null_count = true };
     p->event = -1;
     *out = p;
     return 0;

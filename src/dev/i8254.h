@@ -1,5 +1,6 @@
 /*
- * Intel 8254 programmable interval timer at ports 0x40..0x43, with the PC/AT's port 0x61 (gate of counter 2, speaker, refresh bit).
+ * Intel 8254 programmable interval timer at ports 0x40..0x43, with the PC/AT's port 0x61 (gate of counter 2, speaker,
+ * refresh bit).
  *
  * A struct i8254 begins with its struct device.
  */
@@ -14,4 +15,5 @@
 
 struct i8254;
 
+void i8254_attach(struct i8254 *p, struct irqchip elsewhere);      /* as i8259_attach() */
 int i8254_new(struct bus *pio, struct clock *clock, struct irq_line irq0, struct i8254 **out);

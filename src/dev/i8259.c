@@ -1,14 +1,16 @@
 /*
- * Intel 8259A programmable interrupt controllers, master and slave (data sheet 231468), and the edge/level control registers of the 82371 (PIIX).
+ * Intel 8259A programmable interrupt controllers, master and slave (data sheet 231468), and the edge/level control
+ * registers of the 82371 (PIIX).
  *
- * Modelled: ICW1..4, OCW1..3, fully nested, special fully nested and special mask mode, rotation, automatic EOI, poll, spurious IR7, ELCR.
- * Left out: MCS-80 mode, buffered mode, the LTIM bit (the ELCR replaces it), single mode (the slave is always there).
+ * Modelled: ICW1..4, OCW1..3, fully nested, special fully nested and special mask mode, rotation, automatic EOI, poll,
+ * spurious IR7, ELCR. Left out: MCS-80 mode, buffered mode, the LTIM bit (the ELCR replaces it), single mode (the slave
+ * is always there).
  *
- * Edge-triggered requests follow the data sheet: the latch falls with the line, and an INTA cycle that finds no request any more is answered
- * with IR7 and sets no in-service bit.
+ * Edge-triggered requests follow the data sheet: the latch falls with the line, and an INTA cycle that finds no request
+ * any more is answered with IR7 and sets no in-service bit.
  *
- * The slave's INT drives the master's IR2 by level. `pending` mirrors the master's INT for the processors' quick look; whenever another request
- * waits after an INTA cycle, INT falls and rises again, so that nobody has to ask twice.
+ * The slave's INT drives the master's IR2 by level. `pending` mirrors the master's INT for the processors' quick look;
+ * whenever another request waits after an INTA cycle, INT falls and rises again, so that nobody has to ask twice.
  *
  * Locking: device.lock for all state; the local APICs' locks are taken under it (by intr).
  */
@@ -45,6 +47,8 @@ struct i8259 {
     struct pic pic[2];                                             /* master, slave */
     struct irq_line intr;
     atomic_bool pending;
+    /* ops: the real chip; then `lines` is all that is live here */
+    struct irqchip elsewhere;
 };
 
 /* ---- one chip ---- */
@@ -79,7 +83,8 @@ static int request(const struct pic *p)
     serving = highest(p, in_service);
     if (serving < 0 || rank(p, irq) < rank(p, serving))
         return irq;
-    /* Special fully nested: a slave in service does not lock out further requests of higher priority from the same slave. */
+    /* Special fully nested: a slave in service does not lock out further requests of higher priority from the same
+       slave. */
     return p->sfnm && irq == CASCADE && serving == CASCADE ? irq : -1;
 }
 
@@ -118,7 +123,8 @@ static void set_line(struct pic *p, int n, int level)
 
 /* ---- both ---- */
 
-/* Carries the slave's INT to IR2, and the master's to the processors. reassert: an INTA cycle has ended, INT was low in between. */
+/* Carries the slave's INT to IR2, and the master's to the processors. reassert: an INTA cycle has ended, INT was low in
+   between. */
 static void update(struct i8259 *x, bool reassert)
 {
     struct pic *m = &x->pic[0];
@@ -141,12 +147,17 @@ static void update(struct i8259 *x, bool reassert)
 static void line_set(void *chip, int n, int level)
 {
     struct i8259 *x = chip;
+    int was;
 
     if (n == CASCADE)
         return;
     pthread_mutex_lock(&x->device.lock);
+    was = x->pic[n >> 3].lines >> (n & 7) & 1;
     set_line(&x->pic[n >> 3], n & 7, level);
-    update(x, false);
+    if (!x->elsewhere.ops)
+        update(x, false);
+    else if (was != level)
+        x->elsewhere.ops->pic_line(x->elsewhere.arg, n, level);
     pthread_mutex_unlock(&x->device.lock);
 }
 
@@ -194,7 +205,8 @@ int i8259_ack(struct i8259 *x)
 
 /* ---- registers ---- */
 
-/* ICW1 (data sheet, "Initialization command words"): edges are forgotten, the mask is clear, IR7 is lowest, status read is the IRR. */
+/* ICW1 (data sheet, "Initialization command words"): edges are forgotten, the mask is clear, IR7 is lowest, status read
+   is the IRR. */
 static void write_icw1(struct pic *p, u8 val)
 {
     p->imr = 0;
@@ -336,6 +348,63 @@ static void elcr_write(void *dev, u64 off, u64 val, unsigned size UNUSED)
     update(x, false);
 }
 
+/* ---- the real chip elsewhere ---- */
+
+static int give(struct i8259 *x)
+{
+    struct i8259_regs r;
+
+    for (int i = 0; i < 2; i++) {
+        const struct pic *p = &x->pic[i];
+
+        r.chip[i] = (struct i8259_chip_regs){
+            .lines = p->lines, .irr = p->irr, .isr = p->isr, .imr = p->imr, .elcr = p->elcr, .base = p->base,
+            .lowest = p->lowest, .step = p->step,
+            .want_icw4 = p->want_icw4, .aeoi = p->aeoi, .sfnm = p->sfnm, .rotate_aeoi = p->rotate_aeoi,
+            .special_mask = p->special_mask,
+            .read_isr = p->read_isr, .poll = p->poll,
+        };
+    }
+    return x->elsewhere.ops->i8259_set(x->elsewhere.arg, &r);
+}
+
+static int take(struct i8259 *x)
+{
+    struct i8259_regs r;
+    int e = x->elsewhere.ops->i8259_get(x->elsewhere.arg, &r);
+
+    for (int i = 0; e == 0 && i < 2; i++) {
+        const struct i8259_chip_regs *c = &r.chip[i];
+
+        x->pic[i] = (struct pic){
+            .lines = x->pic[i].lines, .irr = c->irr, .isr = c->isr, .imr = c->imr, .elcr = c->elcr, .base = c->base,
+            .lowest = c->lowest & 7,
+            .step = c->step & 3, .want_icw4 = c->want_icw4, .aeoi = c->aeoi, .sfnm = c->sfnm,
+            .rotate_aeoi = c->rotate_aeoi,
+            .special_mask = c->special_mask, .read_isr = c->read_isr, .poll = c->poll,
+        };
+    }
+    atomic_store(&x->pending, request(&x->pic[0]) >= 0);
+    return e;
+}
+
+void i8259_attach(struct i8259 *x, struct irqchip elsewhere)
+{
+    pthread_mutex_lock(&x->device.lock);
+    x->elsewhere = elsewhere;
+    pthread_mutex_unlock(&x->device.lock);
+}
+
+void i8259_set_elcr(struct i8259 *x, u16 elcr)
+{
+    pthread_mutex_lock(&x->device.lock);
+    elcr_write(x, 0, (u8)elcr, 1);
+    elcr_write(x, 1, elcr >> 8, 1);
+    if (x->elsewhere.ops)
+        give(x);
+    pthread_mutex_unlock(&x->device.lock);
+}
+
 /* ---- device ---- */
 
 static void i8259_reset(struct device *d)
@@ -346,6 +415,8 @@ static void i8259_reset(struct device *d)
     for (int i = 0; i < 2; i++) /* the wires are not the chip's: levels stay */
         x->pic[i] = (struct pic){ .lines = x->pic[i].lines, .lowest = 7 };
     update(x, false);
+    if (x->elsewhere.ops)
+        give(x);
     pthread_mutex_unlock(&d->lock);
 }
 
@@ -373,6 +444,9 @@ static void pic_state(struct pic *p, struct stream *s)
 static void i8259_state(struct device *d, struct stream *s)
 {
     struct i8259 *x = (struct i8259 *)d;
+
+    if (x->elsewhere.ops && !s->load && !s->error)
+        s->error = take(x);
     struct pic pic[2] = { x->pic[0], x->pic[1] };
 
     stream_section(s, "i8259", 1);
@@ -386,6 +460,8 @@ static void i8259_state(struct device *d, struct stream *s)
     x->pic[1] = pic[1];
     /* The local APICs restore their own idea of INTR; only the mirror is ours. */
     atomic_store(&x->pending, request(&x->pic[0]) >= 0);
+    if (x->elsewhere.ops)
+        s->error = give(x);
 }
 
 static void i8259_free(struct device *d)

@@ -1,10 +1,11 @@
 /*
- * Intel 82093AA I/O APIC (data sheet 290566), 24 pins, with the later version number 0x20 and its EOI register (ICH data sheets, offset 0x40), which
- * guests need when they have local APICs suppress EOI broadcasts.
+ * Intel 82093AA I/O APIC (data sheet 290566), 24 pins, with the later version number 0x20 and its EOI register (ICH
+ * data sheets, offset 0x40), which guests need when they have local APICs suppress EOI broadcasts.
  *
- * Wires carry "asserted" or not, as the boards' tables (MADT, _PRT) describe them: the polarity bit is kept and changes nothing. Edges on a
- * masked pin are lost; an asserted level counts as soon as it is unmasked. Switching an entry to edge clears its remote IRR, which is how guests
- * of older versions do an EOI. The delivery status always reads idle. The arbitration ID follows the ID.
+ * Wires carry "asserted" or not, as the boards' tables (MADT, _PRT) describe them: the polarity bit is kept and changes
+ * nothing. Edges on a masked pin are lost; an asserted level counts as soon as it is unmasked. Switching an entry to
+ * edge clears its remote IRR, which is how guests of older versions do an EOI. The delivery status always reads idle.
+ * The arbitration ID follows the ID.
  *
  * Locking: device.lock; the local APICs' locks are taken under it.
  */
@@ -31,7 +32,10 @@ struct ioapic {
     u32 id;                                                        /* bits 27..24 */
     u64 rte[IOAPIC_PINS];
     u32 lines;                                                     /* levels of the pins */
+    /* ops: the real chip; then `lines` is all that is live here */
+    struct irqchip elsewhere;
 };
+_Static_assert(IOAPIC_PINS == IRQCHIP_IOAPIC_PINS, "struct ioapic_regs");
 
 static unsigned rte_mode(u64 rte)
 {
@@ -48,7 +52,8 @@ static void send(struct ioapic *io, int pin)
 {
     u64 rte = io->rte[pin];
     struct apic_msg m = {
-        .dest = (u32)(rte >> 56), .vector = (u8)rte, .mode = rte_mode(rte), .logical = rte & RTE_LOGICAL, .level = rte_level(rte),
+        .dest = (u32)(rte >> 56), .vector = (u8)rte, .mode = rte_mode(rte), .logical = rte & RTE_LOGICAL,
+        .level = rte_level(rte),
     };
 
     lapic_bus_send(io->lapics, &m);
@@ -74,10 +79,14 @@ static void line_set(void *chip, int n, int level)
     pthread_mutex_lock(&io->device.lock);
     was = io->lines & bit;
     io->lines = level ? io->lines | bit : io->lines & ~bit;
-    if (level && rte_level(io->rte[n]))
+    if (io->elsewhere.ops) {
+        if (was != (level != 0))
+            io->elsewhere.ops->ioapic_line(io->elsewhere.arg, n, level);
+    } else if (level && rte_level(io->rte[n])) {
         send_level(io, n);
-    else if (level && !was && !(io->rte[n] & RTE_MASKED))
+    } else if (level && !was && !(io->rte[n] & RTE_MASKED)) {
         send(io, n);
+    }
     pthread_mutex_unlock(&io->device.lock);
 }
 
@@ -166,6 +175,38 @@ static void mmio_write(void *dev, u64 off, u64 val, unsigned size UNUSED)
     }
 }
 
+/* ---- the real chip elsewhere ---- */
+
+static int give(struct ioapic *io)
+{
+    struct ioapic_regs r = { .select = io->select, .id = io->id, .lines = io->lines };
+
+    for (int i = 0; i < IOAPIC_PINS; i++)
+        r.rte[i] = io->rte[i];
+    return io->elsewhere.ops->ioapic_set(io->elsewhere.arg, &r);
+}
+
+static int take(struct ioapic *io)
+{
+    struct ioapic_regs r;
+    int e = io->elsewhere.ops->ioapic_get(io->elsewhere.arg, &r);
+
+    if (e < 0)
+        return e;
+    io->select = (u8)r.select;
+    io->id = r.id & 0x0f000000;
+    for (int i = 0; i < IOAPIC_PINS; i++)
+        io->rte[i] = r.rte[i] & (RTE_WRITABLE | (rte_level(r.rte[i]) ? RTE_REMOTE_IRR : 0));
+    return 0;
+}
+
+void ioapic_attach(struct ioapic *io, struct irqchip elsewhere)
+{
+    pthread_mutex_lock(&io->device.lock);
+    io->elsewhere = elsewhere;
+    pthread_mutex_unlock(&io->device.lock);
+}
+
 /* ---- device ---- */
 
 static void ioapic_reset(struct device *d)
@@ -177,6 +218,8 @@ static void ioapic_reset(struct device *d)
     io->id = (u32)io->initial_id << 24;
     for (int i = 0; i < IOAPIC_PINS; i++)
         io->rte[i] = RTE_MASKED;
+    if (io->elsewhere.ops)
+        give(io);
     pthread_mutex_unlock(&d->lock);
 }
 
@@ -184,6 +227,8 @@ static void ioapic_state(struct device *d, struct stream *s)
 {
     struct ioapic *io = (struct ioapic *)d;
 
+    if (io->elsewhere.ops && !s->load && !s->error)
+        s->error = take(io);
     stream_section(s, "ioapic", 1);
     stream_u8(s, &io->select);
     stream_u32(s, &io->id);
@@ -196,6 +241,8 @@ static void ioapic_state(struct device *d, struct stream *s)
     io->lines &= (1u << IOAPIC_PINS) - 1;
     for (int i = 0; i < IOAPIC_PINS; i++)
         io->rte[i] &= RTE_WRITABLE | (rte_level(io->rte[i]) ? RTE_REMOTE_IRR : 0);
+    if (io->elsewhere.ops && !s->error)
+        s->error = give(io);
 }
 
 static void ioapic_free(struct device *d)
@@ -224,7 +271,8 @@ int ioapic_new(struct bus *mmio, u64 base, u8 id, struct lapic_bus *lapics, stru
     ioapic_reset(&io->device);
 
     struct region region = {
-        .base = base, .size = PAGE_SIZE, .min = 4, .max = 4, .read = mmio_read, .write = mmio_write, .dev = io, .lock = &io->device.lock, .name = "ioapic",
+        .base = base, .size = PAGE_SIZE, .min = 4, .max = 4, .read = mmio_read, .write = mmio_write, .dev = io,
+        .lock = &io->device.lock, .name = "ioapic",
     };
     r = bus_add(mmio, &region);
     if (r < 0) {

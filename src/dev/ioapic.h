@@ -17,4 +17,5 @@ struct ioapic;
 
 /* Registers itself with the local APICs as the receiver of EOI messages. id: after reset; guests may write it. */
 int ioapic_new(struct bus *mmio, u64 base, u8 id, struct lapic_bus *lapics, struct ioapic **out);
+void ioapic_attach(struct ioapic *io, struct irqchip elsewhere);   /* as i8259_attach() */
 struct irq_line ioapic_irq(struct ioapic *io, int n);              /* pin n: 0..23 */

@@ -1,16 +1,21 @@
 /*
- * Local APIC (Intel SDM vol. 3A chapter 11; section numbers below are of that volume). The bus between them is lapic_bus.c.
+ * Local APIC (Intel SDM vol. 3A chapter 11; section numbers below are of that volume). The bus between them is
+ * lapic_bus.c.
  *
- * Modelled: xAPIC registers, x2APIC MSRs and the transitions between the modes, fixed/lowest-priority/NMI/SMI/INIT/start-up/ExtINT messages, physical and
- * logical destinations, shorthands, six LVT entries, error status, one-shot/periodic/TSC-deadline timer, directed EOI (SVR bit 12).
- * Left out: arbitration (messages are delivered at once), remote read, focus processor checking, the CMCI entry. Delivery status always reads idle.
+ * Modelled: xAPIC registers, x2APIC MSRs and the transitions between the modes,
+ * fixed/lowest-priority/NMI/SMI/INIT/start-up/ExtINT messages, physical and logical destinations, shorthands, six LVT
+ * entries, error status, one-shot/periodic/TSC-deadline timer, directed EOI (SVR bit 12). Left out: arbitration
+ * (messages are delivered at once), remote read, focus processor checking, the CMCI entry. Delivery status always reads
+ * idle.
  *
- * The timer counts a clock of LAPIC_BUS_HZ. A periodic timer keeps to its grid of deadlines however late it is served; periods that were
- * missed coalesce into one interrupt, as they would in the IRR. Periods below PERIOD_MIN_NS are served no more often than that.
+ * The timer counts a clock of LAPIC_BUS_HZ. A periodic timer keeps to its grid of deadlines however late it is served;
+ * periods that were missed coalesce into one interrupt, as they would in the IRR. Periods below PERIOD_MIN_NS are
+ * served no more often than that.
  *
- * Locking: device.lock guards one local APIC's registers; the region has no lock, since EOI and ICR writes call into the I/O APIC and other local APICs
- * (their locks come earlier, or are equals), and so must let go of their own first. What the vCPU asks all the time is mirrored in atomics:
- * `deliverable`, `extint_open`, `tpr`, `base`. bus_move() and timer_arm() take leaf locks.
+ * Locking: device.lock guards one local APIC's registers; the region has no lock, since EOI and ICR writes call into
+ * the I/O APIC and other local APICs (their locks come earlier, or are equals), and so must let go of their own first.
+ * What the vCPU asks all the time is mirrored in atomics: `deliverable`, `extint_open`, `tpr`, `base`. bus_move() and
+ * timer_arm() take leaf locks.
  */
 #include <errno.h>
 #include <string.h>
@@ -24,8 +29,10 @@
 
 /* Registers: MMIO offset / 16 = MSR - 0x800 (table 11-6) */
 enum {
-    REG_ID = 0x02, REG_VERSION = 0x03, REG_TPR = 0x08, REG_APR = 0x09, REG_PPR = 0x0a, REG_EOI = 0x0b, REG_RRD = 0x0c, REG_LDR = 0x0d, REG_DFR = 0x0e,
-    REG_SVR = 0x0f, REG_ISR = 0x10, REG_TMR = 0x18, REG_IRR = 0x20, REG_ESR = 0x28, REG_ICR = 0x30, REG_ICR_HIGH = 0x31, REG_LVT = 0x32,
+    REG_ID = 0x02, REG_VERSION = 0x03, REG_TPR = 0x08, REG_APR = 0x09, REG_PPR = 0x0a, REG_EOI = 0x0b, REG_RRD = 0x0c,
+        REG_LDR = 0x0d, REG_DFR = 0x0e,
+    REG_SVR = 0x0f, REG_ISR = 0x10, REG_TMR = 0x18, REG_IRR = 0x20, REG_ESR = 0x28, REG_ICR = 0x30,
+        REG_ICR_HIGH = 0x31, REG_LVT = 0x32,
     REG_INITIAL = 0x38, REG_CURRENT = 0x39, REG_DIVIDE = 0x3e, REG_SELF_IPI = 0x3f,
 };
 
@@ -38,11 +45,14 @@ enum { TIMER_ONESHOT, TIMER_PERIODIC, TIMER_DEADLINE };
 
 /* Bits that software can write, per LVT entry (figure 11-8). */
 static const u32 lvt_mask[LVTS] = {
-    [LVT_TIMER] = 0x700ff, [LVT_THERMAL] = 0x107ff, [LVT_PERF] = 0x107ff, [LVT_LINT0] = 0x1a7ff, [LVT_LINT1] = 0x1a7ff, [LVT_ERROR] = 0x100ff,
+    [LVT_TIMER] = 0x700ff, [LVT_THERMAL] = 0x107ff, [LVT_PERF] = 0x107ff, [LVT_LINT0] = 0x1a7ff, [LVT_LINT1] = 0x1a7ff,
+    [LVT_ERROR] = 0x100ff,
 };
-#define LVT_READ_ONLY 0x5000u                                      /* delivery status, remote IRR: software writes back what it read */
+/* delivery status, remote IRR: software writes back what it read */
+#define LVT_READ_ONLY 0x5000u
 
-#define VERSION (0x15 | (LVTS - 1) << 16 | 1 << 24)                /* integrated APIC, 6 LVT entries, EOI broadcasts can be suppressed */
+/* integrated APIC, 6 LVT entries, EOI broadcasts can be suppressed */
+#define VERSION (0x15 | (LVTS - 1) << 16 | 1 << 24)
 #define SVR_NO_BROADCAST 0x1000u
 #define SVR_MASK 0x11ffu
 
@@ -50,8 +60,10 @@ static const u32 lvt_mask[LVTS] = {
 #define ESR_RECEIVE_ILLEGAL 0x40u
 #define ESR_REGISTER 0x80u
 
-#define ICR_MASK 0xccfffu                                          /* low half, without the delivery status (always idle) */
-#define ICR_STATUS 0x1000u                                         /* writes of it are ignored, also in x2APIC mode, where it is gone */
+/* low half, without the delivery status (always idle) */
+#define ICR_MASK 0xccfffu
+/* writes of it are ignored, also in x2APIC mode, where it is gone */
+#define ICR_STATUS 0x1000u
 #define ICR_LOGICAL 0x800u
 #define ICR_ASSERT 0x4000u
 #define ICR_LEVEL 0x8000u
@@ -96,6 +108,8 @@ static void refresh(struct lapic *l)
     u32 lint0 = l->lvt[LVT_LINT0];
     bool open;
 
+    if (l->bus->elsewhere.ops)
+        return;
     if (v >= 0 && v >> 4 <= lapic_ppr(l) >> 4)
         v = -1;
     if (atomic_exchange(&l->deliverable, v) != v && v >= 0)
@@ -165,7 +179,8 @@ static void lvt_fire(struct lapic *l, int entry)
         lapic_accept(l, fixed_only ? APIC_FIXED : LVT_MODE(v), (u8)v, false);
 }
 
-/* LINT pins: ExtINT follows the i8259 itself (extint_open); fixed may be level-triggered; the rest is edge-triggered. */
+/* LINT pins: ExtINT follows the i8259 itself (extint_open); fixed may be level-triggered; the rest is edge-triggered.
+   */
 static void lint_fire(struct lapic *l, int entry)
 {
     u32 v = l->lvt[entry];
@@ -174,7 +189,8 @@ static void lint_fire(struct lapic *l, int entry)
         return;
     if (LVT_MODE(v) == APIC_EXTINT) {
         l->cpu.signal(l->cpu.vcpu, CPU_INTR, 0);
-    } else if (LVT_MODE(v) == APIC_FIXED && (v & LVT_LEVEL) && entry == LVT_LINT0) { /* LINT1 is always edge-triggered */
+    /* LINT1 is always edge-triggered */
+    } else if (LVT_MODE(v) == APIC_FIXED && (v & LVT_LEVEL) && entry == LVT_LINT0) {
         if (!(v & LVT_REMOTE_IRR)) {
             l->lvt[entry] |= LVT_REMOTE_IRR;
             accept_fixed(l, (u8)v, true);
@@ -246,6 +262,8 @@ static void timer_start_host(struct lapic *l)
     struct clock *c = l->bus->cfg.clock;
     u64 at = l->deadline_ns;
 
+    if (l->bus->elsewhere.ops)
+        return;
     if (TIMER_MODE(l->lvt[LVT_TIMER]) == TIMER_DEADLINE)
         at = deadline_ns(l);
     else if (TIMER_MODE(l->lvt[LVT_TIMER]) == TIMER_PERIODIC && period_ns(l) < PERIOD_MIN_NS)
@@ -268,7 +286,8 @@ static void timer_deadline_check(struct lapic *l)
 {
     if (!l->armed)
         return;
-    if (clock_tsc(l->bus->cfg.clock) + (u64)l->tsc_adjust < l->deadline_tsc) { /* by the guest's own reading: never early */
+    /* by the guest's own reading: never early */
+    if (clock_tsc(l->bus->cfg.clock) + (u64)l->tsc_adjust < l->deadline_tsc) {
         timer_start_host(l);
         return;
     }
@@ -350,7 +369,8 @@ static void lvt_write(struct lapic *l, int entry, u32 val)
     val = (val & lvt_mask[entry]) | (old & LVT_REMOTE_IRR);
     if (!(l->svr & SVR_ENABLE))
         val |= LVT_MASKED; /* 11.4.7.2 */
-    if (entry == LVT_TIMER && (TIMER_MODE(val) == 3 || (TIMER_MODE(val) == TIMER_DEADLINE && !l->bus->cfg.tsc_deadline)))
+    if (entry == LVT_TIMER && (TIMER_MODE(val) == 3 || (TIMER_MODE(val) == TIMER_DEADLINE &&
+        !l->bus->cfg.tsc_deadline)))
         val = (val & ~0x60000u) | (old & 0x60000u); /* reserved: the mode stays */
     if (!(val & LVT_LEVEL))
         val &= ~LVT_REMOTE_IRR;
@@ -366,13 +386,15 @@ static void lvt_write(struct lapic *l, int entry, u32 val)
 
 /* ---- messages ---- */
 
-/* 11.6.1. Takes locks itself. Level-triggered IPIs do not exist any more: all are sent as edges, and a de-assert is no message. */
+/* 11.6.1. Takes locks itself. Level-triggered IPIs do not exist any more: all are sent as edges, and a de-assert is no
+   message. */
 static void send_ipi(struct lapic *l, u64 icr, bool wide)
 {
     struct lapic_bus *lb = l->bus;
     u32 low = (u32)icr;
     struct apic_msg m = {
-        .dest = wide ? (u32)(icr >> 32) : (u32)(icr >> 56), .vector = (u8)low, .mode = (low >> 8) & 7, .logical = low & ICR_LOGICAL, .wide = wide,
+        .dest = wide ? (u32)(icr >> 32) : (u32)(icr >> 56), .vector = (u8)low, .mode = (low >> 8) & 7,
+        .logical = low & ICR_LOGICAL, .wide = wide,
     };
     unsigned shorthand = (low >> 18) & 3;
     struct apic_msg all = { .dest = UINT32_MAX, .vector = m.vector, .mode = m.mode, .wide = true };
@@ -554,7 +576,8 @@ static void mmio_write(void *dev, u64 off, u64 val, unsigned size UNUSED)
     pthread_mutex_unlock(&l->device.lock);
 }
 
-/* ---- x2APIC MSRs, 11.12.1.2 and table 11-6: reserved bits, reading write-only and writing read-only registers raise #GP ---- */
+/* ---- x2APIC MSRs, 11.12.1.2 and table 11-6: reserved bits, reading write-only and writing read-only registers raise
+   #GP ---- */
 
 /* Bits that may be set in a write; 0 also for registers that must be written with 0 (EOI, ESR). -1: not writable. */
 static s64 x2apic_writable(unsigned reg)
@@ -674,6 +697,68 @@ bool lapic_enabled(const struct lapic *l)
     return lapic_hw_enabled(l);
 }
 
+/* ---- the real chip elsewhere; under the lock ---- */
+
+static int give(struct lapic *l)
+{
+    struct lapic_regs r = {
+        .base = atomic_load(&l->base), .icr = l->icr, .tpr = atomic_load(&l->tpr), .ldr = lapic_x2apic(l)
+        ? lapic_x2apic_ldr(l) : l->ldr, .dfr = l->dfr,
+        .svr = l->svr, .esr = l->esr, .initial = l->initial, .current = timer_current(l), .divide = l->divide,
+        .tsc_deadline = l->deadline_tsc,
+    };
+
+    memcpy(r.lvt, l->lvt, sizeof(r.lvt));
+    memcpy(r.irr, l->irr, sizeof(r.irr));
+    memcpy(r.isr, l->isr, sizeof(r.isr));
+    memcpy(r.tmr, l->tmr, sizeof(r.tmr));
+    return l->bus->elsewhere.ops->lapic_set(l->bus->elsewhere.arg, l->id, &r);
+}
+
+static void take_timer(struct lapic *l, const struct lapic_regs *r)
+{
+    unsigned mode = TIMER_MODE(l->lvt[LVT_TIMER]);
+
+    l->tsc_adjust = r->tsc_adjust;
+    l->initial = r->initial;
+    l->divide = r->divide & 0xb;
+    l->deadline_tsc = mode == TIMER_DEADLINE ? r->tsc_deadline : 0;
+    if (mode == TIMER_DEADLINE) {
+        l->armed = l->deadline_tsc != 0;
+    } else {
+        l->armed = l->initial && (r->current || mode == TIMER_PERIODIC);
+        l->deadline_ns = clock_ns(l->bus->cfg.clock) + (r->current
+            ? (u64)r->current * divisor(l) * (1000000000 / LAPIC_BUS_HZ) : period_ns(l));
+    }
+}
+
+static int take(struct lapic *l)
+{
+    struct lapic_regs r;
+    int e = l->bus->elsewhere.ops->lapic_get(l->bus->elsewhere.arg, l->id, &r);
+
+    if (e < 0)
+        return e;
+    atomic_store(&l->base, r.base);
+    atomic_store(&l->tpr, (u8)r.tpr);
+    if (!lapic_x2apic(l))
+        l->ldr = r.ldr & 0xff000000;
+    l->dfr = r.dfr | 0x0fffffff;
+    l->svr = r.svr & SVR_MASK;
+    l->esr = r.esr;
+    l->errors = 0;
+    l->icr = r.icr & ~(u64)ICR_STATUS;
+    for (int i = 0; i < LVTS; i++)
+        l->lvt[i] = r.lvt[i] & (lvt_mask[i] | (i == LVT_LINT0 ? LVT_REMOTE_IRR : 0));
+    memcpy(l->irr, r.irr, sizeof(l->irr));
+    memcpy(l->isr, r.isr, sizeof(l->isr));
+    memcpy(l->tmr, r.tmr, sizeof(l->tmr));
+    l->lint = l->bus->pic && i8259_pending(l->bus->pic);           /* INTR is LINT0; nothing pulls LINT1 */
+    l->extint_message = false;
+    take_timer(l, &r);
+    return 0;
+}
+
 void lapic_virtual_wire(struct lapic *l)
 {
     pthread_mutex_lock(&l->device.lock);
@@ -681,6 +766,8 @@ void lapic_virtual_wire(struct lapic *l)
     l->lvt[LVT_LINT0] = APIC_EXTINT << 8;
     l->lvt[LVT_LINT1] = APIC_NMI << 8;
     refresh(l);
+    if (l->bus->elsewhere.ops)
+        give(l);
     pthread_mutex_unlock(&l->device.lock);
 }
 
@@ -787,6 +874,11 @@ static void intc_tpr_set(void *intc, u8 cr8)
     pthread_mutex_unlock(&l->device.lock);
 }
 
+static void intc_tsc_adjust(void *intc, s64 adjust)
+{
+    lapic_set_tsc_adjust(intc, adjust);
+}
+
 static void intc_init(void *intc)
 {
     struct lapic *l = intc;
@@ -803,6 +895,7 @@ static const struct intc_ops lapic_intc_ops = {
     .msr_write = intc_msr_write,
     .tpr_get = intc_tpr_get,
     .tpr_set = intc_tpr_set,
+    .tsc_adjust = intc_tsc_adjust,
     .init = intc_init,
 };
 
@@ -822,6 +915,8 @@ static void lapic_reset(struct device *d)
     l->tsc_adjust = 0;
     map_registers(l);
     init_registers(l);
+    if (l->bus->elsewhere.ops)
+        give(l);
     pthread_mutex_unlock(&d->lock);
 }
 
@@ -831,7 +926,8 @@ static void vectors_state(u32 set[8], struct stream *s)
         stream_u32(s, &set[i]);
 }
 
-/* Loaded registers are put into the form that writes would have given them; what could not be written at all is refused. */
+/* Loaded registers are put into the form that writes would have given them; what could not be written at all is
+   refused. */
 static void state_check(struct lapic *l, struct stream *s, u64 base)
 {
     u64 mode = base & BASE_MODE, allowed = BASE_BSP | BASE_MODE | (BIT(l->bus->cfg.phys_bits) - PAGE_SIZE);
@@ -853,6 +949,9 @@ static void state_check(struct lapic *l, struct stream *s, u64 base)
 static void lapic_state(struct device *d, struct stream *s)
 {
     struct lapic *l = (struct lapic *)d;
+
+    if (l->bus->elsewhere.ops && !s->load && !s->error)
+        s->error = take(l);
     u64 base = atomic_load(&l->base);
     u64 adjust = (u64)l->tsc_adjust;
     u8 tpr = atomic_load(&l->tpr);
@@ -897,6 +996,8 @@ static void lapic_state(struct device *d, struct stream *s)
     atomic_store(&l->deliverable, -1);
     atomic_store(&l->extint_open, false);
     refresh(l);
+    if (l->bus->elsewhere.ops)
+        s->error = give(l);
 }
 
 static void lapic_free(struct device *d)
@@ -932,7 +1033,8 @@ int lapic_new(struct lapic_bus *lb, struct bus *cpu_bus, u32 id, bool bsp, struc
     timer_init(&l->timer, lb->cfg.clock, timer_fired, l);
     atomic_init(&l->deliverable, -1);
 
-    struct region region = { .base = LAPIC_BASE, .min = 4, .max = 4, .read = mmio_read, .write = mmio_write, .dev = l, .name = "lapic" };
+    struct region region = { .base = LAPIC_BASE, .min = 4, .max = 4, .read = mmio_read, .write = mmio_write, .dev = l,
+        .name = "lapic" };
     r = l->region = bus_add(cpu_bus, &region); /* mapped by the reset */
     if (r >= 0)
         r = lapic_bus_add(lb, l);

@@ -1,9 +1,12 @@
 /*
- * The bus between local APICs (Intel SDM vol. 3A 11.6.2, 11.11): who is meant by a destination, IPIs, MSIs, I/O APIC messages, the i8259's wire.
+ * The bus between local APICs (Intel SDM vol. 3A 11.6.2, 11.11): who is meant by a destination, IPIs, MSIs, I/O APIC
+ * messages, the i8259's wire.
  *
- * Messages arrive at once, so there is no arbitration and no retry: what a software-disabled local APIC does not accept is lost.
+ * Messages arrive at once, so there is no arbitration and no retry: what a software-disabled local APIC does not accept
+ * is lost.
  *
- * Locking: the list of local APICs changes only while the machine is built or taken down. Each receiver's own lock is taken in turn, never two at a time.
+ * Locking: the list of local APICs changes only while the machine is built or taken down. Each receiver's own lock is
+ * taken in turn, never two at a time.
  */
 #include <errno.h>
 
@@ -35,8 +38,8 @@ static bool matches(const struct lapic *l, const struct apic_msg *m)
 }
 
 /*
- * Lowest priority: of those that would accept, the one with the lowest processor priority; among equals, where the vector points to, so that the
- * vectors spread and each keeps its processor (and its caches).
+ * Lowest priority: of those that would accept, the one with the lowest processor priority; among equals, where the
+ * vector points to, so that the vectors spread and each keeps its processor (and its caches).
  */
 static void send_lowest(struct lapic_bus *lb, const struct apic_msg *m, const struct lapic *except)
 {
@@ -86,13 +89,18 @@ void lapic_bus_send(struct lapic_bus *lb, const struct apic_msg *m)
 /* 11.11: 0xfee, destination, redirection hint (bit 3, which changes nothing here), destination mode (bit 2). */
 static void msi_send(void *arg, u64 addr, u32 data)
 {
+    struct lapic_bus *lb = arg;
     struct apic_msg m = {
-        .dest = (u32)(addr >> 12) & 0xff, .vector = (u8)data, .mode = (data >> 8) & 7, .logical = addr & MSI_LOGICAL, .level = data & MSI_LEVEL,
+        .dest = (u32)(addr >> 12) & 0xff, .vector = (u8)data, .mode = (data >> 8) & 7, .logical = addr & MSI_LOGICAL,
+        .level = data & MSI_LEVEL,
     };
 
     if (addr >> 20 != 0xfee || (m.level && !(data & MSI_ASSERT)))
         return;
-    lapic_bus_send_except(arg, &m, NULL);
+    if (lb->elsewhere.ops)
+        lb->elsewhere.ops->msi(lb->elsewhere.arg, addr, data);
+    else
+        lapic_bus_send_except(lb, &m, NULL);
 }
 
 /* ---- life, wires ---- */
@@ -107,6 +115,11 @@ int lapic_bus_new(const struct lapic_config *cfg, struct lapic_bus **out)
     lb->cfg = *cfg;
     *out = lb;
     return 0;
+}
+
+void lapic_bus_attach(struct lapic_bus *lb, struct irqchip elsewhere)
+{
+    lb->elsewhere = elsewhere;
 }
 
 void lapic_bus_free(struct lapic_bus *lb)
@@ -142,6 +155,8 @@ static void pic_line_set(void *chip, int n UNUSED, int level)
 {
     struct lapic_bus *lb = chip;
 
+    if (lb->elsewhere.ops)
+        return;
     for (unsigned i = 0; i < lb->n; i++) {
         pthread_mutex_lock(&lb->lapic[i]->device.lock);
         lapic_lint_set(lb->lapic[i], 0, level);

@@ -21,6 +21,8 @@ struct lapic_bus {
     unsigned n;
     struct i8259 *pic;
     struct apic_eoi_sink eoi_sink;
+    /* ops: the real local APICs; nothing is delivered or counts here then */
+    struct irqchip elsewhere;
 };
 
 struct lapic {
@@ -51,7 +53,8 @@ struct lapic {
     s64 tsc_adjust;
 
     _Atomic int deliverable;                                       /* vector, or -1 */
-    _Atomic bool extint_open;                                      /* the i8259's INTR reaches the processor through here */
+    /* the i8259's INTR reaches the processor through here */
+    _Atomic bool extint_open;
 };
 
 static inline bool lapic_hw_enabled(const struct lapic *l)
@@ -64,7 +67,8 @@ static inline bool lapic_x2apic(const struct lapic *l)
     return (atomic_load_explicit(&l->base, memory_order_relaxed) & BASE_MODE) == BASE_MODE;
 }
 
-static inline u32 lapic_x2apic_ldr(const struct lapic *l)          /* 11.12.10.2: cluster in the high half, one member bit in the low half */
+/* 11.12.10.2: cluster in the high half, one member bit in the low half */
+static inline u32 lapic_x2apic_ldr(const struct lapic *l)
 {
     return (l->id >> 4) << 16 | 1u << (l->id & 15);
 }

@@ -7,7 +7,7 @@
  *   0x000c0000  RAM, reserved from 0xe0000 (ACPI tables)      0x0060 0x0064         i8042
  *   0x00100000  RAM up to 3 GiB                               0x0070 0x0071         mc146818
  *   0xc0000000  PCI memory window                             0x0080 0x0092 0x00ed  POST and delay ports, fast reset
- *                                                             0x00e9 0x00f4         debug console, debug exit (--debug-exit)
+ *                                                             0x00e9 0x00f4         debug console, debug exit
  *   0xe0000000  PCI configuration (ECAM), bus 0               0x02f8 0x03f8         ns16550 COM2, COM1
  *   0xfec00000  I/O APIC                                      0x03b0 to 0x03df      VGA registers
  *   0xfee00000  local APIC (each vCPU's own), MSI             0x0505                pvpanic
@@ -66,7 +66,7 @@
 enum { IRQ_PIT = 0, IRQ_KEYBOARD = 1, IRQ_COM2 = 3, IRQ_COM1 = 4, IRQ_RTC = 8, IRQ_SCI = 9, IRQ_MOUSE = 12 };
 static const u8 pci_gsi[4] = { 16, 17, 18, 19 };                   /* INTA..D on the I/O APIC */
 static const u8 pci_isa[4] = { 10, 11, 10, 11 };                   /* the same on the i8259 pair */
-#define ELCR_SLAVE 0x0e                                            /* IRQ 9, 10, 11 are level-triggered */
+#define ELCR 0x0e00                                                /* IRQ 9, 10, 11 are level-triggered */
 
 enum { SLOT_HOST = 0, SLOT_CONSOLE = 1, SLOT_RNG = 2, SLOT_DISK = 3 };
 
@@ -84,6 +84,7 @@ struct board {
     struct lapic_bus *lapics;
     struct lapic *bsp;
     struct i8259 *pic;
+    struct i8254 *pit;
     struct ioapic *ioapic;
     struct acpi_pm *pm;
     struct virtio_console *console;
@@ -165,19 +166,19 @@ static int build_ram(struct board *b, u64 size)
 /* ---- devices ---- */
 
 /* Makes one device and puts it into the table; leaves build_* with the error otherwise. */
-#define BUILD(var, call)                                                                                                             \
-    do {                                                                                                                             \
-        int r_ = (call);                                                                                                             \
-        if (r_ < 0)                                                                                                                  \
-            return r_;                                                                                                               \
-        board_add(b, var);                                                                                                           \
+#define BUILD(var, call) \
+    do { \
+        int r_ = (call); \
+        if (r_ < 0) \
+            return r_; \
+        board_add(b, var); \
     } while (0)
 
 static int build_interrupts(struct board *b)
 {
     const struct cpuid_policy *p = b->m->cpuid;
-    struct lapic_config cfg = { .clock = b->m->clock, .phys_bits = cpuid_phys_bits(p), .x2apic = cpuid_has(p, CPU_X2APIC),
-                                .tsc_deadline = cpuid_has(p, CPU_TSC_DEADLINE) };
+    struct lapic_config cfg = { .clock = b->m->clock, .phys_bits = cpuid_phys_bits(p),
+                                .x2apic = cpuid_has(p, CPU_X2APIC), .tsc_deadline = cpuid_has(p, CPU_TSC_DEADLINE) };
     int r = lapic_bus_new(&cfg, &b->lapics);
 
     if (r < 0)
@@ -193,7 +194,6 @@ static int build_legacy(struct board *b, struct machine_hook hook)
     struct bus *pio = b->m->pio;
     struct clock *clock = b->m->clock;
     u64 low = MIN(b->config->memory_bytes, RAM_LOW_TOP);
-    struct i8254 *pit;
     struct mc146818 *rtc;
     struct ns16550 *com1, *com2;
     struct i8042 *kbc;
@@ -202,7 +202,7 @@ static int build_legacy(struct board *b, struct machine_hook hook)
     struct pvpanic *panic;
     struct vga_mem *vga;
 
-    BUILD(pit, i8254_new(pio, clock, isa_irq(b, IRQ_PIT), &pit));
+    BUILD(b->pit, i8254_new(pio, clock, isa_irq(b, IRQ_PIT), &b->pit));
     BUILD(rtc, mc146818_new(pio, clock, isa_irq(b, IRQ_RTC), low, b->config->memory_bytes - low, &rtc));
     BUILD(com1, ns16550_new(pio, COM1_PORT, "com1", clock, isa_irq(b, IRQ_COM1), b->config->serial, &com1));
     BUILD(com2, ns16550_new(pio, COM2_PORT, "com2", clock, isa_irq(b, IRQ_COM2), NULL, &com2));
@@ -229,7 +229,8 @@ static int build_debug(struct board *b, struct machine_hook hook)
 
 static int build_pci(struct board *b, struct machine_hook hook)
 {
-    struct pci_config cfg = { .pio = b->m->pio, .mmio = b->m->mmio, .msi = lapic_bus_msi(b->lapics), .io = { PCI_IO_BASE, PCI_IO_SIZE },
+    struct pci_config cfg = { .pio = b->m->pio, .mmio = b->m->mmio, .msi = lapic_bus_msi(b->lapics),
+        .io = { PCI_IO_BASE, PCI_IO_SIZE },
                               .mem = { PCI_MEM_BASE, PCI_MEM_SIZE } };
     struct pci_host *host;
     struct rst_cnt *rst;
@@ -323,7 +324,18 @@ int board_connect_cpus(struct board *b)
         if (i == 0)
             b->bsp = l;
     }
+    board_attach_chips(b);
     return 0;
+}
+
+void board_attach_chips(struct board *b)
+{
+    struct irqchip elsewhere = { b->m->engine->irqchip, b->m };
+
+    i8259_attach(b->pic, elsewhere);
+    i8254_attach(b->pit, elsewhere);
+    ioapic_attach(b->ioapic, elsewhere);
+    lapic_bus_attach(b->lapics, elsewhere);
 }
 
 void board_free(struct board *b)
@@ -354,7 +366,7 @@ void board_reset(struct board *b)
         b->device[i]->ops->reset(b->device[i]);
     /* What firmware would have left behind. */
     lapic_virtual_wire(b->bsp);
-    bus_write(b->m->pio, 0x4d1, ELCR_SLAVE, 1);
+    i8259_set_elcr(b->pic, ELCR);
 }
 
 void board_quiesce(struct board *b)

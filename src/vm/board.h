@@ -1,5 +1,6 @@
 /*
- * The board: a PC with local APICs, I/O APIC, the classic chips, one PCI bus and virtio devices. board.c holds every address and interrupt.
+ * The board: a PC with local APICs, I/O APIC, the classic chips, one PCI bus and virtio devices. board.c holds every
+ * address and interrupt.
  *
  * The board owns RAM's layout, the buses and the devices. It knows nothing of threads or life cycles: struct vm does.
  */
@@ -13,13 +14,18 @@
 
 struct board;
 
-/* Builds RAM and devices for config, and fills m->ram, m->pio, m->mmio. m->clock, m->trace and m->log are set already. hook: reset, power-off, panic. */
+/* Builds RAM and devices for config, and fills m->ram, m->pio, m->mmio. m->clock, m->trace and m->log are set already.
+   hook: reset, power-off, panic. */
 int board_new(const struct vm_config *config, struct machine *m, struct machine_hook hook, struct board **out);
 /* Gives each vCPU (m->vcpu[], made in between) its local APIC, and the chips their wires to them. */
 int board_connect_cpus(struct board *b);
-void board_free(struct board *b);                                  /* devices, then buses and RAM; vCPUs are still there and are freed afterwards; NULL is fine */
+/* the interrupt chips are the engine's, if it has some, else ours; a reset or a load follows */
+void board_attach_chips(struct board *b);
+/* devices, then buses and RAM; vCPUs are still there and are freed afterwards; NULL is fine */
+void board_free(struct board *b);
 
-void board_reset(struct board *b);                                 /* every device to its power-on state; vCPUs stand still */
+/* every device to its power-on state; vCPUs stand still */
+void board_reset(struct board *b);
 void board_quiesce(struct board *b);                               /* I/O in flight is finished; vCPUs stand still */
 void board_state(struct board *b, struct stream *s);               /* all devices' state, in the order of the table */
 int board_acpi(struct board *b, u64 *rsdp_gpa);                    /* writes the tables */

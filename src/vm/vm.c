@@ -281,6 +281,8 @@ void vm_pause(struct vm *vm)
     if (vm->state != VM_RUNNING)
         return;
     vcpus_hold(&vm->m);
+    if (vm->m.engine->time_stop)
+        vm->m.engine->time_stop(&vm->m);
     clock_pause(vm->m.clock);
     vm->state = VM_PAUSED;
 }
@@ -290,6 +292,8 @@ void vm_resume(struct vm *vm)
     if (vm->state != VM_PAUSED)
         return;
     clock_resume(vm->m.clock);
+    if (vm->m.engine->time_start)
+        vm->m.engine->time_start(&vm->m);
     vm->state = VM_RUNNING;
     for (unsigned i = 0; i < vm->m.vcpus; i++)
         vcpu_raise(vm->m.vcpu[i], VCPU_EV_CLOCK);

@@ -194,6 +194,8 @@ static int machine_cpus(struct runner *r)
     int rc = lapic_bus_new(&lc, &r->lapics);
 
     if (rc == 0)
+        lapic_bus_attach(r->lapics, (struct irqchip){ m->engine->irqchip, m });
+    if (rc == 0)
         rc = m->engine->machine_open(m);
     if (rc < 0)
         return rc;
