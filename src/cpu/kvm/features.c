@@ -17,8 +17,8 @@
 
 #define ENTRIES_MAX 256
 
-struct cpuid_list {
-    struct kvm_cpuid2 head;
+struct cpuid_list {                                      /* struct kvm_cpuid2, with room for its entries */
+    u32 nent, padding;
     struct kvm_cpuid_entry2 entry[ENTRIES_MAX];
 };
 
@@ -28,16 +28,16 @@ static void supported(struct cpuid_list *list)
     int sys = open("/dev/kvm", O_RDWR | O_CLOEXEC);
 
     memset(list, 0, sizeof *list);
-    list->head.nent = ENTRIES_MAX;
+    list->nent = ENTRIES_MAX;
     if (sys < 0 || ioctl(sys, KVM_GET_SUPPORTED_CPUID, list) < 0)
-        list->head.nent = 0;
+        list->nent = 0;
     if (sys >= 0)
         close(sys);
 }
 
 static struct cpuid_regs find(const struct cpuid_list *list, u32 leaf, u32 subleaf)
 {
-    for (u32 i = 0; i < list->head.nent && i < ENTRIES_MAX; i++) {
+    for (u32 i = 0; i < list->nent && i < ENTRIES_MAX; i++) {
         const struct kvm_cpuid_entry2 *e = &list->entry[i];
 
         if (e->function == leaf && (e->index == subleaf || !(e->flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX)))
@@ -57,7 +57,7 @@ void kvm_cpuid_limit(struct cpuid_policy *p)
     if (!list)
         return;                                                    /* machine_open will not get far either */
     supported(list);
-    for (unsigned i = 0; list->head.nent && i < ARRAY_SIZE(leaf); i++) {
+    for (unsigned i = 0; list->nent && i < ARRAY_SIZE(leaf); i++) {
         struct cpuid_regs r = find(list, leaf[i][0], leaf[i][1]);
 
         cpuid_keep(p, leaf[i][0], leaf[i][1], &r);
@@ -67,16 +67,16 @@ void kvm_cpuid_limit(struct cpuid_policy *p)
 
 static void add(struct vcpu *v, struct cpuid_list *list, u32 leaf, u32 subleaf, bool indexed)
 {
-    struct kvm_cpuid_entry2 *e = &list->entry[list->head.nent];
+    struct kvm_cpuid_entry2 *e = &list->entry[list->nent];
     struct cpuid_regs r;
 
-    bug_on(list->head.nent == ENTRIES_MAX);
+    bug_on(list->nent == ENTRIES_MAX);
     cpuid_get(v->m->cpuid, v->id, &v->x, true, leaf, subleaf, &r);
     *e = (struct kvm_cpuid_entry2){
         .function = leaf, .index = subleaf, .flags = indexed ? KVM_CPUID_FLAG_SIGNIFCANT_INDEX : 0, .eax = r.eax,
         .ebx = r.ebx, .ecx = r.ecx, .edx = r.edx,
     };
-    list->head.nent++;
+    list->nent++;
 }
 
 static unsigned subleaves(u32 leaf)                                /* 0: the leaf has no index */

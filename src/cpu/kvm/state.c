@@ -40,8 +40,8 @@ static const struct msr_row rows[] = {
 };
 _Static_assert(ARRAY_SIZE(rows) <= KVM_MSRS_MAX, "rows fit the mask");
 
-struct msr_list {
-    struct kvm_msrs head;
+struct msr_list {                                        /* struct kvm_msrs, with room for its entries */
+    u32 nmsrs, pad;
     struct kvm_msr_entry entry[KVM_MSRS_MAX];
 };
 
@@ -54,7 +54,7 @@ static u64 *row_field(const struct x86 *x, const struct msr_row *row)
 
 int kvm_msr_get_one(struct vcpu *v, u32 msr, u64 *val)
 {
-    struct msr_list l = { .head.nmsrs = 1, .entry[0].index = msr };
+    struct msr_list l = { .nmsrs = 1, .entry[0].index = msr };
 
     if (ioctl(kvcpu_of(v)->fd, KVM_GET_MSRS, &l) != 1)
         return -1;
@@ -64,7 +64,7 @@ int kvm_msr_get_one(struct vcpu *v, u32 msr, u64 *val)
 
 int kvm_msr_set_one(struct vcpu *v, u32 msr, u64 val)
 {
-    struct msr_list l = { .head.nmsrs = 1, .entry[0] = { .index = msr, .data = val } };
+    struct msr_list l = { .nmsrs = 1, .entry[0] = { .index = msr, .data = val } };
 
     return ioctl(kvcpu_of(v)->fd, KVM_SET_MSRS, &l) == 1 ? 0 : -1;
 }
@@ -87,7 +87,7 @@ static int get_msrs(struct vcpu *v, struct x86 *x)
     for (unsigned i = 0; i < ARRAY_SIZE(rows); i++)
         if (kvcpu_of(v)->msr_there & BIT(i))
             l.entry[n++].index = rows[i].msr;
-    l.head.nmsrs = n;
+    l.nmsrs = n;
     if (ioctl(kvcpu_of(v)->fd, KVM_GET_MSRS, &l) != (int)n)
         return err(-EIO, "kvm: vCPU %u: cannot read the MSRs", v->id);
     n = 0;
