@@ -92,7 +92,6 @@ int fp_open(struct icpu *c)
     f->avx = __builtin_cpu_supports("avx");
     f->avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl");
     f->avx512bw = f->avx512 && __builtin_cpu_supports("avx512bw");
-    f->xsave = f->avx;                                             /* an operating system that enables AVX has enabled XSAVE */
     isa_open(c, f);
     pointers_open(c, f);
     fp_xsave_open(c, f);
@@ -263,16 +262,26 @@ static const op_fn handler[][3] = {
 };
 
 /* VZEROUPPER and VZEROALL reach the registers that the mode can name: 0..15 or 0..7 (SDM vol. 2). */
-static int op_vzero(struct icpu *c, const struct op *op)
+static inline __attribute__((always_inline)) int vzero(struct icpu *c, unsigned keep)
 {
     struct fp *f = icpu_fp(c);
-    unsigned keep = op->aux ? 0 : 16, n = c->mode == IMODE_LONG64 ? 16 : 8;
+    unsigned n = c->mode == IMODE_LONG64 ? 16 : 8;
 
     if (fp_check_avx(c, XCR0_AVX))
         return OP_FAULT;
     for (unsigned r = 0; r < n; r++)
         memset(f->v[r] + keep, 0, sizeof f->v[r] - keep);
     return OP_NEXT;
+}
+
+static int op_vzeroupper(struct icpu *c, const struct op *op UNUSED)
+{
+    return vzero(c, 16);
+}
+
+static int op_vzeroall(struct icpu *c, const struct op *op UNUSED)
+{
+    return vzero(c, 0);
 }
 
 /* ---- binding ---- */
@@ -286,8 +295,7 @@ int fp_bind_vzero(struct icpu *c, const struct decoded *d, struct op *op, unsign
 {
     if (!icpu_fp(c)->isa[d->insn.meta.isa_set] || !vex_mode(d))
         return BIND_UD;
-    op->fn = op_vzero;
-    op->aux = arg;
+    op->fn = arg ? op_vzeroall : op_vzeroupper;
     return BIND_OK;
 }
 

@@ -52,7 +52,7 @@ int fp_bind_maskmov(struct icpu *c, const struct decoded *d, struct op *op, unsi
 #define FSW_B 0x8000u
 #define FSW_TOP(fsw) ((fsw) >> 11 & 7u)
 
-/* The legacy region of an XSAVE image (SDM vol. 1 table 10-2), as much of it as x87 and MMX use, and the header that XSAVE needs behind it. */
+/* FXSAVE's image (SDM vol. 1 table 10-2), as much of it as x87 and MMX use. */
 struct fp_legacy {
     u16 fcw, fsw;
     u8 ftw, rsvd;                                                  /* abridged: bit n set means that physical register n is not empty */
@@ -64,7 +64,6 @@ struct fp_legacy {
         u16 exp, pad[3];
     } st[8];                                                       /* relative to TOP, not physical */
     u8 xmm[256], unused[96];
-    u64 xstate_bv, xcomp_bv, header[6];
 } __attribute__((aligned(64)));
 
 enum { XS_X87, XS_SSE, XS_AVX, XS_OPMASK = 5, XS_ZMM_HI256, XS_HI16_ZMM, XS_PKRU = 9, XS_COMPONENTS };
@@ -110,7 +109,7 @@ struct fp {
     u16 fcs, fds;                                                  /* selectors that belong to x87.fip and x87.fdp (32-bit formats) */
 
     /* facts about host and guest, fixed at fp_open() */
-    bool avx, avx512, avx512bw, xsave;
+    bool avx, avx512, avx512bw;
     bool fop_on_error, fdp_on_error, no_selectors;                 /* x87 pointers, see fp_x87.c */
     bool save_on_error;                                            /* FXSAVE and XSAVE store x87 pointers as zero unless an error is pending (AMD) */
     u32 mxcsr_mask;

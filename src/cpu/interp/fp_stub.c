@@ -254,10 +254,10 @@ static void plan_make(struct plan *p, const struct fp *f, const struct decoded *
             plan_register(p, f, d, o);
     }
     plan_hosts(p);
-    if (cls == FP_X87) {                                           /* XSAVE takes its mask in EDX:EAX, flags go through AH */
+    if (cls == FP_X87) {                                           /* the arguments stay where they are */
         p->f = RDI;
         p->c = RSI;
-        p->m = RCX;
+        p->m = RDX;
     }
 }
 
@@ -439,14 +439,12 @@ static void stub_vector(struct emit *e, const struct fp *f, const struct plan *p
     EMIT(e, 0x31, 0xc0, 0xc3);                                     /* xor eax, eax; ret */
 }
 
-/* The whole x87 state comes and goes: its registers are a stack. Waiting instructions find no pending exception here: fp_x87_ready() looked. */
-static void stub_x87(struct emit *e, const struct fp *f, const struct plan *p, const u8 *insn, unsigned len)
+/* The whole x87 state comes and goes: its registers are a stack. FXSAVE and FXRSTOR take two thirds of XSAVE's and XRSTOR's time. */
+static void stub_x87(struct emit *e, const struct plan *p, const u8 *insn, unsigned len)
 {
     size_t image = offsetof(struct fp, x87);
 
-    emit_mov_reg(e, RCX, RDX);
-    EMIT(e, 0xb8, XSTATE_X87, 0, 0, 0, 0x31, 0xd2);                /* mov eax, 1; xor edx, edx */
-    emit_0f(e, 1, 0xae, f->xsave ? 5 : 1, RDI, image);             /* xrstor64 or fxrstor64 */
+    emit_0f(e, 1, 0xae, 1, RDI, image);                            /* fxrstor64 */
     if (p->flags_in) {
         emit_u8(e, 0x8b);                                          /* mov eax, [c + fl] */
         emit_modrm_disp(e, RAX, RSI, offsetof(struct icpu, fl));
@@ -455,8 +453,7 @@ static void stub_x87(struct emit *e, const struct fp *f, const struct plan *p, c
     emit_bytes(e, insn, len);
     if (p->flags_out)
         stub_flags_out(e, p);
-    EMIT(e, 0xb8, XSTATE_X87, 0, 0, 0);
-    emit_0f(e, 1, 0xae, f->xsave ? 4 : 0, RDI, image);             /* xsave64 or fxsave64 */
+    emit_0f(e, 1, 0xae, 0, RDI, image);                            /* fxsave64 */
     EMIT(e, 0xdb, 0xe3, 0x31, 0xc0, 0xc3);                         /* fninit; xor eax, eax; ret */
 }
 
@@ -508,7 +505,7 @@ struct fp_insn *fp_stub_make(struct fp *f, const struct decoded *d, enum fp_clas
     e = (struct emit){f->arena_rw + f->arena_used, f->arena_rw + FP_ARENA_BYTES};
     i->code = (u64(*)(struct fp *, struct icpu *, void *))(void *)(f->arena_rx + f->arena_used);
     if (cls == FP_X87)
-        stub_x87(&e, f, &p, key + head, len - head);
+        stub_x87(&e, &p, key + head, len - head);
     else
         stub_vector(&e, f, &p, key + head, len - head);
     f->arena_used = ALIGN_UP((size_t)(e.p - f->arena_rw), 16);

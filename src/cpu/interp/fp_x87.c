@@ -117,15 +117,16 @@ static int run(struct icpu *c, const struct op *op, void *mem)
 {
     const struct fp_insn *i = op->ptr;
     struct fp *f = icpu_fp(c);
-    u16 ignored = 0;
-    u64 r;
+    u16 ignored = 0, fop = f->x87.fop;
+    u64 fdp = f->x87.fdp, r;
 
     if (unlikely(f->x87.fsw & FSW_ES)) {
         ignored = f->x87.fsw & FSW_EXCEPTIONS;
         f->x87.fsw &= (u16) ~(FSW_ES | FSW_B | FSW_EXCEPTIONS);
     }
-    f->x87.xstate_bv = XSTATE_X87;
     r = i->code(f, c, mem);
+    f->x87.fop = fop;                                              /* the stub's own were saved */
+    f->x87.fdp = fdp;
     if (unlikely(ignored)) {
         f->x87.fsw |= ignored;
         fp_x87_summary(&f->x87);
