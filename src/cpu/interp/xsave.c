@@ -191,6 +191,42 @@ static struct rows component_rows(unsigned n, bool mode64)
     }
 }
 
+/* Constant sizes, so that a row's copy is an instruction or two. src NULL: zeroes. */
+static inline __attribute__((always_inline)) void copy_rows(u8 *dst, unsigned dst_step, const u8 *src, unsigned src_step, unsigned count, unsigned bytes)
+{
+    for (unsigned r = 0; r < count; r++) {
+        if (src)
+            memcpy(dst + r * dst_step, src + r * src_step, bytes);
+        else
+            memset(dst + r * dst_step, 0, bytes);
+    }
+}
+
+static void rows_out(u8 *p, const struct fp *f, struct rows w)
+{
+    const u8 *v = f->v[w.first] + w.at;
+
+    if (w.bytes == 16)
+        copy_rows(p, 16, v, 64, w.count, 16);
+    else if (w.bytes == 32)
+        copy_rows(p, 32, v, 64, w.count, 32);
+    else
+        copy_rows(p, 64, v, 64, w.count, 64);
+}
+
+/* p NULL: zeroes. */
+static void rows_in(struct fp *f, const u8 *p, struct rows w)
+{
+    u8 *v = f->v[w.first] + w.at;
+
+    if (w.bytes == 16)
+        copy_rows(v, 64, p, 16, w.count, 16);
+    else if (w.bytes == 32)
+        copy_rows(v, 64, p, 32, w.count, 32);
+    else
+        copy_rows(v, 64, p, 64, w.count, 64);
+}
+
 /* A component at p; returns how many bytes of it are written or read. */
 static unsigned put_component(const struct icpu *c, unsigned n, u8 *p, bool mode64)
 {
@@ -206,8 +242,7 @@ static unsigned put_component(const struct icpu *c, unsigned n, u8 *p, bool mode
         memcpy(p, &c->pkru, 4);
         return 8;
     }
-    for (unsigned r = 0; r < w.count; r++)
-        memcpy(p + r * w.bytes, f->v[w.first + r] + w.at, w.bytes);
+    rows_out(p, f, w);
     return (unsigned)w.count * w.bytes;
 }
 
@@ -226,12 +261,7 @@ static void get_component(struct icpu *c, unsigned n, const u8 *p, bool mode64)
         if (p)
             memcpy(&c->pkru, p, 4);
     }
-    for (unsigned r = 0; r < w.count; r++) {
-        if (p)
-            memcpy(f->v[w.first + r] + w.at, p + r * w.bytes, w.bytes);
-        else
-            memset(f->v[w.first + r] + w.at, 0, w.bytes);
-    }
+    rows_in(f, p, w);
 }
 
 /* ---- struct x86 ---- */
@@ -290,9 +320,14 @@ struct pieces {
     u8 image[XS_MAX];
 };
 
+/* In ascending order mostly: what follows the piece before is joined to it. */
 static void add(struct pieces *s, u32 off, u32 len)
 {
-    if (len)
+    struct piece *last = s->n ? &s->p[s->n - 1] : NULL;
+
+    if (last && last->off + last->len == off)
+        last->len += len;
+    else if (len)
         s->p[s->n++] = (struct piece){off, len};
 }
 
