@@ -1,0 +1,2 @@
+/* The sensitive instructions in 32-bit code: lib/sensitive.h. */
+#include "sensitive.h"

@@ -1,0 +1,2 @@
+/* The sensitive instructions in 64-bit code: lib/sensitive.h. */
+#include "sensitive.h"
