@@ -10,6 +10,7 @@
 static volatile ulong irq_ip[8], irq_flags, irq_cx;
 static volatile u32 irq_vector[8];
 static volatile unsigned irqs;
+static bool x2apic;
 
 static bool take(void)
 {
@@ -22,7 +23,10 @@ static bool take(void)
     irqs++;
     irq_flags = trap.flags;
     irq_cx = trap_gpr[1];
-    apic_write(APIC_EOI, 0);
+    if (x2apic)
+        wrmsr(0x80b, 0);
+    else
+        apic_write(APIC_EOI, 0);
     return true;
 }
 
@@ -219,6 +223,72 @@ static void nmi(void)
     trap_hook = take;
 }
 
+/* SDM 3A 11.5.4.1: the timer in TSC-deadline mode; 11.12: x2APIC mode. */
+static void modes(void)
+{
+    test("apic: TSC-deadline timer: fires when the TSC reaches IA32_TSC_DEADLINE, which then reads 0");
+    if (!(cpuid(1, 0).c & BIT(24))) {
+        skip("no TSC deadline");
+    } else {
+        u32 a, d;
+        irqs = 0;
+        apic_write(APIC_LVT_TIMER, V1 | 2 << 17);
+        asm volatile("mfence; rdtsc" : "=a"(a), "=d"(d));
+        wrmsr(0x6e0, ((u64)d << 32 | a) + 3000000);
+        must("armed", rdmsr(0x6e0) != 0);
+        asm volatile("sti; hlt; cli");
+        eq("taken", irqs, 1);
+        eq("deadline", rdmsr(0x6e0), 0);
+        wrmsr(0x6e0, 1);                      /* in the past: at once */
+        irqs = 0;
+        for (volatile int i = 0; i < 100000000 && !irqs; i++)
+            asm volatile("sti; nop; cli");
+        eq("a deadline in the past", irqs, 1);
+        apic_write(APIC_LVT_TIMER, 1 << 16);
+    }
+    test("apic: x2APIC mode: registers are MSRs, self-IPI register, reserved ones #GP(0)");
+    if (!(cpuid(1, 0).c & BIT(21))) {
+        skip("no x2APIC");
+        return;
+    }
+    u64 base = rdmsr(0x1b);
+    asm volatile(TRY("rdmsr") ::"c"(0x802) : "rax", "rdx");
+    eq_trap(GP, 0);                           /* not in xAPIC mode */
+    wrmsr(0x1b, base | BIT(10));
+    eq("APIC ID", rdmsr(0x802), 0);
+    x2apic = true;
+    irqs = 0;
+    wrmsr(0x83f, V1);
+    asm volatile("sti; nop; nop; cli");
+    eq("self-IPI", irqs, 1);
+    irqs = 0;
+    wrmsr(0x830, V2 | ICR_SELF);
+    asm volatile("sti; nop; nop; cli");
+    eq("ICR", irqs, 1);
+    asm volatile(TRY("wrmsr") ::"c"(0x802), "a"(1), "d"(0));
+    eq_trap(GP, 0);                           /* the ID is read-only */
+    asm volatile(TRY("rdmsr") ::"c"(0x831) : "rax", "rdx");
+    eq_trap(GP, 0);                           /* there is no ICR high */
+    asm volatile(TRY("rdmsr") ::"c"(0x80b) : "rax", "rdx");
+    eq_trap(GP, 0);                           /* EOI is write-only */
+    asm volatile(TRY("wrmsr") ::"c"(0x80b), "a"(1), "d"(0));
+    eq_trap(GP, 0);                           /* and takes 0 only */
+    test("apic: from x2APIC mode back to xAPIC mode: #GP(0); by way of disabled: good (SDM 3A 11.12.5)");
+    asm volatile(TRY("wrmsr") ::"c"(0x1b), "a"((u32)base), "d"((u32)(base >> 32)));
+    eq_trap(GP, 0);
+    wrmsr(0x1b, base & ~(u64)0xc00);
+    eq("CPUID's APIC bit is off", cpuid(1, 0).d & BIT(9), 0);
+    asm volatile(TRY("wrmsr") ::"c"(0x1b), "a"((u32)base | 0x400), "d"((u32)(base >> 32)));
+    eq_trap(GP, 0);                           /* disabled to x2APIC is no step */
+    wrmsr(0x1b, base);
+    x2apic = false;
+    eq("CPUID's APIC bit", cpuid(1, 0).d & BIT(9), BIT(9));
+    apic_enable();
+    pend(V1);
+    asm volatile("sti; nop; nop; cli");
+    eq("works again", irqs, 1);
+}
+
 int main(void)
 {
     apic_map();
@@ -230,5 +300,6 @@ int main(void)
     priorities();
     repeats();
     nmi();
+    modes();
     done();
 }
