@@ -1,5 +1,6 @@
 /*
- * `doppel doctor` (doctor.h): a table of checks, each of which looks at one thing and says what it found and, if it is missing, how to get it.
+ * `doppel doctor` (doctor.h): a table of checks, each of which looks at one thing and says what it found and, if it is
+ * missing, how to get it.
  *
  * Nothing here waits for anybody: no network is tried and no program is started.
  */
@@ -128,10 +129,13 @@ static const struct feature {
     const char *name;
     u32 leaf;
     unsigned reg, bit;                                             /* reg: 0 eax .. 3 edx */
-    bool required;                                                 /* by the interpreter, which runs vector instructions as they are */
+    /* by the interpreter, which runs vector instructions as they are */
+    bool required;
 } features[] = {
-    {"SSE4.2", 1, 2, 20, true}, {"POPCNT", 1, 2, 23, true}, {"AVX", 1, 2, 28, false}, {"AVX2", 7, 1, 5, false}, {"BMI2", 7, 1, 8, false},
-    {"FSGSBASE", 7, 1, 0, false}, {"PKU", 7, 2, 3, false}, {"AVX512F", 7, 1, 16, false}, {"AES", 1, 2, 25, false}, {"SHA", 7, 1, 29, false},
+    {"SSE4.2", 1, 2, 20, true}, {"POPCNT", 1, 2, 23, true}, {"AVX", 1, 2, 28, false}, {"AVX2", 7, 1, 5, false},
+    {"BMI2", 7, 1, 8, false},
+    {"FSGSBASE", 7, 1, 0, false}, {"PKU", 7, 2, 3, false}, {"AVX512F", 7, 1, 16, false}, {"AES", 1, 2, 25, false},
+    {"SHA", 7, 1, 29, false},
     {"RDRAND", 1, 2, 30, false}, {"RDSEED", 7, 1, 18, false}, {"INVARIANT-TSC", 0x80000007, 3, 8, false},
 };
 
@@ -141,7 +145,8 @@ static void check_features(struct finding *f)
     bool bad = false;
     for (size_t i = 0; i < ARRAY_SIZE(features); i++) {
         u32 r[4] = {0};
-        bool there = __get_cpuid_count(features[i].leaf, 0, &r[0], &r[1], &r[2], &r[3]) && (r[features[i].reg] & BIT(features[i].bit));
+        bool there = __get_cpuid_count(features[i].leaf, 0, &r[0], &r[1], &r[2], &r[3]) &&
+            (r[features[i].reg] & BIT(features[i].bit));
         char *list = there ? has : lacks;
         size_t len = strlen(list);
         snprintf(list + len, sizeof(has) - len, " %s", features[i].name);
@@ -164,21 +169,46 @@ static void check_fsgsbase(struct finding *f)
 
 /* --- engines --- */
 
+/* Linux' parameter of the module for machines inside machines: of a host that is itself a guest, its host's counts. */
+static const char *nested_advice(void)
+{
+    u32 a, b, c, d;
+    bool guest = __get_cpuid(1, &a, &b, &c, &d) && (c & BIT(31));
+
+    if (guest)
+        return "this host is a guest: its own host must offer nested virtualization (kvm_intel.nested=1 or kvm_amd.nested=1 "
+               "there, and the processor type passed through)";
+    return "enable VT-x or SVM in the BIOS, then \"modprobe kvm_intel\" or \"modprobe kvm_amd\" as root";
+}
+
 static void check_kvm(struct finding *f)
 {
-    int fd = open("/dev/kvm", O_RDWR | O_CLOEXEC);
-    int error = errno;
-    if (fd >= 0) {
-        close(fd);
-        found(f, NOTE, "/dev/kvm is there and may be used");
-        remedy(f, "this version of doppel has no engine for it yet");
-    } else if (error == ENOENT) {
+    struct probe p;
+
+    kvm_probe(&p);
+    found(f, NOTE, "/dev/kvm is there and does not work: %s", p.error);
+    switch (p.verdict) {
+    case PROBE_REAL:
+        found(f, GOOD, "real: a loop in ring 0 takes %u times as long as here", p.times);
+        return;
+    case PROBE_EMULATED:
+        found(f, NOTE, "/dev/kvm is there, but a loop in ring 0 takes %u times as long as here: it emulates", p.times);
+        remedy(f, "a host with virtualization hardware would run guests faster; here another engine is the better one");
+        return;
+    case PROBE_STUCK:
+        found(f, NOTE, "/dev/kvm is there, but a small loop of a guest does not end on it");
+        break;
+    case PROBE_FORBIDDEN:
+        found(f, NOTE, "/dev/kvm is there but cannot be used: permission denied");
+        remedy(f, "\"sudo adduser $USER kvm\" and a new login give access; other engines need none");
+        return;
+    case PROBE_ABSENT:
         found(f, NOTE, "no /dev/kvm");
-        remedy(f, "not needed; hardware, BIOS or cloud provider decide (modprobe kvm_intel or kvm_amd, if there is a module)");
-    } else {
-        found(f, NOTE, "/dev/kvm is there but cannot be used: %s", strerror(error));
-        remedy(f, "not needed by this version; \"sudo adduser $USER kvm\" and a new login would give access");
+        break;
+    case PROBE_UNUSABLE:
+        break;
     }
+    remedy(f, "not needed; %s", nested_advice());
 }
 
 static void check_engine(struct finding *f)
@@ -198,7 +228,8 @@ static void check_memory(struct finding *f)
         return;
     }
     bool low = available < 640 * KiB;
-    found(f, low ? NOTE : GOOD, "%llu MiB, %llu MiB free for a guest", (unsigned long long)(total / KiB), (unsigned long long)(available / KiB));
+    found(f, low ? NOTE : GOOD, "%llu MiB, %llu MiB free for a guest", (unsigned long long)(total / KiB),
+          (unsigned long long)(available / KiB));
     if (low)
         remedy(f, "the default guest has 512 MiB; give it less with --memory, or end something");
 }
@@ -215,7 +246,8 @@ static void check_memfd(struct finding *f)
     else
         found(f, MISSING, "%s: %s", p == MAP_FAILED ? "does not work" : "works, but not for code", strerror(error));
     if (x == MAP_FAILED)
-        remedy(f, "guest memory and generated code live in memfd; a security policy (SELinux, a container's seccomp profile, vm.memfd_noexec) forbids it");
+        remedy(f, "guest memory and generated code live in memfd; a security policy (SELinux, a container's seccomp "
+                  "profile, vm.memfd_noexec) forbids it");
     if (p != MAP_FAILED)
         munmap(p, PAGE_SIZE);
     if (x != MAP_FAILED)
@@ -284,7 +316,8 @@ static void check_namespaces(struct finding *f)
     bool ok = child > 0 && waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0;
     found(f, ok ? GOOD : NOTE, ok ? "can be made" : "cannot be made");
     if (!ok)
-        remedy(f, "not needed by this version; \"sysctl kernel.unprivileged_userns_clone=1\" or user.max_user_namespaces as root allow them, where no container "
+        remedy(f, "not needed by this version; \"sysctl kernel.unprivileged_userns_clone=1\" or "
+                  "user.max_user_namespaces as root allow them, where no container "
                   "forbids it");
 }
 
@@ -334,7 +367,8 @@ static void check_tools(struct finding *f)
         return;
     }
     found(f, NOTE, "missing:%s", lacks);
-    remedy(f, "only needed to build the default guest, on Debian and its relatives; elsewhere copy a guest and set DOPPEL_GUEST, or give --kernel");
+    remedy(f, "only needed to build the default guest, on Debian and its relatives; elsewhere copy a guest and set "
+              "DOPPEL_GUEST, or give --kernel");
 }
 
 static void check_terminal(struct finding *f)
@@ -401,7 +435,8 @@ int doctor_main(int argc, char **argv)
         show(&checks[i], &f);
         missing += f.verdict == MISSING;
     }
-    printf("\n%s\n", missing ? "Lines with !! must be mended before doppel can run a guest." : "This host can run guests. Lines with -- are for information.");
+    puts(missing ? "\nLines with !! must be mended before doppel can run a guest."
+                 : "\nThis host can run guests. Lines with -- are for information.");
     fflush(stdout);
     return 0;
 }

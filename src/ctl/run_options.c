@@ -1,4 +1,7 @@
-/* The options of `doppel run`, in the order of the help text. Every limit that a user can meet is checked here or where the file is opened. */
+/*
+ * The options of `doppel run`, in the order of the help text. Every limit that a user can meet is checked here or where
+ * the file is opened.
+ */
 #include "ctl/run_options.h"
 
 #include <errno.h>
@@ -25,7 +28,8 @@ static int set_cpus(void *target, const char *value)
     if (parse_unsigned(value, &n) < 0)
         return err(-EINVAL, "--cpus %.100s: not a number; give 1 to %d", value, VM_VCPUS_MAX);
     if (n < 1 || n > VM_VCPUS_MAX)
-        return err(-EINVAL, "--cpus %.100s: a guest has 1 to %d processors; give a number in that range", value, VM_VCPUS_MAX);
+        return err(-EINVAL, "--cpus %.100s: a guest has 1 to %d processors; give a number in that range", value,
+                   VM_VCPUS_MAX);
     o->cpus = (unsigned)n;
     return 0;
 }
@@ -43,12 +47,15 @@ static int set_memory(void *target, const char *value)
     if (parse_size(value, &n) < 0)
         return err(-EINVAL, "--memory %.100s: not a size; give a number with K, M or G, for example 512M", value);
     if (n < VM_MEMORY_MIN)
-        return err(-EINVAL, "--memory %.100s: too small; the least is %lluM (did you leave out K, M or G?)", value, VM_MEMORY_MIN / MiB);
+        return err(-EINVAL, "--memory %.100s: too small; the least is %lluM (did you leave out K, M or G?)", value,
+                   VM_MEMORY_MIN / MiB);
     if (n > VM_MEMORY_MAX || (host && n > host))
-        return err(-EINVAL, "--memory %.100s: too much; this host has %llu MiB, and no guest gets more than %lluG", value,
+        return err(-EINVAL, "--memory %.100s: too much; this host has %llu MiB, and no guest gets more than %lluG",
+                   value,
                    (unsigned long long)(host / MiB), VM_MEMORY_MAX / GiB);
     if (n % MiB)
-        return err(-EINVAL, "--memory %.100s: not a whole number of MiB; give for example %lluM", value, (unsigned long long)(n / MiB + 1));
+        return err(-EINVAL, "--memory %.100s: not a whole number of MiB; give for example %lluM", value,
+                   (unsigned long long)(n / MiB + 1));
     o->memory_bytes = n;
     return 0;
 }
@@ -71,7 +78,10 @@ static int set_append(void *target, const char *value)
     return 0;
 }
 
-/* A comma may be part of a file's name; what stands behind it is an attribute of a misspelt kind if only the name before it exists. */
+/*
+ * A comma may be part of a file's name; what stands behind it is an attribute of a misspelt kind if only the name
+ * before it exists.
+ */
 static int check_attribute(const char *value)
 {
     char path[PATH_MAX];
@@ -81,7 +91,8 @@ static int check_attribute(const char *value)
     snprintf(path, sizeof(path), "%.*s", (int)(comma - value), value);
     if (access(path, F_OK) < 0)
         return 0;
-    return err(-EINVAL, "--disk %.200s: \"%.50s\" is no attribute of disks; the only one is readonly", value, comma + 1);
+    return err(-EINVAL, "--disk %.200s: \"%.50s\" is no attribute of disks; the only one is readonly", value,
+               comma + 1);
 }
 
 static int set_disk(void *target, const char *value)
@@ -160,29 +171,42 @@ static int set_verbose(void *target, const char *value UNUSED)
 }
 
 const struct option run_option_table[] = {
-    {"engine", "auto|interp", "What carries out the guest's instructions. auto (the default) takes the best engine that works on this host, and says so in the first "
-     "line on standard error; \"doppel doctor\" explains the choice. interp is the reference: an interpreter that needs nothing from the host.", false, set_engine},
+    {"engine", "auto|interp|kvm",
+     "What carries out the guest's instructions. auto (the default) takes the best engine that works on this host, and "
+     "says so in the first line on standard error; \"doppel doctor\" explains the choice. interp is the reference: an "
+     "interpreter that needs nothing from the host. kvm uses the processor's virtualization extensions through "
+     "/dev/kvm.", false, set_engine},
     {"cpus", "N", "The number of the guest's processors, 1 to 64. Default: 1.", false, set_cpus},
     {"memory", "SIZE", "The guest's memory, with K, M or G behind the number. Default: 512M.", false, set_memory},
-    {"kernel", "FILE", "Boots this Linux bzImage, or ELF file with a PVH entry, instead of the default guest's kernel. Then there is no initrd but that of "
-     "--initrd, and the kernel's command line is that of --append alone (without it: console=ttyS0).", false, set_kernel},
-    {"initrd", "FILE", "The initial RAM disk (initramfs). Default: the default guest's, with the default guest's kernel.", false, set_initrd},
+    {"kernel", "FILE",
+     "Boots this Linux bzImage, or ELF file with a PVH entry, instead of the default guest's kernel. Then there is no "
+     "initrd but that of --initrd, and the kernel's command line is that of --append alone (without it: "
+     "console=ttyS0).", false, set_kernel},
+    {"initrd", "FILE",
+     "The initial RAM disk (initramfs). Default: the default guest's, with the default guest's kernel.",
+     false, set_initrd},
     {"append", "STRING", "Adds STRING to the kernel's command line.", false, set_append},
-    {"disk", "FILE[,readonly]", "A raw disk image or block device, which the guest sees as /dev/vda; the next one as /dev/vdb, and so on, up to 16. It is locked against "
-     "a second writer.", true, set_disk},
-    {"console", "stdio|none|FILE|unix:PATH", "Where the serial console goes. stdio (the default): this terminal, or standard input and output. FILE: output is written "
-     "there, and there is no input. unix:PATH: a socket that takes one client at a time. With a COMMAND the default is none, and the last lines are shown if the "
-     "guest fails.", false, set_console},
+    {"disk", "FILE[,readonly]",
+     "A raw disk image or block device, which the guest sees as /dev/vda; the next one as /dev/vdb, and so on, up to "
+     "16. It is locked against a second writer.", true, set_disk},
+    {"console", "stdio|none|FILE|unix:PATH",
+     "Where the serial console goes. stdio (the default): this terminal, or standard input and output. FILE: output is "
+     "written there, and there is no input. unix:PATH: a socket that takes one client at a time. With a COMMAND the "
+     "default is none, and the last lines are shown if the guest fails.", false, set_console},
     {"no-reboot", NULL, "Ends when the guest resets itself, instead of booting it again.", false, set_no_reboot},
     {"debug-exit", NULL, "For kernels under test: a write of V to port 0xf4 (1, 2 or 4 bytes) ends doppel with the exit "
      "status (V << 1) | 1, of which a process keeps the lowest 8 bits, and bytes written to port 0xe9 go where the serial "
      "console goes.", false, set_debug_exit},
-    {"trace", "LIST[,file=FILE]", "Writes a line for each event of the kinds in LIST: exits, faults, interrupts, msr, pio, mmio, cr3, insn, or all; with guest time and "
-     "processor, to FILE or standard error.", false, set_trace},
-    {"status-file", "FILE", "Writes how the run ended to FILE, when it has ended: lines \"status=N\" (the exit status), \"end=\" (exited, poweroff, reset, quit, panic, "
-     "triple-fault, debug-exit, host-error, usage), \"failed=\" (none, command, guest, host, user: which side did) and \"reason=\".", false, set_status_file},
+    {"trace", "LIST[,file=FILE]",
+     "Writes a line for each event of the kinds in LIST: exits, faults, interrupts, msr, pio, mmio, cr3, insn, or all; "
+     "with guest time and processor, to FILE or standard error.", false, set_trace},
+    {"status-file", "FILE",
+     "Writes how the run ended to FILE, when it has ended: lines \"status=N\" (the exit status), \"end=\" (exited, "
+     "poweroff, reset, quit, panic, triple-fault, debug-exit, host-error, usage), \"failed=\" (none, command, guest, "
+     "host, user: which side did) and \"reason=\".", false, set_status_file},
     {"quiet", NULL, "Says nothing but errors on standard error.", false, set_quiet},
-    {"verbose", NULL, "Says more: how long booting took and, with a COMMAND, the kernel's messages.", false, set_verbose},
+    {"verbose", NULL, "Says more: how long booting took and, with a COMMAND, the kernel's messages.", false,
+     set_verbose},
 };
 const unsigned run_option_rows = ARRAY_SIZE(run_option_table);
 
@@ -193,10 +217,11 @@ static int check_together(const struct run_options *o)
     if (o->command && !*o->command)
         return err(-EINVAL, "--: no command follows; name one, or leave \"--\" out for a shell");
     if (o->command && o->console == CONSOLE_STDIO)
-        return err(-EINVAL, "--console stdio: standard input and output belong to the command; leave it out, or name a file");
+        return err(-EINVAL, "--console stdio: standard input and output belong to the command; leave it out, or name a "
+                            "file");
     if (o->command && o->kernel && !o->initrd)
-        return err(-EINVAL, "--kernel: the default guest's initrd, which runs the command, has no modules for another kernel; give --initrd too "
-                   "(guest/build makes one), or leave the command out");
+        return err(-EINVAL, "--kernel: the default guest's initrd, which runs the command, has no modules for another "
+                            "kernel; give --initrd too (guest/build makes one), or leave the command out");
     return 0;
 }
 

@@ -1,12 +1,10 @@
-### For test scripts, sourced after tap.sh: a machine with real KVM on any host. QEMU's TCG models a processor with AMD's SVM; a Debian kernel with kvm-amd runs
-# For test scripts, sourced after tap.sh: a machine with real KVM on any host. QEMU's TCG models a processor with AMD's SVM; a Debian kernel with kvm-amd runs
-# there, and doppel as a program in it.
+# For test scripts, sourced after tap.sh: a machine with real KVM on any host. QEMU's TCG models a processor with AMD's SVM;
+# a Debian kernel with kvm-amd runs there, and doppel as a program in it.
 #
-#   nested_build DIR               $DIR/vmlinuz and $DIR/initrd: kernel, modules, busybox, doppel, its libraries,
-    the default guest as /guest
-#   nested_add DIR FILE PATH       one more file for the machine, with the libraries that it needs
-#   nested_run DIR SECONDS COMMAND runs COMMAND by sh there, 2 processors; its output,
-    standard output and error together, is ours; status in $nested_status
+#   nested_build DIR                 kernel, modules, busybox, doppel, its libraries, the default guest as /guest
+#   nested_add DIR FILE PATH         one more file for the machine, with the libraries that it needs
+#   nested_run DIR SECONDS COMMAND   runs COMMAND by sh there, 2 processors; its output, standard output and error
+#                                    together, is ours; status in $nested_status
 #
 # Packages come from guest/build's cache.
 nested_build()                                      # folder
@@ -55,9 +53,9 @@ nested_run()                                        # folder, seconds, command
 {
     printf '%s\n' "$3" >"$1/root/command"
     (cd "$1/root" && find . | "$1/debs/bin/busybox" cpio -o -H newc -R 0:0 2>/dev/null) >"$1/initrd"
-    timeout -k 10 "$2" qemu-system-x86_64 -accel tcg,thread=multi -machine q35 -cpu "${NESTED_CPU:-EPYC-v1,+svm}" -smp 2 -m 3072 -nodefaults -display none -no-reboot \
-##        -serial stdio -kernel "$1/vmlinuz" -initrd "$1/initrd" -append "console=ttyS0 quiet panic=-1 cryptomgr.notests=1" </dev/null >"$1/log" 2>&1
-        -serial stdio -kernel "$1/vmlinuz" -initrd "$1/initrd" -append "console=ttyS0 quiet panic=-1 cryptomgr.notests=1" </dev/null >"$1/log" 2>&1
+    timeout -k 10 "$2" qemu-system-x86_64 -accel tcg,thread=multi -machine q35 -cpu "${NESTED_CPU:-EPYC-v1,+svm}" -smp 2 \
+        -m 3072 -nodefaults -display none -no-reboot -serial stdio -kernel "$1/vmlinuz" -initrd "$1/initrd" \
+        -append "console=ttyS0 quiet loglevel=1 panic=-1 cryptomgr.notests=1" </dev/null >"$1/log" 2>&1
     tr -d '\r\0' <"$1/log" | sed -n '/^\[begin\]$/,/^\[end [0-9]*\]$/p' | sed '1d;/^\[end [0-9]*\]$/d'
     nested_status=$(tr -d '\r\0' <"$1/log" | sed -n 's/^\[end \([0-9]*\)\]$/\1/p')
 }

@@ -30,7 +30,6 @@
 
 #include "cpu/msr.h"
 
-#define KICK_SIGNAL (SIGRTMIN + 4)
 /* Where Intel's processors keep three pages of their own for real mode, and one for its page table: below the firmware,
    above the local APICs. */
 #define IDENTITY_MAP_ADDR 0xfeffc000ull
@@ -125,11 +124,11 @@ static void on_kick(int sig UNUSED)
 }
 
 /* The disposition is the process's; setting it again changes nothing. */
-static void catch_kicks(void)
+void kvm_catch_kicks(void)
 {
     struct sigaction sa = { .sa_handler = on_kick };
 
-    sigaction(KICK_SIGNAL, &sa, NULL);
+    sigaction(KVM_KICK_SIGNAL, &sa, NULL);
 }
 
 static void machine_close(struct machine *m)
@@ -178,7 +177,7 @@ static int machine_open(struct machine *m)
     k->sys = k->vm = -1;
     pthread_mutex_init(&k->lock, NULL);
     m->engine_data = k;
-    catch_kicks();
+    kvm_catch_kicks();
     r = open_device(k);
     if (r == 0)
         r = vm_create(k);
@@ -251,18 +250,23 @@ static void kick(struct vcpu *v)
 
     __atomic_store_n(&c->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
     if (atomic_load(&c->known))
-        pthread_kill(c->thread, KICK_SIGNAL);
+        pthread_kill(c->thread, KVM_KICK_SIGNAL);
 }
 
-static void learn_thread(struct kvm_vcpu *c)
+void kvm_take_kicks(void)
 {
     sigset_t set;
 
     sigemptyset(&set);
-    sigaddset(&set, KICK_SIGNAL);
+    sigaddset(&set, KVM_KICK_SIGNAL);
+    pthread_sigmask(SIG_UNBLOCK, &set, NULL);
+}
+
+static void learn_thread(struct kvm_vcpu *c)
+{
     c->thread = pthread_self();
     atomic_store(&c->known, true);
-    pthread_sigmask(SIG_UNBLOCK, &set, NULL);
+    kvm_take_kicks();
 }
 
 static void exit_io(struct vcpu *v)

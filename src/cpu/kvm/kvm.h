@@ -51,6 +51,11 @@ static inline struct kvm_vcpu *kvcpu_of(const struct vcpu *v)
     return v->engine_data;
 }
 
+/* kvm.c. The signal that interrupts KVM_RUN: caught for the process, let through for this thread. */
+#define KVM_KICK_SIGNAL (SIGRTMIN + 4)
+void kvm_catch_kicks(void);
+void kvm_take_kicks(void);
+
 /* features.c */
 void kvm_cpuid_limit(struct cpuid_policy *p);
 int kvm_cpuid_set(struct vcpu *v);
