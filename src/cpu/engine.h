@@ -8,6 +8,7 @@ enum run_exit {
     RUN_HALTED,       /* HLT with nothing deliverable: vcpu.x.activity is X86_HALTED; wait for an event */
     RUN_SHUTDOWN,     /* triple fault: vcpu.x holds the state before it */
     RUN_FAILED,       /* host error, err() is set */
+    RUN_DEBUG,        /* the debugger is to look: vcpu.debug.stop says why */
 };
 
 struct engine {
@@ -23,6 +24,7 @@ struct engine {
     void (*cpuid_limit)(struct cpuid_policy *p);                   /* takes away the features that this engine cannot carry */
     void (*time_stop)(struct machine *m);                          /* before guest time stands still, and after it goes on; vCPUs are held. NULL: */
     void (*time_start)(struct machine *m);                         /* the engine has no clock of its own */
+    unsigned debug_points;                                         /* how many breakpoints and watchpoints of a debugger it can heed at once */
     const struct irqchip_ops *irqchip;                             /* its interrupt chips (their arg: the machine), or NULL: ours are used */
 };
 

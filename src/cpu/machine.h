@@ -7,6 +7,7 @@
 #include "base/clock.h"
 #include "base/err.h"
 #include "base/trace.h"
+#include "cpu/debug.h"
 #include "cpu/x86.h"
 #include "io/bus.h"
 #include "io/irq.h"
@@ -27,6 +28,7 @@ struct machine {
     unsigned vcpus;
     struct vcpu **vcpu;
     pthread_mutex_t split_lock;                                    /* LOCK operations that cross a page or reach a device */
+    struct debug debug;                                            /* a debugger's wishes */
     void *engine_data;                                             /* the engine's, per machine */
 };
 
@@ -50,6 +52,7 @@ struct vcpu {
     _Atomic u32 events;
     _Atomic u8 sipi_vector;
     u64 insns;                                                     /* retired, for statistics; written by the vCPU's thread only */
+    struct vcpu_debug debug;
     void *engine_data;                                             /* the engine's, per vCPU */
     void *thread;                                                  /* vcpu.c's */
 };

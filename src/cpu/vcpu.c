@@ -99,7 +99,7 @@ static bool obey_hold(struct vcpu *v)
 
     pthread_mutex_lock(&t->lock);
     atomic_fetch_and(&v->events, ~(u32)VCPU_EV_KICK);
-    while ((t->hold || t->dead) && !t->quit) {
+    while ((t->hold || t->dead || v->debug.parked) && !t->quit) {
         t->held = true;
         pthread_cond_broadcast(&t->changed);
         pthread_cond_wait(&t->changed, &t->lock);
@@ -120,6 +120,22 @@ static void report_stop(struct vcpu *v, enum run_exit why)
     t->hooks.stopped(t->hooks.arg, v, why, why == RUN_FAILED ? err_last() : "");
 }
 
+/* A step within the range that is being stepped through goes on; all else is the debugger's. */
+static void report_debug(struct vcpu *v)
+{
+    struct vcpu_debug *d = &v->debug;
+
+    if (d->stop == DEBUG_STEPPED && d->range_end) {
+        v->m->engine->get(v, &v->x);
+        if (v->x.rip >= d->range_start && v->x.rip < d->range_end) {
+            d->stop = DEBUG_NONE;
+            d->step = true;
+            return;
+        }
+    }
+    v->m->debug.stopped(v->m->debug.arg, v);
+}
+
 static void *vcpu_main(void *arg)
 {
     struct vcpu *v = arg;
@@ -135,6 +151,8 @@ static void *vcpu_main(void *arg)
         if (why == RUN_HALTED)
             /* With IF clear a pending interrupt does not end the HLT: only an NMI or the outside does. */
             wait_events(v, v->x.rflags & FLAG_IF ? ~0u : ~(u32)VCPU_EV_INTR);
+        else if (why == RUN_DEBUG)
+            report_debug(v);
         else if (why != RUN_OUTSIDE)
             report_stop(v, why);
     }

@@ -85,6 +85,7 @@ static void code_flush(struct icpu *c)
         madvise(k->page_state, k->pages, MADV_DONTNEED);
     jump_clear(k);
     k->used = 0;
+    k->flushes++;
     k->flush_wanted = false;
     c->block = NULL;
     fp_flush_stubs(c);
@@ -148,12 +149,19 @@ static void unlink_page(struct icode *k, struct block *b)
         }
 }
 
+static void block_dead(struct icpu *c, struct block *b)
+{
+    b->gpa = BLOCK_DEAD;
+    if (b->code)
+        c->bt.forget(c, b);
+}
+
 /* Takes b out of the hash; the jump cache forgets everything. b's memory stays until the next flush: it may be running. */
 static void block_kill(struct icpu *c, struct block *b)
 {
     unlink_hash(c->code, b);
     unlink_page(c->code, b);
-    b->gpa = BLOCK_DEAD;
+    block_dead(c, b);
     c->tlb->generation++;
     code_retag(c);
 }
@@ -200,6 +208,12 @@ static void block_abandon(struct icpu *c, struct block *b)
         block_kill(c, b);
 }
 
+void code_leave(struct icpu *c)
+{
+    if (c->block)
+        block_abandon(c, c->block);
+}
+
 static void page_forget(struct icpu *c, u64 gpa)
 {
     struct icode *k = c->code;
@@ -212,7 +226,7 @@ static void page_forget(struct icpu *c, u64 gpa)
         }
         *p = b->page_next;
         unlink_hash(k, b);
-        b->gpa = BLOCK_DEAD;
+        block_dead(c, b);
     }
     k->page_state[gpa >> PAGE_SHIFT] = 0;
     c->tlb->generation++;
@@ -235,6 +249,28 @@ void code_written(struct icpu *c, u64 gpa, unsigned n)
     if (b && (b->gpa ^ gpa) < PAGE_SIZE)
         block_abandon(c, b);
     page_forget(c, gpa);
+}
+
+/* ---- the debugger's breakpoints: a block never has one behind its first instruction, and is not in the jump cache if it begins with one ---- */
+static bool point_at(const struct icpu *c, u64 la)
+{
+    return unlikely(c->v->m->debug.points) && debug_point_at(&c->v->m->debug, la);
+}
+
+static bool point_within(const struct icpu *c, const struct block *b, u64 la)
+{
+    for (unsigned i = 1; unlikely(c->v->m->debug.points) && i < b->n; i++)
+        if (point_at(c, la + b->op[i].off))
+            return true;
+    return false;
+}
+
+static bool point_stops(struct icpu *c, u64 la)
+{
+    if (likely(!point_at(c, la)) || c->v->debug.pass)
+        return false;
+    c->v->debug.stop = DEBUG_POINT;
+    return true;
 }
 
 /* ---- decoding ---- */
@@ -280,8 +316,11 @@ static u64 limit_room(const struct icpu *c, u64 rip)
 static unsigned decode_run(struct icpu *c, const u8 *bytes, unsigned room, unsigned *len)
 {
     unsigned n = 0;
+    u64 la = c->cs_base + c->rip;
     *len = 0;
     while (n < BLOCK_OPS && *len + (n ? INSN_MAX : 0) <= BLOCK_BYTES) {
+        if (n && point_at(c, (la + *len) & c->rip_mask))
+            break;
         struct op *op = &c->code->ops[n];
         int r = decode_one(c, bytes + *len, room - *len, *len, op);
         if (r == DECODE_MORE)
@@ -406,6 +445,8 @@ static struct block *hash_find(struct icpu *c, const struct fetch *f)
             continue;
         if (c->rip + b->len - 1 > c->rip_limit)
             continue;                                              /* CS ends within the block: another one, cut there, is made */
+        if (point_within(c, b, f->la))
+            continue;
         if (b->gpa2 == BLOCK_DEAD) {
             if (block_matches(b, f->host))
                 return b;
@@ -430,7 +471,7 @@ struct block *code_find_slow(struct icpu *c, u64 la)
         fault_gp(c, 0);
         return NULL;
     }
-    if (fetch_page(c, la, &f))
+    if (fetch_page(c, la, &f) || point_stops(c, la))
         return NULL;
     if (!f.host)
         return decode_mmio(c, f.gpa);
@@ -443,7 +484,7 @@ struct block *code_find_slow(struct icpu *c, u64 la)
         if (!b)
             b = decode_crossing(c, &f);
     }
-    if (b && b->gpa2 == BLOCK_DEAD)
+    if (b && b->gpa2 == BLOCK_DEAD && !point_at(c, la))
         *code_jump_slot(c->code, la) = (struct jump_entry){ la, c->code_tag, b, f.host };
     return b;
 }

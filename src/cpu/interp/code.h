@@ -29,6 +29,8 @@ struct block {
     u64 gpa;                           /* of the first byte; BLOCK_DEAD when it must not be found any more */
     u64 gpa2;                          /* page of the second part of a crossing instruction, else BLOCK_DEAD */
     struct block *hash_next, *page_next;
+    void *code;                        /* a translation (cpu/bt), NULL: none */
+    u32 runs;                          /* how often it was interpreted where a translator counts */
     struct op *op;                     /* n, and one more that leaves the block */
     u8 len, n;                         /* bytes, instructions */
     u8 chunks;                         /* comparison in 16-byte steps; 0: too close to the page's end for that */
@@ -52,6 +54,7 @@ struct icode {
     u8 *page_state;                    /* per page of RAM: 0 no cached code, else 1 + slow stores so far */
     u64 pages;
     bool flush_wanted;
+    u64 flushes;                       /* how often everything was dropped */
     ZydisDecoder decoder[IMODE_LONG64 + 1];
     struct block *uncached;            /* for one instruction that is not in RAM */
     struct op ops[BLOCK_OPS + 1];      /* of the block that is being decoded */
@@ -59,12 +62,14 @@ struct icode {
 
 int code_open(struct icpu *c);
 void code_close(struct icpu *c);
-/* Everything but the jump cache. NULL with c->fault raised: the fetch's #PF or #GP. */
+/* Everything but the jump cache. NULL with c->fault raised (the fetch's #PF or #GP), or with v->debug.stop set (a breakpoint of the debugger's). */
 struct block *code_find_slow(struct icpu *c, u64 la);
 /* Everything is dropped before the next block is looked up; for whoever runs out of memory that blocks refer to (fp.c's stubs). */
 void code_flush_later(struct icpu *c);
 /* A store of this vCPU to a page with cached code. */
 void code_written(struct icpu *c, u64 gpa, unsigned n);
+/* What runs now leaves its block before the next instruction. */
+void code_leave(struct icpu *c);
 /* The RAM table has changed. */
 int code_ram_changed(struct icpu *c);
 /* Recomputes code_tag; after changes of mode, privilege or translation. */
@@ -96,7 +101,7 @@ static inline bool block_matches(const struct block *b, const u8 *host)
     return _mm_movemask_epi8(_mm_cmpeq_epi8(diff, _mm_setzero_si128())) == 0xffff;
 }
 
-/* The block at c->rip, ready to run, or NULL with c->fault raised. */
+/* The block at c->rip, ready to run, or NULL as code_find_slow() says. */
 static inline struct block *code_find(struct icpu *c)
 {
     u64 la = (c->cs_base + c->rip) & c->rip_mask;

@@ -21,6 +21,7 @@ struct interp {
     struct icpu c;
     struct x86 seen;                                               /* address translation of v->x when run() returned: who changed it since? */
     bool fresh;                                                    /* v->x was replaced: nothing cached is to be trusted */
+    u64 debug_generation;                                          /* of the debugger's lists that caches were made with */
 };
 
 /* ---- faults ---- */
@@ -89,8 +90,10 @@ void icpu_load(struct icpu *c)
     icpu_set_rflags(c, x->rflags);
     c->db_pending = 0;
     fp_load(c);
-    if (in->fresh || translation_changed(x, &in->seen)) {
+    u64 debug = c->v->m->debug.generation;
+    if (in->fresh || in->debug_generation != debug || translation_changed(x, &in->seen)) {
         in->fresh = false;
+        in->debug_generation = debug;
         tlb_flush_all(c);
         tlb_watchpoints(c);
     }
@@ -160,10 +163,12 @@ static int finish(struct icpu *c, const struct op *op, int r)
     return OP_NEXT;
 }
 
-/* A fault of the fetch: c->rip is the instruction that could not be read. */
+/* A fault of the fetch, or a breakpoint of the debugger's: c->rip is the instruction that is not run. */
 static void fetch_failed(struct icpu *c)
 {
     c->db_pending = 0;
+    if (c->v->debug.stop)
+        return;
     deliver(c);
 }
 
@@ -175,26 +180,48 @@ static void debug_trap(struct icpu *c, u64 dr6)
 }
 
 /* ---- the fast loop ---- */
-static void run_blocks(struct icpu *c)
+void icpu_end(struct icpu *c, const struct op *op, int r)
+{
+    if (finish(c, op, r) == OP_NEXT && unlikely(c->db_pending))
+        debug_trap(c, c->db_pending);                              /* a task switch with the T flag, an I/O breakpoint */
+}
+
+void icpu_fetch_failed(struct icpu *c)
+{
+    fetch_failed(c);
+}
+
+static inline __attribute__((always_inline)) bool run_block(struct icpu *c, struct block *b)
+{
+    const struct op *op = b->op;
+    int r;
+    c->block = b;
+    c->r[REG_RIP] = c->rip;
+    while ((r = op->fn(c, op)) == OP_NEXT)
+        op++;
+    c->v->insns += (u64)(op - b->op) + (r == OP_NEAR);
+    if (likely(r >= OP_NEAR))
+        return true;
+    icpu_end(c, op, r);
+    return false;
+}
+
+bool icpu_run_block(struct icpu *c, struct block *b)
+{
+    return run_block(c, b);
+}
+
+void icpu_run_blocks(struct icpu *c)
 {
     struct vcpu *v = c->v;
-    const struct op *op;
-    int r;
+    struct block *b;
     do {
-        struct block *b = code_find(c);
+        b = code_find(c);
         if (unlikely(!b)) {
             fetch_failed(c);
             return;
         }
-        c->block = b;
-        c->r[REG_RIP] = c->rip;
-        op = b->op;
-        while ((r = op->fn(c, op)) == OP_NEXT)
-            op++;
-        v->insns += (u64)(op - b->op) + (r == OP_NEAR);
-    } while (likely(r >= OP_NEAR) && likely(!atomic_load_explicit(&v->events, memory_order_relaxed)));
-    if (r < OP_NEAR && finish(c, op, r) == OP_NEXT && unlikely(c->db_pending))
-        debug_trap(c, c->db_pending);                              /* a task switch with the T flag, an I/O breakpoint */
+    } while (run_block(c, b) && likely(!atomic_load_explicit(&v->events, memory_order_relaxed)));
 }
 
 /* ---- one instruction at a time ---- */
@@ -236,21 +263,23 @@ static bool single_steps(const struct icpu *c, const struct block *b, bool tf_be
 
 static bool wants_step(const struct icpu *c)
 {
-    return c->flags & (FLAG_TF | FLAG_RF) || c->x->shadow || c->x->dr7 & 0xff || trace_on(c->v->m->trace, TRACE_INSN);
+    const struct vcpu_debug *d = &c->v->debug;
+    return c->flags & (FLAG_TF | FLAG_RF) || c->x->shadow || c->x->dr7 & 0xff || d->step || d->pass ||
+           trace_on(c->v->m->trace, TRACE_INSN);
 }
 
-static void step(struct icpu *c)
+static int step_insn(struct icpu *c)
 {
     bool tf = c->flags & FLAG_TF, rf = c->flags & FLAG_RF;
     u64 traps = rf || c->ss_shadow ? 0 : breakpoints_at(c, (c->cs_base + c->rip) & c->rip_mask);
     if (traps) {
         debug_trap(c, traps);
-        return;
+        return OP_FAULT;
     }
     struct block *b = code_find(c);
     if (!b) {
         fetch_failed(c);
-        return;
+        return OP_FAULT;
     }
     if (trace_on(c->v->m->trace, TRACE_INSN))
         trace_insn(c, b);
@@ -264,18 +293,29 @@ static void step(struct icpu *c)
     if (r == OP_NEAR)
         c->v->insns++;
     else if (r == OP_FALL)
-        return;
+        return r;
     else if (finish(c, &b->op[0], r) != OP_NEXT && r != OP_RESTART)
-        return;
+        return r;
     if (r == OP_RESTART && rf)
         c->flags |= FLAG_RF;
     /* MOV SS and POP SS hold debug traps back until after the next instruction (SDM vol. 3A 6.8.3); STI, opcode 0xfb, does not. */
     c->ss_shadow = c->x->shadow && b->bytes[b->op[0].len - 1] != 0xfb;
     if (c->ss_shadow)
-        return;
+        return r;
     traps = c->db_pending | (single_steps(c, b, tf) ? DR6_BS : 0);
     if (traps)
         debug_trap(c, traps);
+    return r;
+}
+
+/* The debugger's step is over when the instruction is, or the fault that it raised is on its way. */
+static void step(struct icpu *c)
+{
+    struct vcpu_debug *d = &c->v->debug;
+    if (step_insn(c) != OP_RESTART)
+        d->pass = false;
+    if (d->step && !d->stop)
+        d->stop = DEBUG_STEPPED;
 }
 
 /* ---- between instructions ---- */
@@ -303,6 +343,12 @@ static void take_interrupt(struct icpu *c)
         shutdown(c);
 }
 
+/* During a debugger's step; but what ends a HLT is an interrupt. */
+static bool debug_holds_interrupts(const struct icpu *c)
+{
+    return unlikely(c->v->debug.step || c->v->debug.pass) && c->x->activity == X86_RUNNING;
+}
+
 /* Takes what is pending. Returns whether the next instruction may run; otherwise *exit says why not. */
 static bool boundary(struct icpu *c, enum run_exit *exit)
 {
@@ -318,7 +364,7 @@ static bool boundary(struct icpu *c, enum run_exit *exit)
         *exit = RUN_OUTSIDE;
         return false;
     }
-    if (x->activity != X86_WAIT_SIPI && !x->shadow) {
+    if (x->activity != X86_WAIT_SIPI && !x->shadow && !debug_holds_interrupts(c)) {
         if (x->nmi_pending && !x->nmi_blocked) {
             x->nmi_pending = false;
             x->activity = X86_RUNNING;
@@ -334,21 +380,29 @@ static bool boundary(struct icpu *c, enum run_exit *exit)
     return false;
 }
 
+static enum run_exit debug_stopped(struct vcpu *v)
+{
+    v->debug.step = v->debug.pass = false;
+    return RUN_DEBUG;
+}
+
 static enum run_exit run(struct vcpu *v)
 {
     struct icpu *c = v->engine_data;
-    enum run_exit exit;
+    enum run_exit exit = RUN_DEBUG;
     tlb_check_epoch(c);
     icpu_load(c);
     c->irq_wait = true;
-    while (boundary(c, &exit)) {
+    while (likely(!v->debug.stop) && boundary(c, &exit)) {
+        if (unlikely(v->debug.stop))                               /* an interrupt's frame met a watchpoint */
+            break;
         if (unlikely(wants_step(c)))
             step(c);
         else
-            run_blocks(c);
+            c->bt.run(c);
     }
     icpu_store(c);
-    return exit;
+    return unlikely(v->debug.stop) && exit != RUN_SHUTDOWN ? debug_stopped(v) : exit;
 }
 
 /* ---- the engine ---- */
@@ -384,6 +438,7 @@ static int vcpu_open(struct vcpu *v)
     in->fresh = true;
     in->c.v = v;
     in->c.x = &v->x;
+    in->c.bt.run = icpu_run_blocks;
     v->engine_data = &in->c;
     int e = tlb_open(&in->c);
     if (!e)
@@ -418,4 +473,5 @@ const struct engine interp_engine = {
     .run = run,
     .get = get,
     .set = set,
+    .debug_points = DEBUG_POINTS_MAX,
 };

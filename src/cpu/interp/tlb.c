@@ -123,22 +123,37 @@ static u64 watch_len(const struct x86 *x, unsigned i)
     return len[x->dr7 >> (18 + 4 * i) & 3];
 }
 
-static bool page_watched(const struct x86 *x, u64 page)
+static bool page_watched(const struct icpu *c, u64 page)
 {
+    const struct x86 *x = c->x;
     for (unsigned i = 0; i < 4; i++)
         if (watch_enabled(x, i) && (x->dr[i] & ~(watch_len(x, i) - 1) & PAGE_MASK) == page)
             return true;
-    return false;
+    return debug_watch_at(&c->v->m->debug, page, PAGE_SIZE, DEBUG_READ | DEBUG_WRITE);
 }
 
 void tlb_watchpoints(struct icpu *c)
 {
-    bool watch = false;
+    bool watch = c->v->m->debug.watches;
     for (unsigned i = 0; i < 4; i++)
         watch = watch || watch_enabled(c->x, i);
     if (watch || c->tlb->watch)
         tlb_flush_all(c);
     c->tlb->watch = watch;
+}
+
+/* The first hit of an instruction counts; the running block ends behind it. */
+static void watch_debugger(struct icpu *c, u64 la, unsigned n, enum debug_access access)
+{
+    struct vcpu_debug *d = &c->v->debug;
+    const struct debug_watch *w = debug_watch_at(&c->v->m->debug, la, n, access);
+    if (!w || d->stop)
+        return;
+    d->stop = DEBUG_WATCHED;
+    d->stop_la = w->la;
+    d->stop_access = w->access;
+    code_leave(c);
+    atomic_fetch_or(&c->v->events, VCPU_EV_KICK);                  /* ends run_blocks() even if this was the block's last */
 }
 
 void tlb_watch_check(struct icpu *c, u64 la, unsigned n, bool write)
@@ -151,6 +166,7 @@ void tlb_watch_check(struct icpu *c, u64 la, unsigned n, bool write)
         if (la < start + len && start < la + n)
             c->db_pending |= BIT(i);
     }
+    watch_debugger(c, la, n, write ? DEBUG_WRITE : DEBUG_READ);
 }
 
 /* ---- filling ---- */
@@ -178,7 +194,7 @@ static void entry_fill(struct icpu *c, struct tlb_view *v, const struct mmu_ctx 
     unsigned slot = la >> PAGE_SHIFT & (TLB_SIZE - 1);
     struct tlb_entry *e = &v->e[slot];
     u8 *host = ram_hva(c->v->m->ram, gpa);
-    u64 slow = c->tlb->watch && page_watched(c->x, page) ? TLB_WATCH : 0;
+    u64 slow = c->tlb->watch && page_watched(c, page) ? TLB_WATCH : 0;
     if (!host)
         slow |= TLB_MMIO;
     if (v->page[slot].gpa == TLB_INVALID)
