@@ -56,6 +56,14 @@ static void differ(const char *fmt, ...)
     va_end(ap);
 }
 
+static unsigned long long word(const u8 *p)
+{
+    unsigned long long v;
+
+    memcpy(&v, p, 8);
+    return v;
+}
+
 static u64 undefined_flags(const struct icase *i)
 {
     return i->z.cpu_flags ? i->z.cpu_flags->undefined : 0;
@@ -68,18 +76,18 @@ static void compare_vectors(const struct vectors *a, const struct vectors *b)
             continue;
         differ("#   zmm%-2u native", r);
         for (unsigned w = 8; w-- > 0;)
-            differ(" %016llx", *(const unsigned long long *)(a->zmm[r] + 8 * w));
+            differ(" %016llx", word(a->zmm[r] + 8 * w));
         differ("\n#         interp");
         for (unsigned w = 8; w-- > 0;)
-            differ(" %016llx", *(const unsigned long long *)(b->zmm[r] + 8 * w));
+            differ(" %016llx", word(b->zmm[r] + 8 * w));
         differ("\n");
     }
     for (unsigned r = 0; r < 8; r++) {
         if (a->k[r] != b->k[r])
             differ("#   k%u native %llx interp %llx\n", r, (unsigned long long)a->k[r], (unsigned long long)b->k[r]);
         if (memcmp(a->st[r], b->st[r], 10))
-            differ("#   st%u native %04x:%016llx interp %04x:%016llx\n", r, a->st[r][8] | a->st[r][9] << 8, *(const unsigned long long *)a->st[r],
-                   b->st[r][8] | b->st[r][9] << 8, *(const unsigned long long *)b->st[r]);
+            differ("#   st%u native %04x:%016llx interp %04x:%016llx\n", r, a->st[r][8] | a->st[r][9] << 8, word(a->st[r]),
+                   b->st[r][8] | b->st[r][9] << 8, word(b->st[r]));
     }
     if (a->mxcsr != b->mxcsr)
         differ("#   mxcsr native %x interp %x\n", a->mxcsr, b->mxcsr);
@@ -197,11 +205,11 @@ static void show(const struct icase *i)
     for (unsigned r = 0; r < 32; r++) {
         printf("#   zmm%-2u", r);
         for (unsigned w = 8; w-- > 0;)
-            printf(" %016llx", *(const unsigned long long *)(i->in.v.zmm[r] + 8 * w));
+            printf(" %016llx", word(i->in.v.zmm[r] + 8 * w));
         printf("\n");
     }
     for (unsigned r = 0; r < 8; r++)
-        printf("#   st%u %02x%02x:%016llx  k%u %016llx\n", r, i->in.v.st[r][9], i->in.v.st[r][8], *(const unsigned long long *)i->in.v.st[r], r,
+        printf("#   st%u %02x%02x:%016llx  k%u %016llx\n", r, i->in.v.st[r][9], i->in.v.st[r][8], word(i->in.v.st[r]), r,
                (unsigned long long)i->in.v.k[r]);
 }
 
