@@ -76,7 +76,7 @@ static struct irq_line isa(int n)
 
 static int setup(void **state UNUSED)
 {
-    struct machine_hook hook = { tell, NULL };
+    struct machine_hook hook = { .fn = tell };
     struct i8254 *pit;
     struct mc146818 *rtc;
     struct ns16550 *com;

@@ -17,7 +17,7 @@ static void tell(void *arg UNUSED, enum machine_event what)
     told[what]++;
 }
 
-static const struct machine_hook hook = { tell, NULL };
+static const struct machine_hook hook = { .fn = tell };
 
 static int setup(void **state UNUSED)
 {
