@@ -283,6 +283,11 @@ int vcpu_get(struct vcpu *v, struct x86 *x)
     return v->m->engine->get(v, x);
 }
 
+void vcpu_settle(struct vcpu *v)
+{
+    handle_init_sipi(v);
+}
+
 int vcpu_set(struct vcpu *v, const struct x86 *x)
 {
     struct vcpu_thread *t = thread_of(v);

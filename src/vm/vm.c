@@ -198,6 +198,8 @@ static int vm_machine_open(struct vm *vm)
         return r;
     if (c->engine->cpuid_limit)
         c->engine->cpuid_limit(m->cpuid);
+    if (c->also && c->also->cpuid_limit)
+        c->also->cpuid_limit(m->cpuid);
     r = board_new(c, m, (struct machine_hook){ .fn = on_machine_event, .arg = vm, .exit = on_debug_exit }, &vm->board);
     if (r < 0)
         return r;
@@ -314,6 +316,134 @@ int vm_reset(struct vm *vm)
     if (vm->state == VM_RUNNING)
         vcpus_release(&vm->m);
     return 0;
+}
+
+/* ---- from one engine to another ---- */
+
+/* An engine with all that it has made for this machine. */
+struct engine_open {
+    const struct engine *engine;
+    void *machine, *vcpu[VM_VCPUS_MAX];
+};
+
+static void engine_put(struct machine *m, const struct engine_open *e)
+{
+    m->engine = e->engine;
+    m->engine_data = e->machine;
+    for (unsigned i = 0; i < m->vcpus; i++)
+        m->vcpu[i]->engine_data = e->vcpu[i];
+}
+
+static void engine_look(const struct machine *m, struct engine_open *e)
+{
+    e->engine = m->engine;
+    e->machine = m->engine_data;
+    for (unsigned i = 0; i < m->vcpus; i++)
+        e->vcpu[i] = m->vcpu[i]->engine_data;
+}
+
+static void engine_shut(struct machine *m, const struct engine_open *e)
+{
+    engine_put(m, e);
+    for (unsigned i = 0; i < m->vcpus; i++)
+        if (e->vcpu[i])
+            e->engine->vcpu_close(m->vcpu[i]);
+    e->engine->machine_close(m);
+}
+
+/* Opens it beside the one that is open. */
+static int engine_open(struct machine *m, const struct engine *engine, struct engine_open *e)
+{
+    struct engine_open old;
+    int r;
+
+    engine_look(m, &old);
+    *e = (struct engine_open){ .engine = engine };
+    engine_put(m, e);
+    r = engine->machine_open(m);
+    for (unsigned i = 0; r == 0 && i < m->vcpus; i++)
+        r = engine->vcpu_open(m->vcpu[i]);
+    engine_look(m, e);
+    if (r < 0 && e->machine)
+        engine_shut(m, e);
+    engine_put(m, &old);
+    return r;
+}
+
+/* Everything but RAM, which stays where it is, and the clock, which stands still. */
+static int machine_state(struct vm *vm, struct stream *s)
+{
+    struct x86 *x = aligned_alloc(64, ALIGN_UP(sizeof *x, 64));
+    int r = x ? 0 : err(-ENOMEM, "out of memory");
+
+    for (unsigned i = 0; r == 0 && i < vm->m.vcpus; i++) {
+        if (!s->load)
+            r = vcpu_get(vm->m.vcpu[i], x);
+        if (r == 0)
+            x86_state(x, s);
+        if (r == 0)
+            r = s->error;
+        if (r == 0 && s->load)
+            r = vcpu_set(vm->m.vcpu[i], x);
+    }
+    free(x);
+    if (r == 0)
+        board_state(vm->board, s);
+    return r < 0 ? r : s->error;
+}
+
+static int engine_enter(struct vm *vm, const struct engine_open *e, const struct stream *saved)
+{
+    struct stream s;
+
+    engine_put(&vm->m, e);
+    board_attach_chips(vm->board);
+    if (e->engine->time_stop)
+        e->engine->time_stop(&vm->m);
+    stream_load_init(&s, saved->buf, saved->len);
+    return machine_state(vm, &s);
+}
+
+static int engine_change(struct vm *vm, const struct engine *engine)
+{
+    struct engine_open old, new;
+    struct stream saved;
+    int r;
+
+    for (unsigned i = 0; i < vm->m.vcpus; i++)
+        vcpu_settle(vm->m.vcpu[i]);
+    board_quiesce(vm->board);
+    engine_look(&vm->m, &old);
+    stream_save_init(&saved);
+    r = machine_state(vm, &saved);
+    if (r == 0)
+        r = engine_open(&vm->m, engine, &new);
+    if (r == 0) {
+        r = engine_enter(vm, &new, &saved);
+        engine_shut(&vm->m, r < 0 ? &new : &old);
+        if (r < 0)
+            bug_on(engine_enter(vm, &old, &saved) < 0);            /* it has just come from there */
+        else
+            engine_put(&vm->m, &new);
+    }
+    stream_free(&saved);
+    return r;
+}
+
+int vm_switch_engine(struct vm *vm, const struct engine *engine)
+{
+    bool running = vm->state == VM_RUNNING;
+    int r;
+
+    bug_on(engine != vm->config.engine && engine != vm->config.also);
+    if (vm->state != VM_RUNNING && vm->state != VM_PAUSED)
+        return err(-EINVAL, "the guest does not run");
+    if (running)
+        vm_pause(vm);
+    r = engine_change(vm, engine);
+    if (running)
+        vm_resume(vm);
+    return r;
 }
 
 void vm_power_button(struct vm *vm)

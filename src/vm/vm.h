@@ -1,8 +1,9 @@
 /*
  * One virtual machine: its life cycle. Everything of a guest hangs off struct vm; one process may hold many.
  *
- * Threads: the caller owns the loop and runs it; every function here is called on the loop's thread (or before the loop runs), except vm_post_*.
- * vCPUs have a thread each. Devices are built and freed here (by board.c), in the order of the board's table.
+ * Threads: the caller owns the loop and runs it; every function here is called on the loop's thread (or before the loop
+ * runs), except vm_post_*. vCPUs have a thread each. Devices are built and freed here (by board.c), in the order of the
+ * board's table.
  *
  *          vm_new            vm_start              vm_pause
  *   (none) ------> VM_BUILT ---------> VM_RUNNING <=========> VM_PAUSED
@@ -55,6 +56,8 @@ struct vm_result {
 
 struct vm_config {
     const struct engine *engine;
+    /* the guest's processor is one that this engine can carry, too; may be NULL */
+    const struct engine *also;
     unsigned vcpus;                                                /* 1..VM_VCPUS_MAX */
     u64 memory_bytes;                                              /* VM_MEMORY_MIN.., multiple of 1 MiB */
     const char *kernel, *initrd, *cmdline;                         /* initrd and cmdline may be NULL */
@@ -62,13 +65,16 @@ struct vm_config {
     unsigned disks;                                                /* up to VM_DISKS_MAX */
     struct chardev *serial;                                        /* COM1; borrowed; NULL: nothing is attached */
     const struct vm_port *port;
-    unsigned ports;                                                /* of the virtio console; 0: the board has no virtio console */
+    /* of the virtio console; 0: the board has no virtio console */
+    unsigned ports;
     bool no_reboot;
-    bool debug_exit;                                               /* the board has a debug exit port and a debug console */
+    /* the board has a debug exit port and a debug console */
+    bool debug_exit;
     struct trace trace;                                            /* clock is filled in by vm_new; mask may be 0 */
     const struct log *log;
     struct loop *loop;
-    void (*ended)(void *arg, const struct vm_result *r);           /* loop's thread; all vCPUs stand still, disks are flushed */
+    /* loop's thread; all vCPUs stand still, disks are flushed */
+    void (*ended)(void *arg, const struct vm_result *r);
     void *ended_arg;
 };
 
@@ -80,7 +86,8 @@ struct vm_config {
 enum vm_state { VM_BUILT, VM_RUNNING, VM_PAUSED, VM_ENDED };
 struct vm;
 
-/* Builds RAM, devices and vCPUs and loads the boot image. 0, or a negative errno with err(): every bad kernel, disk or size ends here. Copies *config
+/* Builds RAM, devices and vCPUs and loads the boot image. 0, or a negative errno with err(): every bad kernel,
+    disk or size ends here. Copies *config
  * (but borrows the strings, chardevs and ports until vm_free). */
 int vm_new(const struct vm_config *config, struct vm **out);
 void vm_free(struct vm *vm);                                       /* stops the vCPUs first if need be; NULL is fine */
@@ -88,19 +95,29 @@ void vm_free(struct vm *vm);                                       /* stops the 
 int vm_start(struct vm *vm);
 void vm_pause(struct vm *vm);                                      /* vCPUs stand still, guest time stands still */
 void vm_resume(struct vm *vm);
-int vm_reset(struct vm *vm);                                       /* as the reset button: devices, vCPUs, boot image again */
+/* as the reset button: devices, vCPUs, boot image again */
+int vm_reset(struct vm *vm);
 void vm_power_button(struct vm *vm);
 void vm_quit(struct vm *vm);                                       /* ends with VM_END_QUIT */
+
+/*
+ * Goes on with the same guest on another engine: config.also, or back on config.engine. Paused or running it stays so.
+ * After an error, with err(), the guest is where it was.
+ */
+int vm_switch_engine(struct vm *vm, const struct engine *engine);
 
 enum vm_state vm_state(const struct vm *vm);
 const char *vm_state_name(enum vm_state s);
 struct trace *vm_trace(struct vm *vm);                             /* the monitor prompt changes its mask and file */
 struct vport *vm_port(struct vm *vm, unsigned n);                  /* config.port[n]'s device end */
 struct clock *vm_clock(struct vm *vm);
-void vm_info(struct vm *vm, FILE *f);                              /* for the monitor prompt: state, memory, devices, vCPUs with registers */
-u64 vm_insns(const struct vm *vm);                                 /* instructions retired by all vCPUs (engines that count them) */
+/* for the monitor prompt: state, memory, devices, vCPUs with registers */
+void vm_info(struct vm *vm, FILE *f);
+/* instructions retired by all vCPUs (engines that count them) */
+u64 vm_insns(const struct vm *vm);
 
-/* From any thread, device locks held or not: the vCPUs are told to stand still at once, the loop's thread does the rest. */
+/* From any thread, device locks held or not: the vCPUs are told to stand still at once, the loop's thread does the
+   rest. */
 void vm_post_end(struct vm *vm, enum vm_end end);
 void vm_post_reset(struct vm *vm);
 void vm_post_host_error(struct vm *vm, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
