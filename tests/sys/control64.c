@@ -1,19 +1,20 @@
 /*
- * Control registers, model-specific registers, CPUID, time-stamp counter, UMIP, FSGSBASE, and the privileged instructions. SDM vol. 3A 2.5, 2.8; vol. 2; vol. 4.
+ * Control registers, model-specific registers, CPUID, time-stamp counter, UMIP, FSGSBASE, and the privileged
+ * instructions. SDM vol. 3A 2.5, 2.8; vol. 2; vol. 4.
  */
 #include "sys.h"
 
 static u32 feat7b, feat7c;
 
-#define WRITE_CR(n, v) ({ asm volatile(TRY("movq %0, %%cr" #n) ::"r"((ulong)(v)) : "memory"); })
+#define WRITE_CR(n, v) ({ asm volatile(TRY("movq %0, %%cr" #n)::"r"((ulong)(v)) : "memory"); })
 static bool wrmsr_gp(u32 msr, u64 v)
 {
-    asm volatile(TRY("wrmsr") ::"c"(msr), "a"((u32)v), "d"((u32)(v >> 32)) : "memory");
+    asm volatile(TRY("wrmsr")::"c"(msr), "a"((u32)v), "d"((u32)(v >> 32)) : "memory");
     return trap.vector == GP && trap.error == 0;
 }
 static bool rdmsr_gp(u32 msr)
 {
-    asm volatile(TRY("rdmsr") ::"c"(msr) : "rax", "rdx");
+    asm volatile(TRY("rdmsr")::"c"(msr) : "rax", "rdx");
     return trap.vector == GP && trap.error == 0;
 }
 
@@ -62,9 +63,22 @@ static void control_registers(void)
         u32 bit;
         bool has;
     } f[] = {
-        {CR4_VME, cpuid(1, 0).d & 2}, {CR4_PVI, cpuid(1, 0).d & 2}, {CR4_TSD, cpuid(1, 0).d & 16}, {CR4_DE, cpuid(1, 0).d & 4}, {CR4_PSE, cpuid(1, 0).d & 8}, {CR4_PGE, cpuid(1, 0).d & BIT(13)},
-        {CR4_PCE, true}, {CR4_OSFXSR, cpuid(1, 0).d & BIT(24)}, {CR4_OSXMMEXCPT, cpuid(1, 0).d & BIT(25)}, {CR4_UMIP, feat7c & BIT(2)}, {CR4_FSGSBASE, feat7b & 1}, {CR4_OSXSAVE, cpuid(1, 0).c & BIT(26)},
-        {CR4_SMEP, feat7b & BIT(7)}, {CR4_SMAP, feat7b & BIT(20)}, {CR4_PKE, feat7c & BIT(3)}, {CR4_PCIDE, cpuid(1, 0).c & BIT(17)},
+        {CR4_VME, cpuid(1, 0).d & 2},
+        {CR4_PVI, cpuid(1, 0).d & 2},
+        {CR4_TSD, cpuid(1, 0).d & 16},
+        {CR4_DE, cpuid(1, 0).d & 4},
+        {CR4_PSE, cpuid(1, 0).d & 8},
+        {CR4_PGE, cpuid(1, 0).d & BIT(13)},
+        {CR4_PCE, true},
+        {CR4_OSFXSR, cpuid(1, 0).d & BIT(24)},
+        {CR4_OSXMMEXCPT, cpuid(1, 0).d & BIT(25)},
+        {CR4_UMIP, feat7c & BIT(2)},
+        {CR4_FSGSBASE, feat7b & 1},
+        {CR4_OSXSAVE, cpuid(1, 0).c & BIT(26)},
+        {CR4_SMEP, feat7b & BIT(7)},
+        {CR4_SMAP, feat7b & BIT(20)},
+        {CR4_PKE, feat7c & BIT(3)},
+        {CR4_PCIDE, cpuid(1, 0).c & BIT(17)},
     };
     for (unsigned i = 0; i < ARRAY_SIZE(f); i++) {
         WRITE_CR(4, cr4 | f[i].bit);
@@ -97,7 +111,7 @@ static void control_registers(void)
     asm volatile(TRY("movq %1, %%cr8; movq %%cr8, %0; movq %2, %%cr8") : "=&r"(v) : "r"(9ul), "r"(0ul));
     eq_trap(NONE, NONE);
     eq("CR8", v, 9);
-    asm volatile(TRY("movq %0, %%cr8") ::"r"(16ul));
+    asm volatile(TRY("movq %0, %%cr8")::"r"(16ul));
     eq_trap(GP, 0);
     asm volatile(USER("movq %%cr8, %0") : "=r"(v));
     eq_trap(GP, 0);
@@ -112,10 +126,10 @@ static void control_registers(void)
     eq_trap(NONE, NONE);
     eq("CR2", v, 0x1234567890abcdef);
     test("LMSW sets and clears MP, EM, TS; sets PE, never clears it; SMSW reads");
-    asm volatile(TRY("lmsw %w0") ::"r"(0xe));
+    asm volatile(TRY("lmsw %w0")::"r"(0xe));
     eq_trap(NONE, NONE);
     eq("CR0", read_cr0(), (cr0 & ~0xful) | 0xf);
-    asm volatile(TRY("lmsw %w0") ::"r"(0xfff0));
+    asm volatile(TRY("lmsw %w0")::"r"(0xfff0));
     eq("CR0", read_cr0(), (cr0 & ~0xful) | 1);
     asm volatile(TRY("smsw %0") : "=r"(v));
     eq("SMSW of 64 bits", v, read_cr0());
@@ -126,7 +140,7 @@ static void control_registers(void)
     write_cr0(cr0);
     test("CLTS clears TS");
     write_cr0(cr0 | CR0_TS);
-    asm volatile(TRY("clts") ::: "memory");
+    asm volatile(TRY("clts")::: "memory");
     eq("TS", read_cr0() & CR0_TS, 0);
 }
 
@@ -136,12 +150,22 @@ static void fpu_bits(void)
     static const struct {
         const char *name;
         u8 n, b[8];
-        u8 em, ts, mp_ts, no_osfxsr; /* the vector with CR0.EM; with TS; with TS and MP; with CR4.OSFXSR = 0. 0xff: none */
+        u8 em, ts, mp_ts,
+            no_osfxsr; /* the vector with CR0.EM; with TS; with TS and MP; with CR4.OSFXSR = 0. 0xff: none */
     } op[] = {
-        {"x87 FNOP", 2, {0xd9, 0xd0}, NM, NM, NM, 0xff}, {"WAIT", 1, {0x9b}, 0xff, 0xff, NM, 0xff}, {"MMX PXOR", 3, {0x0f, 0xef, 0xc0}, UD, NM, NM, 0xff}, {"EMMS", 2, {0x0f, 0x77}, UD, NM, NM, 0xff},
-        {"SSE XORPS", 3, {0x0f, 0x57, 0xc0}, UD, NM, NM, UD}, {"SSE2 PXOR", 4, {0x66, 0x0f, 0xef, 0xc0}, UD, NM, NM, UD}, {"LDMXCSR", 3, {0x0f, 0xae, 0x17}, UD, NM, NM, UD},
-        {"FXSAVE", 3, {0x0f, 0xae, 0x07}, NM, NM, NM, 0xff}, {"SFENCE", 3, {0x0f, 0xae, 0xf8}, 0xff, 0xff, 0xff, 0xff}, {"MOVNTI", 3, {0x0f, 0xc3, 0x07}, 0xff, 0xff, 0xff, 0xff},
-        {"PREFETCHT0", 3, {0x0f, 0x18, 0x0f}, 0xff, 0xff, 0xff, 0xff}, {"CRC32", 5, {0xf2, 0x0f, 0x38, 0xf1, 0xc0}, 0xff, 0xff, 0xff, 0xff}, {"POPCNT", 4, {0xf3, 0x0f, 0xb8, 0xc0}, 0xff, 0xff, 0xff, 0xff},
+        {"x87 FNOP", 2, {0xd9, 0xd0}, NM, NM, NM, 0xff},
+        {"WAIT", 1, {0x9b}, 0xff, 0xff, NM, 0xff},
+        {"MMX PXOR", 3, {0x0f, 0xef, 0xc0}, UD, NM, NM, 0xff},
+        {"EMMS", 2, {0x0f, 0x77}, UD, NM, NM, 0xff},
+        {"SSE XORPS", 3, {0x0f, 0x57, 0xc0}, UD, NM, NM, UD},
+        {"SSE2 PXOR", 4, {0x66, 0x0f, 0xef, 0xc0}, UD, NM, NM, UD},
+        {"LDMXCSR", 3, {0x0f, 0xae, 0x17}, UD, NM, NM, UD},
+        {"FXSAVE", 3, {0x0f, 0xae, 0x07}, NM, NM, NM, 0xff},
+        {"SFENCE", 3, {0x0f, 0xae, 0xf8}, 0xff, 0xff, 0xff, 0xff},
+        {"MOVNTI", 3, {0x0f, 0xc3, 0x07}, 0xff, 0xff, 0xff, 0xff},
+        {"PREFETCHT0", 3, {0x0f, 0x18, 0x0f}, 0xff, 0xff, 0xff, 0xff},
+        {"CRC32", 5, {0xf2, 0x0f, 0x38, 0xf1, 0xc0}, 0xff, 0xff, 0xff, 0xff},
+        {"POPCNT", 4, {0xf3, 0x0f, 0xb8, 0xc0}, 0xff, 0xff, 0xff, 0xff},
     };
     ulong cr0 = read_cr0() & ~(ulong)(CR0_EM | CR0_TS | CR0_MP), cr4 = read_cr4();
     u32 *mxcsr = (u32 *)exec_data;
@@ -149,14 +173,14 @@ static void fpu_bits(void)
     write_cr4(cr4 | CR4_OSFXSR);
     for (unsigned i = 0; i < ARRAY_SIZE(op); i++) {
         test("CR0.EM, TS, MP, CR4.OSFXSR: %s", op[i].name);
-#define RUN(c0, c4, want)                                         \
-    do {                                                          \
-        *mxcsr = 0x1f80;                                          \
-        write_cr4(c4);                                            \
-        write_cr0(c0);                                            \
-        exec(op[i].b, op[i].n, false);                            \
-        write_cr0(cr0);                                           \
-        eq_trap((want) == 0xff ? NONE : (want), NONE);            \
+#define RUN(c0, c4, want)                                                                                              \
+    do {                                                                                                               \
+        *mxcsr = 0x1f80;                                                                                               \
+        write_cr4(c4);                                                                                                 \
+        write_cr0(c0);                                                                                                 \
+        exec(op[i].b, op[i].n, false);                                                                                 \
+        write_cr0(cr0);                                                                                                \
+        eq_trap((want) == 0xff ? NONE : (want), NONE);                                                                 \
     } while (0)
         RUN(cr0, cr4 | CR4_OSFXSR, 0xff);
         RUN(cr0 | CR0_EM, cr4 | CR4_OSFXSR, op[i].em);
@@ -191,9 +215,9 @@ static void model_specific(void)
         must("WRMSR", wrmsr_gp(none[i], 0));
     }
     test("MSR: RDMSR, WRMSR at CPL 3: #GP(0)");
-    asm volatile(USER("rdmsr") ::"c"(MSR_EFER) : "rax", "rdx");
+    asm volatile(USER("rdmsr")::"c"(MSR_EFER) : "rax", "rdx");
     eq_trap(GP, 0);
-    asm volatile(USER("wrmsr") ::"c"(MSR_EFER), "a"((u32)efer), "d"(0));
+    asm volatile(USER("wrmsr")::"c"(MSR_EFER), "a"((u32)efer), "d"(0));
     eq_trap(GP, 0);
     test("MSR: RDMSR clears the upper halves of RAX and RDX, and looks at ECX only");
     ulong a = ~0ul, d = ~0ul;
@@ -270,20 +294,20 @@ static void time_stamp(void)
     t1 = rdtsc();
     must("later is more", t1 > t0);
     test("TSC: CR4.TSD: RDTSC and RDTSCP are #GP(0) at CPL 3, good at CPL 0 (SDM 3A 2.5)");
-    asm volatile(USER("rdtsc") ::: "rax", "rdx");
+    asm volatile(USER("rdtsc")::: "rax", "rdx");
     eq_trap(VEC_DONE, NONE);
     write_cr4(cr4 | CR4_TSD);
-    asm volatile(USER("rdtsc") ::: "rax", "rdx");
+    asm volatile(USER("rdtsc")::: "rax", "rdx");
     eq_trap(GP, 0);
     if (cpuid(0x80000001, 0).d & BIT(27)) {
-        asm volatile(USER("rdtscp") ::: "rax", "rdx", "rcx");
+        asm volatile(USER("rdtscp")::: "rax", "rdx", "rcx");
         eq_trap(GP, 0);
     }
-    asm volatile(TRY("rdtsc") ::: "rax", "rdx");
+    asm volatile(TRY("rdtsc")::: "rax", "rdx");
     eq_trap(NONE, NONE);
     write_cr4(cr4);
     test("TSC: RDPMC at CPL 3 without CR4.PCE: #GP(0)");
-    asm volatile(USER("rdpmc") ::"c"(0) : "rax", "rdx");
+    asm volatile(USER("rdpmc")::"c"(0) : "rax", "rdx");
     eq_trap(GP, 0);
     test("TSC: a write of IA32_TSC moves it, and IA32_TSC_ADJUST with it (SDM 3B 17.17.3)");
     if (!(feat7b & 2)) {
@@ -321,7 +345,8 @@ static void identification(void)
     if (cpuid(0, 0).a >= 0xb && cpuid(0xb, 0).b)
         eq("ID", cpuid(0xb, 0).d, cpuid(1, 0).b >> 24);
     test("CPUID: RFLAGS.ID can be changed; CPUID works at CPL 3");
-    asm volatile(USER("pushfq; xorq $0x200000, (%%rsp); popfq; xorl %%eax, %%eax; cpuid") ::: "rax", "rbx", "rcx", "rdx", "memory", "cc");
+    asm volatile(USER("pushfq; xorq $0x200000, (%%rsp); popfq; xorl %%eax, %%eax; cpuid")::
+                     : "rax", "rbx", "rcx", "rdx", "memory", "cc");
     eq_trap(VEC_DONE, NONE);
     eq("ID", trap.flags & F_ID, F_ID);
     test("CPUID: leaves beyond the maximum: AMD zero, Intel as the highest basic leaf");
@@ -350,7 +375,8 @@ static void umip_fsgsbase(void)
     if (!(feat7c & BIT(2))) {
         skip("no UMIP");
     } else {
-        static const u8 op[][3] = {{0x0f, 0x01, 0x07}, {0x0f, 0x01, 0x0f}, {0x0f, 0x00, 0x07}, {0x0f, 0x00, 0x0f}, {0x0f, 0x01, 0x27}, {0x0f, 0x00, 0xc0}, {0x0f, 0x00, 0xc8}, {0x0f, 0x01, 0xe0}};
+        static const u8 op[][3] = {{0x0f, 0x01, 0x07}, {0x0f, 0x01, 0x0f}, {0x0f, 0x00, 0x07}, {0x0f, 0x00, 0x0f},
+                                   {0x0f, 0x01, 0x27}, {0x0f, 0x00, 0xc0}, {0x0f, 0x00, 0xc8}, {0x0f, 0x01, 0xe0}};
         for (unsigned i = 0; i < ARRAY_SIZE(op); i++) {
             exec(op[i], 3, true);
             eq_trap(NONE, NONE);
@@ -370,10 +396,10 @@ static void umip_fsgsbase(void)
     write_cr4(cr4 & ~(ulong)CR4_FSGSBASE);
     asm volatile(TRY("rdfsbase %0") : "=r"(v));
     eq_trap(UD, NONE);
-    asm volatile(USER("wrgsbase %0") ::"r"(v));
+    asm volatile(USER("wrgsbase %0")::"r"(v));
     eq_trap(UD, NONE);
     write_cr4(cr4 | CR4_FSGSBASE);
-    asm volatile(COMPAT0(".byte 0xf3, 0x0f, 0xae, 0xc0") ::: "rax");
+    asm volatile(COMPAT0(".byte 0xf3, 0x0f, 0xae, 0xc0")::: "rax");
     eq_trap(UD, NONE);
     test("FSGSBASE: at CPL 3; 32-bit forms; not canonical is #GP(0)");
     asm volatile(USER("wrfsbase %1; rdfsbase %0") : "=r"(v) : "r"(0x00007ffffffff000));
@@ -383,7 +409,7 @@ static void umip_fsgsbase(void)
     asm volatile(USER("wrgsbase %k1; rdgsbase %0") : "=r"(v) : "r"(0xffff800087654321));
     eq("GS", v, 0x87654321);
     asm volatile(TRY("wrfsbase %0; rdfsbase %k1") : "+r"(v) : "r"(0ul));
-    asm volatile(USER("wrfsbase %0") ::"r"(0x0000800000000000));
+    asm volatile(USER("wrfsbase %0")::"r"(0x0000800000000000));
     eq_trap(GP, 0);
     static u64 word = 0x1122334455667788;
     asm volatile(TRY("wrgsbase %1; movq %%gs:0, %0") : "=r"(v) : "r"(&word));
@@ -399,10 +425,33 @@ static void privileged(void)
         const char *name;
         u8 n, b[8];
     } op[] = {
-        {"LGDT", 3, {0x0f, 0x01, 0x17}}, {"LIDT", 3, {0x0f, 0x01, 0x1f}}, {"LLDT", 3, {0x0f, 0x00, 0xd0}}, {"LTR", 3, {0x0f, 0x00, 0xd8}}, {"LMSW", 3, {0x0f, 0x01, 0xf0}}, {"CLTS", 2, {0x0f, 0x06}}, {"HLT", 1, {0xf4}},
-        {"INVD", 2, {0x0f, 0x08}}, {"WBINVD", 2, {0x0f, 0x09}}, {"INVLPG", 3, {0x0f, 0x01, 0x3f}}, {"MOV from CR0", 3, {0x0f, 0x20, 0xc0}}, {"MOV from CR2", 3, {0x0f, 0x20, 0xd0}}, {"MOV from CR3", 3, {0x0f, 0x20, 0xd8}},
-        {"MOV from CR4", 3, {0x0f, 0x20, 0xe0}}, {"MOV to CR0", 3, {0x0f, 0x22, 0xc0}}, {"MOV to CR3", 3, {0x0f, 0x22, 0xd8}}, {"MOV to CR4", 3, {0x0f, 0x22, 0xe0}}, {"MOV from DR0", 3, {0x0f, 0x21, 0xc0}}, {"MOV to DR7", 3, {0x0f, 0x23, 0xf8}},
-        {"CLI", 1, {0xfa}}, {"STI", 1, {0xfb}}, {"IN", 1, {0xec}}, {"OUT", 1, {0xee}}, {"INS", 1, {0x6c}}, {"OUTS", 1, {0x6e}}, {"SWAPGS", 3, {0x0f, 0x01, 0xf8}}, {"SYSRET", 3, {0x48, 0x0f, 0x07}},
+        {"LGDT", 3, {0x0f, 0x01, 0x17}},
+        {"LIDT", 3, {0x0f, 0x01, 0x1f}},
+        {"LLDT", 3, {0x0f, 0x00, 0xd0}},
+        {"LTR", 3, {0x0f, 0x00, 0xd8}},
+        {"LMSW", 3, {0x0f, 0x01, 0xf0}},
+        {"CLTS", 2, {0x0f, 0x06}},
+        {"HLT", 1, {0xf4}},
+        {"INVD", 2, {0x0f, 0x08}},
+        {"WBINVD", 2, {0x0f, 0x09}},
+        {"INVLPG", 3, {0x0f, 0x01, 0x3f}},
+        {"MOV from CR0", 3, {0x0f, 0x20, 0xc0}},
+        {"MOV from CR2", 3, {0x0f, 0x20, 0xd0}},
+        {"MOV from CR3", 3, {0x0f, 0x20, 0xd8}},
+        {"MOV from CR4", 3, {0x0f, 0x20, 0xe0}},
+        {"MOV to CR0", 3, {0x0f, 0x22, 0xc0}},
+        {"MOV to CR3", 3, {0x0f, 0x22, 0xd8}},
+        {"MOV to CR4", 3, {0x0f, 0x22, 0xe0}},
+        {"MOV from DR0", 3, {0x0f, 0x21, 0xc0}},
+        {"MOV to DR7", 3, {0x0f, 0x23, 0xf8}},
+        {"CLI", 1, {0xfa}},
+        {"STI", 1, {0xfb}},
+        {"IN", 1, {0xec}},
+        {"OUT", 1, {0xee}},
+        {"INS", 1, {0x6c}},
+        {"OUTS", 1, {0x6e}},
+        {"SWAPGS", 3, {0x0f, 0x01, 0xf8}},
+        {"SYSRET", 3, {0x48, 0x0f, 0x07}},
     };
     wrmsr(MSR_EFER, rdmsr(MSR_EFER) | EFER_SCE);
     for (unsigned i = 0; i < ARRAY_SIZE(op); i++) {
@@ -417,9 +466,9 @@ static void privileged(void)
     eq_trap(NONE, NONE);
     test("privileged: LGDT, LIDT with a base that is not canonical: #GP(0); the old one stays");
     static struct table_reg bad = {0xffff, 0x0000800000000000}, now;
-    asm volatile(TRY("lgdt %0") ::"m"(bad));
+    asm volatile(TRY("lgdt %0")::"m"(bad));
     eq_trap(GP, 0);
-    asm volatile(TRY("lidt %0") ::"m"(bad));
+    asm volatile(TRY("lidt %0")::"m"(bad));
     eq_trap(GP, 0);
     sgdt(&now);
     eq("GDT", now.base, gdt_reg.base);

@@ -1,6 +1,6 @@
 /*
- * Debug exceptions where 32-bit and virtual-8086 code differ from debug64: POP SS, POPF and IRET that set TF, software interrupts, breakpoints by segment base, V86. SDM vol. 3A
- * chapter 17, 6.8.3.
+ * Debug exceptions where 32-bit and virtual-8086 code differ from debug64: POP SS, POPF and IRET that set TF, software
+ * interrupts, breakpoints by segment base, V86. SDM vol. 3A chapter 17, 6.8.3.
  */
 #include "sys.h"
 
@@ -24,7 +24,8 @@ static int at[64];
 /* As in debug64: the code runs with TF, set by POPF before and cleared by POPF behind it. */
 static unsigned stepped(const u8 *code, unsigned n, bool user)
 {
-    static const u8 head[] = {0x9c, 0x81, 0x0c, 0x24, 0, 1, 0, 0, 0x9d}, tail[] = {0x9c, 0x81, 0x24, 0x24, 0xff, 0xfe, 0xff, 0xff, 0x9d, 0xc3};
+    static const u8 head[] = {0x9c, 0x81, 0x0c, 0x24, 0, 1, 0, 0, 0x9d},
+                    tail[] = {0x9c, 0x81, 0x24, 0x24, 0xff, 0xfe, 0xff, 0xff, 0x9d, 0xc3};
     ulong base = (ulong)step_code;
 
     memcpy(step_code, head, sizeof(head));
@@ -34,9 +35,9 @@ static unsigned stepped(const u8 *code, unsigned n, bool user)
     trap_hook = keep_going;
     write_dr6(0xffff0ff0);
     if (user)
-        asm volatile(USER("call *%0") ::"r"(base) : "eax", "ecx", "edx", "memory", "cc");
+        asm volatile(USER("call *%0")::"r"(base) : "eax", "ecx", "edx", "memory", "cc");
     else
-        asm volatile(TRY("call *%0") ::"r"(base) : "eax", "ecx", "edx", "memory", "cc");
+        asm volatile(TRY("call *%0")::"r"(base) : "eax", "ecx", "edx", "memory", "cc");
     trap_hook = NULL;
     for (unsigned i = 0; i < steps && i < 64; i++)
         at[i] = (int)(step_ip[i] - base) - (int)sizeof(head);
@@ -73,7 +74,7 @@ static void single_step(void)
     idt_default(BP);
     test("step: a fault's frame keeps TF, its handler runs without");
     trap_hook = NULL;
-    asm volatile(TRY("pushl $0x102; popfl; ud2") ::: "memory", "cc");
+    asm volatile(TRY("pushl $0x102; popfl; ud2")::: "memory", "cc");
     eq_trap(UD, NONE);
     eq("TF saved", trap.flags & F_TF, F_TF);
     test("step: IRET to CPL 3 with TF: #DB behind the first instruction there");
@@ -98,11 +99,11 @@ static void v86(void)
     steps = 0;
     trap_hook = keep_going;
     user_flags = F_1 | F_TF;
-    asm volatile(V86("ljmpw $0x8800, $0") ::: "eax", "memory");
+    asm volatile(V86("ljmpw $0x8800, $0")::: "eax", "memory");
     user_flags = F_1;
     trap_hook = NULL;
     eq("last vector", trap.vector, VEC_DONE);
-    eq("steps", steps, 4);                    /* LJMP, NOP, INC, INC; HLT faults */
+    eq("steps", steps, 4); /* LJMP, NOP, INC, INC; HLT faults */
     eq("behind LJMP", step_ip[0], 0);
     eq("behind NOP", step_ip[1], 1);
     must("VM", step_flags[0] & F_VM);
@@ -110,7 +111,7 @@ static void v86(void)
     write_dr6(0xffff0ff0);
     write_dr0(0x88001);
     write_dr7(0x402);
-    asm volatile(V86("ljmpw $0x8800, $0") ::: "eax", "memory");
+    asm volatile(V86("ljmpw $0x8800, $0")::: "eax", "memory");
     eq_trap(DB, NONE);
     eq("IP", trap.ip, 1);
     eq("B0", trap.dr6 & 0xe00f, 1);
@@ -126,10 +127,10 @@ static void breakpoints(void)
     gdt[T0 / 8] = descriptor((u32)data - 0x100, 0xfff, D_P | D_DATA | D_W | D_DB);
     write_dr0((u32)data + 4);
     write_dr7(0x400 | 2 | 1 << 16 | 3 << 18); /* G0, write, 4 bytes */
-    asm volatile(TRY("movw %w0, %%fs; movb $1, %%fs:0x105; nop") ::"r"(T0) : "memory");
+    asm volatile(TRY("movw %w0, %%fs; movb $1, %%fs:0x105; nop")::"r"(T0) : "memory");
     eq_trap(DB, NONE);
     eq("B0", trap.dr6 & 0xe00f, 1);
-    asm volatile(TRY("movb $1, %%ds:0x104; nop") ::: "memory");
+    asm volatile(TRY("movb $1, %%ds:0x104; nop")::: "memory");
     eq("another linear address", trap.vector, NONE);
     write_dr7(0x400);
     write_dr6(0xffff0ff0);
@@ -147,7 +148,7 @@ static void breakpoints(void)
     gdt[T0 / 8] = descriptor((u32)code, 15, D_P | D_CODE | D_R | D_DB);
     write_dr0((u32)code + 1);
     write_dr7(0x402);
-    asm volatile(TRY("lcall $0x60, $0") ::: "memory");
+    asm volatile(TRY("lcall $0x60, $0")::: "memory");
     eq_trap(DB, NONE);
     eq("EIP", trap.ip, 1);
     write_dr7(0x400);

@@ -21,7 +21,8 @@ static bool keep_going(void)
     return true;
 }
 
-/* Runs code with TF set by POPF before its first byte, up to a CLI-free end: POPF of flags without TF comes last. Returns the number of #DB, their addresses relative to the code's start in at[]. */
+/* Runs code with TF set by POPF before its first byte, up to a CLI-free end: POPF of flags without TF comes last.
+ * Returns the number of #DB, their addresses relative to the code's start in at[]. */
 static int at[64];
 static u8 step_code[256] __attribute__((aligned(64)));
 static unsigned stepped(const u8 *code, unsigned n, bool user)
@@ -29,7 +30,8 @@ static unsigned stepped(const u8 *code, unsigned n, bool user)
     ulong base = (ulong)step_code + (user ? USER_OFF : 0);
 
     /* pushfq; orl $0x100, (%rsp); popfq; CODE; pushfq; andl $~0x100, (%rsp); popfq; ret */
-    static const u8 head[] = {0x9c, 0x81, 0x0c, 0x24, 0, 1, 0, 0, 0x9d}, tail[] = {0x9c, 0x81, 0x24, 0x24, 0xff, 0xfe, 0xff, 0xff, 0x9d, 0xc3};
+    static const u8 head[] = {0x9c, 0x81, 0x0c, 0x24, 0, 1, 0, 0, 0x9d},
+                    tail[] = {0x9c, 0x81, 0x24, 0x24, 0xff, 0xfe, 0xff, 0xff, 0x9d, 0xc3};
     memcpy(step_code, head, sizeof(head));
     memcpy(step_code + sizeof(head), code, n);
     memcpy(step_code + sizeof(head) + n, tail, sizeof(tail));
@@ -37,9 +39,9 @@ static unsigned stepped(const u8 *code, unsigned n, bool user)
     trap_hook = keep_going;
     write_dr6(0xffff0ff0);
     if (user)
-        asm volatile(USER("call *%0") ::"r"(base) : "rax", "rcx", "rdx", "rsi", "rdi", "memory", "cc");
+        asm volatile(USER("call *%0")::"r"(base) : "rax", "rcx", "rdx", "rsi", "rdi", "memory", "cc");
     else
-        asm volatile(TRY("call *%0") ::"r"(base) : "rax", "rcx", "rdx", "rsi", "rdi", "memory", "cc");
+        asm volatile(TRY("call *%0")::"r"(base) : "rax", "rcx", "rdx", "rsi", "rdi", "memory", "cc");
     trap_hook = NULL;
     unsigned m = steps < 64 ? steps : 64;
     for (unsigned i = 0; i < m; i++)
@@ -48,13 +50,14 @@ static unsigned stepped(const u8 *code, unsigned n, bool user)
 }
 #define STEP(user, ...) stepped((const u8[]){__VA_ARGS__}, sizeof((const u8[]){__VA_ARGS__}), user)
 
-/* The stepped code is followed by PUSHFQ (1 byte), ANDL (7), POPFQ (1): after POPF has cleared TF there is no #DB any more? There is one after each instruction that began with TF set. */
+/* The stepped code is followed by PUSHFQ (1 byte), ANDL (7), POPFQ (1): after POPF has cleared TF there is no #DB any
+ * more? There is one after each instruction that began with TF set. */
 static void single_step(void)
 {
     for (int user = 0; user < 2; user++) {
         test("step: #DB after each instruction that begins with TF set, DR6.BS, at CPL %d (SDM 3A 17.3.1.4)", user * 3);
         unsigned n = STEP(user, 0x90, 0x90, 0x89, 0xc0);
-        eq("steps", n, 6);                      /* nop, nop, mov, pushf, and, popf (which clears it) */
+        eq("steps", n, 6); /* nop, nop, mov, pushf, and, popf (which clears it) */
         eq("1st", at[0], 1);
         eq("2nd", at[1], 2);
         eq("3rd", at[2], 4);
@@ -75,7 +78,8 @@ static void single_step(void)
     eq("behind JZ", at[1], 5);
     eq("behind JNZ", at[2], 7);
     test("step: REP steps once per iteration (SDM 2B REP; 17.3.1.4)");
-    unsigned n = STEP(false, 0x48, 0x8d, 0x7c, 0x24, 0xc0, 0xb9, 3, 0, 0, 0, 0xf3, 0xaa); /* lea -64(%rsp), %rdi; mov $3, %ecx; rep stosb */
+    unsigned n = STEP(false, 0x48, 0x8d, 0x7c, 0x24, 0xc0, 0xb9, 3, 0, 0, 0, 0xf3,
+                      0xaa); /* lea -64(%rsp), %rdi; mov $3, %ecx; rep stosb */
     eq("steps", n, 2 + 3 + 3);
     eq("behind MOV", at[1], 10);
     eq("1st iteration", at[2], 10);
@@ -98,7 +102,8 @@ static void single_step(void)
     n = STEP(false, 0xcd, 0x44, 0x90);
     eq("behind the NOP that follows", at[0], 3);
     idt_default(0x44);
-    test("step: SYSCALL with TF in SFMASK: no step inside; SYSRET that loads TF: #DB before the next user instruction ends");
+    test("step: SYSCALL with TF in SFMASK: no step inside; SYSRET that loads TF: #DB before the next user instruction "
+         "ends");
     extern char sysret_at_once[];
     asm("jmp 1f; sysret_at_once: nop; sysretq; 1:");
     wrmsr(MSR_EFER, rdmsr(MSR_EFER) | EFER_SCE);
@@ -110,13 +115,15 @@ static void single_step(void)
     must("behind SYSRET or behind the NOP", at[0] == 2 || at[0] == 3);
     test("step: an instruction that faults raises no #DB; IRET with TF does behind the next instruction");
     extern char set_tf_iret[];
-    asm("jmp 1f; set_tf_iret: pushq $0x10; leaq 8(%rsp), %rax; pushq %rax; pushq $0x102; pushq $8; pushq $2f; iretq; 2: nop; nop; pushfq; andl $~0x100, (%rsp); popfq; ret; 1:");
+    asm("jmp 1f; set_tf_iret: pushq $0x10; leaq 8(%rsp), %rax; pushq %rax; pushq $0x102; pushq $8; pushq $2f; iretq; "
+        "2: nop; nop; pushfq; andl $~0x100, (%rsp); popfq; ret; 1:");
     steps = 0;
     trap_hook = keep_going;
-    asm volatile(TRY("call set_tf_iret") ::: "rax", "memory", "cc");
+    asm volatile(TRY("call set_tf_iret")::: "rax", "memory", "cc");
     trap_hook = NULL;
     eq("steps", steps, 5);
-    must("first behind the NOP", step_ip[0] > (ulong)set_tf_iret && *(u8 *)(step_ip[0] - 1) == 0x90 && *(u8 *)step_ip[0] == 0x90);
+    must("first behind the NOP",
+         step_ip[0] > (ulong)set_tf_iret && *(u8 *)(step_ip[0] - 1) == 0x90 && *(u8 *)step_ip[0] == 0x90);
 }
 
 static u8 hits[64] __attribute__((aligned(64)));
@@ -145,19 +152,19 @@ static void data_breakpoints(void)
         write_dr0((ulong)hits + 16);
         write_dr7(dr7(0, 1, len_code[size]));
         for (int off = 8; off < 32; off++) {
-            asm volatile(TRY("movb $1, (%0); nop") ::"r"(hits + off) : "memory");
+            asm volatile(TRY("movb $1, (%0); nop")::"r"(hits + off) : "memory");
             eq("1 byte", trap.vector == DB, off >= 16 && off < 16 + size);
-            asm volatile(TRY("movl $1, (%0); nop") ::"r"(hits + off) : "memory");
+            asm volatile(TRY("movl $1, (%0); nop")::"r"(hits + off) : "memory");
             eq("4 bytes", trap.vector == DB, off + 3 >= 16 && off < 16 + size);
-            asm volatile(TRY("movb (%0), %%al; nop") ::"r"(hits + off) : "rax", "memory");
+            asm volatile(TRY("movb (%0), %%al; nop")::"r"(hits + off) : "rax", "memory");
             eq("read", trap.vector, NONE);
         }
         test("breakpoint: %d bytes, read or written", size);
         write_dr7(dr7(0, 3, len_code[size]));
         for (int off = 8; off < 32; off++) {
-            asm volatile(TRY("movb (%0), %%al; nop") ::"r"(hits + off) : "rax", "memory");
+            asm volatile(TRY("movb (%0), %%al; nop")::"r"(hits + off) : "rax", "memory");
             eq("read", trap.vector == DB, off >= 16 && off < 16 + size);
-            asm volatile(TRY("movw $1, (%0); nop") ::"r"(hits + off) : "rax", "memory");
+            asm volatile(TRY("movw $1, (%0); nop")::"r"(hits + off) : "rax", "memory");
             eq("write", trap.vector == DB, off + 1 >= 16 && off < 16 + size);
         }
         write_dr7(0x400);
@@ -167,36 +174,39 @@ static void data_breakpoints(void)
     write_dr6(0xffff0ff0);
     write_dr7(dr7(1, 1, 3));
     *(volatile u32 *)(hits + 32) = 0;
-    asm volatile("leaq 9970f(%%rip), %0\n\t" TRY("movl $0x1234, (%1); 9970: nop") : "=&r"(end) : "r"(hits + 16) : "memory");
+    asm volatile("leaq 9970f(%%rip), %0\n\t" TRY("movl $0x1234, (%1); 9970: nop")
+                 : "=&r"(end)
+                 : "r"(hits + 16)
+                 : "memory");
     db("vector", 2);
     eq("RIP", trap.ip, end);
     eq("memory", *(u32 *)(hits + 16), 0x1234);
     test("breakpoint: the address's low bits are ignored by the length's alignment");
     write_dr1((ulong)hits + 18);
-    asm volatile(TRY("movb $1, (%0); nop") ::"r"(hits + 16) : "memory");
+    asm volatile(TRY("movb $1, (%0); nop")::"r"(hits + 16) : "memory");
     db("vector", 2);
     write_dr7(0x400);
     test("breakpoint: two at once are both reported; one not enabled is not needed");
     write_dr0((ulong)hits + 16);
     write_dr2((ulong)hits + 16);
     write_dr7(dr7(0, 1, 0) | dr7(2, 1, 0));
-    asm volatile(TRY("movb $1, (%0); nop") ::"r"(hits + 16) : "memory");
+    asm volatile(TRY("movb $1, (%0); nop")::"r"(hits + 16) : "memory");
     db("vector", 5);
     test("breakpoint: locally enabled (L) as well");
     write_dr7((dr7(0, 1, 0) & ~2ul) | 1);
-    asm volatile(TRY("movb $1, (%0); nop") ::"r"(hits + 16) : "memory");
+    asm volatile(TRY("movb $1, (%0); nop")::"r"(hits + 16) : "memory");
     eq("vector", trap.vector, DB);
     write_dr6(0xffff0ff0);
     test("breakpoint: not enabled: nothing");
     write_dr7(dr7(0, 1, 0) & ~3ul);
-    asm volatile(TRY("movb $1, (%0); nop") ::"r"(hits + 16) : "memory");
+    asm volatile(TRY("movb $1, (%0); nop")::"r"(hits + 16) : "memory");
     eq("vector", trap.vector, NONE);
     test("breakpoint: at CPL 3 as well; addresses are linear");
     write_dr0((ulong)hits + 16 + USER_OFF);
     write_dr7(dr7(0, 1, 0));
-    asm volatile(USER("movb $1, (%0)") ::"r"((ulong)hits + 16 + USER_OFF) : "memory");
+    asm volatile(USER("movb $1, (%0)")::"r"((ulong)hits + 16 + USER_OFF) : "memory");
     db("vector", 1);
-    asm volatile(TRY("movb $1, (%0)") ::"r"((ulong)hits + 16) : "memory");
+    asm volatile(TRY("movb $1, (%0)")::"r"((ulong)hits + 16) : "memory");
     eq("by the other alias", trap.vector, NONE);
     test("breakpoint: REP STOS stops behind the iteration that hits");
     ulong left = 8, di = (ulong)hits + 12;
@@ -207,11 +217,11 @@ static void data_breakpoints(void)
     must("not before the hit", di > (ulong)hits + 16);
     eq("RCX and RDI agree", left, (ulong)hits + 20 - di);
     test("breakpoint: a read-modify-write, PUSH, CALL, XCHG hit");
-    asm volatile(TRY("addb $1, (%0); nop") ::"r"(hits + 16) : "memory", "cc");
+    asm volatile(TRY("addb $1, (%0); nop")::"r"(hits + 16) : "memory", "cc");
     db("ADD", 1);
-    asm volatile(TRY("movb $0, %%al; xchgb %%al, (%0); nop") ::"r"(hits + 16) : "memory", "rax");
+    asm volatile(TRY("movb $0, %%al; xchgb %%al, (%0); nop")::"r"(hits + 16) : "memory", "rax");
     db("XCHG", 1);
-    asm volatile(TRY("leaq 8(%0), %%rsp; pushq $0; nop") ::"r"(hits + 16) : "memory");
+    asm volatile(TRY("leaq 8(%0), %%rsp; pushq $0; nop")::"r"(hits + 16) : "memory");
     db("PUSH", 1);
     write_dr7(0x400);
 }
@@ -228,17 +238,24 @@ static void code_breakpoints(void)
     db("vector", 8);
     eq("RIP", trap.ip, where);
     test("breakpoint: IRET with RF set executes the instruction once");
-    asm("jmp 1f; rf_iret: pushq $0x10; leaq 8(%rsp), %rcx; pushq %rcx; pushq $0x10002; pushq $8; pushq %rdx; iretq; 1:");
+    asm("jmp 1f; rf_iret: pushq $0x10; leaq 8(%rsp), %rcx; pushq %rcx; pushq $0x10002; pushq $8; pushq %rdx; iretq; "
+        "1:");
     ulong eax = 1;
     static const u8 inc[] = {0x90, 0xff, 0xc0, 0x90};
     write_dr7(0x400);
     exec(inc, sizeof(inc), false);
     write_dr7(dr7(3, 0, 0));
-    asm volatile(TRY("movl $5, %%eax; movq %1, %%rdx; call rf_iret") : "=&a"(eax) : "r"(where) : "rcx", "rdx", "memory", "cc");
+    asm volatile(TRY("movl $5, %%eax; movq %1, %%rdx; call rf_iret")
+                 : "=&a"(eax)
+                 : "r"(where)
+                 : "rcx", "rdx", "memory", "cc");
     eq("vector", trap.vector, NONE);
     eq("EAX", eax, 6);
     test("breakpoint: RF counts for one instruction only");
-    asm volatile(TRY("movl $5, %%eax; movq %1, %%rdx; call rf_iret") : "=&a"(eax) : "r"(where - 1) : "rcx", "rdx", "memory", "cc");
+    asm volatile(TRY("movl $5, %%eax; movq %1, %%rdx; call rf_iret")
+                 : "=&a"(eax)
+                 : "r"(where - 1)
+                 : "rcx", "rdx", "memory", "cc");
     db("vector", 8);
     test("breakpoint: in the middle of an instruction: no hit");
     write_dr3(exec_ip(false) + 2);
@@ -249,7 +266,7 @@ static void code_breakpoints(void)
     EXEC(false, 0x90, 0x66, 0x90);
     db("vector", 8);
     test("breakpoint: a length other than 1 for execution is not useful; reads of the address do not hit");
-    asm volatile(TRY("movb (%0), %%al; nop") ::"r"(exec_ip(false) + 1) : "rax", "memory");
+    asm volatile(TRY("movb (%0), %%al; nop")::"r"(exec_ip(false) + 1) : "rax", "memory");
     eq("vector", trap.vector, NONE);
     test("breakpoint: code and data at once: the code breakpoint comes before the instruction");
     write_dr0((ulong)exec_data);
@@ -271,19 +288,19 @@ static void registers(void)
 {
     test("debug registers: GD: any MOV DR is #DB with DR6.BD, and GD is clear in the handler (SDM 3A 17.2.4)");
     write_dr6(0xffff0ff0);
-    asm volatile(TRY("movq %0, %%dr7; movq %%dr0, %%rax") ::"r"(0x2400ul) : "rax");
+    asm volatile(TRY("movq %0, %%dr7; movq %%dr0, %%rax")::"r"(0x2400ul) : "rax");
     db("vector", 0x2000);
     eq("GD", read_dr7() & 0x2000, 0);
     write_dr7(0x400);
     test("debug registers: MOV DR at CPL 3 is #GP(0), also with GD");
-    asm volatile(USER("movq %%dr7, %%rax") ::: "rax");
+    asm volatile(USER("movq %%dr7, %%rax")::: "rax");
     eq_trap(GP, 0);
     test("debug registers: DR7 reads bit 10 as 1, bits 11, 12, 14, 15 as 0; upper halves must be 0: #GP(0)");
     write_dr7(0);
     eq("DR7", read_dr7(), 0x400);
-    asm volatile(TRY("movq %0, %%dr7") ::"r"(BIT(32)));
+    asm volatile(TRY("movq %0, %%dr7")::"r"(BIT(32)));
     eq_trap(GP, 0);
-    asm volatile(TRY("movq %0, %%dr6") ::"r"(BIT(32)));
+    asm volatile(TRY("movq %0, %%dr6")::"r"(BIT(32)));
     eq_trap(GP, 0);
     write_dr7(0x400);
     test("debug registers: DR6's fixed bits");
@@ -299,7 +316,7 @@ static void registers(void)
     write_cr4(read_cr4() | CR4_DE);
     asm volatile(TRY("movq %%db5, %0") : "=r"(v));
     eq_trap(UD, NONE);
-    asm volatile(TRY("movq %0, %%db4") ::"r"(0ul));
+    asm volatile(TRY("movq %0, %%db4")::"r"(0ul));
     eq_trap(UD, NONE);
     test("debug registers: DR0 to DR3 keep 64 bits");
     write_dr2(0xffff800012345678);
@@ -308,13 +325,13 @@ static void registers(void)
     write_dr1(0xe2);
     write_dr6(0xffff0ff0);
     write_dr7(dr7(1, 2, 0));
-    asm volatile(TRY("inb $0xe2, %%al; nop") ::: "rax");
+    asm volatile(TRY("inb $0xe2, %%al; nop")::: "rax");
     db("IN", 2);
-    asm volatile(TRY("outb %%al, $0xe2; nop") ::: "rax");
+    asm volatile(TRY("outb %%al, $0xe2; nop")::: "rax");
     db("OUT", 2);
-    asm volatile(TRY("inb $0xe3, %%al; nop") ::: "rax");
+    asm volatile(TRY("inb $0xe3, %%al; nop")::: "rax");
     eq("another port", trap.vector, NONE);
-    asm volatile(TRY("inl $0xe0, %%eax; nop") ::: "rax");
+    asm volatile(TRY("inl $0xe0, %%eax; nop")::: "rax");
     db("a wider access", 2);
     write_dr7(0x400);
     write_cr4(read_cr4() & ~(ulong)CR4_DE);

@@ -1,5 +1,6 @@
 /*
- * Exceptions in 64-bit code: vectors, error codes, saved RIP and flags, delivery through the IDT, double faults. SDM vol. 3A chapter 6.
+ * Exceptions in 64-bit code: vectors, error codes, saved RIP and flags, delivery through the IDT, double faults. SDM
+ * vol. 3A chapter 6.
  */
 #include "sys.h"
 
@@ -68,7 +69,7 @@ static bool seen_flags(void)
 {
     ulong f;
     asm volatile("pushf; pop %0" : "=r"(f));
-    trap.v86_es = f;                         /* a place to keep it */
+    trap.v86_es = f; /* a place to keep it */
     return false;
 }
 
@@ -78,7 +79,7 @@ static void delivery(void)
 
     trap_hook = seen_flags;
     test("except: interrupt gate: IF, TF, NT, RF clear in the handler, other flags stay (SDM 3A 6.12.1.3)");
-    asm volatile(TRY("push %0; popf; ud2") ::"r"(f | F_IF) : "cc");
+    asm volatile(TRY("push %0; popf; ud2")::"r"(f | F_IF) : "cc");
     eq_trap(UD, NONE);
     eq("saved flags", trap.flags, f | F_IF | F_RF);
     eq("handler's IF NT RF TF", trap.v86_es & (F_IF | F_NT | F_RF | F_TF), 0);
@@ -86,7 +87,7 @@ static void delivery(void)
     test("except: trap gate: IF stays");
     extern char trap_entry[];
     idt_set(UD, KCS, trap_entry + UD * 16, D_P | TYPE_TRAP, 0);
-    asm volatile(TRY("push %0; popf; ud2") ::"r"(f | F_IF) : "cc");
+    asm volatile(TRY("push %0; popf; ud2")::"r"(f | F_IF) : "cc");
     eq_trap(UD, NONE);
     eq("handler's IF", trap.v86_es & F_IF, F_IF);
     eq("handler's NT", trap.v86_es & F_NT, 0);
@@ -97,7 +98,10 @@ static void delivery(void)
     test("except: RSP is aligned to 16 before the frame is pushed (SDM 3A 6.14.2)");
     for (unsigned i = 0; i < 16; i++) {
         ulong sp = 0;
-        asm volatile(TRY("mov %%rsp, %0; sub $256, %0; and $-16, %0; add %1, %0; mov %0, %%rsp; ud2") : "=&r"(sp) : "r"((ulong)i) : "memory", "cc");
+        asm volatile(TRY("mov %%rsp, %0; sub $256, %0; and $-16, %0; add %1, %0; mov %0, %%rsp; ud2")
+                     : "=&r"(sp)
+                     : "r"((ulong)i)
+                     : "memory", "cc");
         eq("vector", trap.vector, UD);
         eq("saved RSP", trap.sp, sp);
         eq("frame", trap.handler_sp, (sp & ~15ul) - 40);
@@ -112,19 +116,19 @@ static void delivery(void)
     eq("frame", trap.handler_sp, (ulong)ring0_stack_end - 40);
     test("except: from CPL 3: the new SS is null (SDM 3A 6.14.3)");
     trap_hook = NULL;
-    asm volatile(USER("int $0x80") ::: "memory");
+    asm volatile(USER("int $0x80")::: "memory");
     eq_trap(VEC_DONE, NONE);
     test("except: IST: the stack is switched also at CPL 0, and aligned");
     static u8 ist_stack[1024] __attribute__((aligned(16)));
-    tss.ist[2] = (ulong)ist_stack + 1016;    /* not aligned */
+    tss.ist[2] = (ulong)ist_stack + 1016; /* not aligned */
     idt_set(UD, KCS, trap_entry + UD * 16, D_P | TYPE_INT, 3);
-    asm volatile(TRY("ud2") ::: "memory");
+    asm volatile(TRY("ud2")::: "memory");
     eq_trap(UD, NONE);
     eq("frame", trap.handler_sp, (ulong)ist_stack + 1008 - 40);
     idt_default(UD);
     test("except: IST: also for CPL 3");
     idt_set(VEC_DONE, KCS, trap_entry + VEC_DONE * 16, D_P | D_DPL(3) | TYPE_INT, 3);
-    asm volatile(USER("nop") ::: "memory");
+    asm volatile(USER("nop")::: "memory");
     eq_trap(VEC_DONE, NONE);
     eq("frame", trap.handler_sp, (ulong)ist_stack + 1008 - 40);
     idt_default(VEC_DONE);
@@ -220,7 +224,8 @@ static void gates(void)
     gdt[T0 / 8] = descriptor(0, 0xfffff, D_P | D_CODE | D_CONF | D_R | D_L | D_G);
     idt_set(0x44, T0, (char *)exec_ip(true) + 16, D_P | D_DPL(3) | TYPE_INT, 0);
     /* the handler, at CPL 3: fetch CS into R8, end the test */
-    static const u8 code[] = {0xcd, 0x44, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x8c, 0xc8, 0x0f, 0x0b};
+    static const u8 code[] = {0xcd, 0x44, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90,
+                              0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x8c, 0xc8, 0x0f, 0x0b};
     exec(code, sizeof(code), true);
     eq_trap(UD, NONE);
     eq("CS in the handler", trap.cs, T0 | 3);

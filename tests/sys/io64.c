@@ -1,6 +1,6 @@
 /*
- * Ports: IOPL and the I/O permission map, widths, INS and OUTS with REP and faults. SDM vol. 1 chapter 19; vol. 2 IN, OUT, INS, OUTS. The machine's ports
- * E0h..E7h keep what is written.
+ * Ports: IOPL and the I/O permission map, widths, INS and OUTS with REP and faults. SDM vol. 1 chapter 19; vol. 2 IN,
+ * OUT, INS, OUTS. The machine's ports E0h..E7h keep what is written.
  */
 #include "sys.h"
 
@@ -9,52 +9,52 @@ static void permission(void)
     for (int iopl = 0; iopl <= 3; iopl++) {
         test("io: CPL 3 with IOPL %d: the map is asked when CPL > IOPL", iopl);
         user_flags = F_1 | (ulong)iopl << 12;
-        asm volatile(USER("inb $0xe0, %%al") ::: "rax");
+        asm volatile(USER("inb $0xe0, %%al")::: "rax");
         eq_trap(iopl == 3 ? VEC_DONE : GP, iopl == 3 ? NONE : 0);
-        asm volatile(USER("outb %%al, $0xe0") ::: "rax");
+        asm volatile(USER("outb %%al, $0xe0")::: "rax");
         eq_trap(iopl == 3 ? VEC_DONE : GP, iopl == 3 ? NONE : 0);
     }
     user_flags = F_1;
     test("io: a clear bit lets one port through; a wider access needs all its bits");
     tss.io[0xe0 / 8] = 0xff & ~0x06; /* E1, E2 */
-    asm volatile(USER("inb $0xe1, %%al; inb $0xe2, %%al") ::: "rax");
+    asm volatile(USER("inb $0xe1, %%al; inb $0xe2, %%al")::: "rax");
     eq_trap(VEC_DONE, NONE);
-    asm volatile(USER("inb $0xe0, %%al") ::: "rax");
+    asm volatile(USER("inb $0xe0, %%al")::: "rax");
     eq_trap(GP, 0);
-    asm volatile(USER("inw $0xe1, %%ax") ::: "rax");
+    asm volatile(USER("inw $0xe1, %%ax")::: "rax");
     eq_trap(VEC_DONE, NONE);
-    asm volatile(USER("inw $0xe2, %%ax") ::: "rax");
+    asm volatile(USER("inw $0xe2, %%ax")::: "rax");
     eq_trap(GP, 0);
-    asm volatile(USER("inl $0xe1, %%eax") ::: "rax");
+    asm volatile(USER("inl $0xe1, %%eax")::: "rax");
     eq_trap(GP, 0);
     tss.io[0xe0 / 8] = 0;
-    asm volatile(USER("inl $0xe1, %%eax; outl %%eax, $0xe4") ::: "rax");
+    asm volatile(USER("inl $0xe1, %%eax; outl %%eax, $0xe4")::: "rax");
     eq_trap(VEC_DONE, NONE);
     test("io: by DX; the last ports of the map");
     tss.io[8191] = 0x7f;
-    asm volatile(USER("inb %%dx, %%al") ::"d"(0xffff) : "rax");
+    asm volatile(USER("inb %%dx, %%al")::"d"(0xffff) : "rax");
     eq_trap(VEC_DONE, NONE);
-    asm volatile(USER("inw %%dx, %%ax") ::"d"(0xfffe) : "rax");
+    asm volatile(USER("inw %%dx, %%ax")::"d"(0xfffe) : "rax");
     eq_trap(GP, 0); /* bit of FFFEh is set */
     tss.io[8191] = 0xff;
     test("io: the map ends with the TSS's limit: ports beyond it are closed");
     u32 base = (u32)(tss.io - (u8 *)&tss);
     tss_limit(base + 0xe0 / 8 + 1); /* two bytes are read: the port's and the next */
-    asm volatile(USER("inb $0xe0, %%al") ::: "rax");
+    asm volatile(USER("inb $0xe0, %%al")::: "rax");
     eq_trap(VEC_DONE, NONE);
     tss_limit(base + 0xe0 / 8);
-    asm volatile(USER("inb $0xe0, %%al") ::: "rax");
+    asm volatile(USER("inb $0xe0, %%al")::: "rax");
     eq_trap(GP, 0);
     tss_limit(sizeof(tss) - 1);
     test("io: a map base beyond the limit: no map, all closed");
     u16 keep = tss.iomap;
     tss.iomap = 0xffff;
-    asm volatile(USER("inb $0xe0, %%al") ::: "rax");
+    asm volatile(USER("inb $0xe0, %%al")::: "rax");
     eq_trap(GP, 0);
     tss.iomap = keep;
     test("io: CPL 0 asks nothing");
     tss.io[0xe0 / 8] = 0xff;
-    asm volatile(TRY("inb $0xe0, %%al") ::: "rax");
+    asm volatile(TRY("inb $0xe0, %%al")::: "rax");
     eq_trap(NONE, NONE);
 }
 
@@ -126,7 +126,8 @@ static void strings(void)
     asm volatile(TRY("std; rep insl; cld") : "+c"(c), "+D"(d) : "d"(0xe0) : "memory", "cc");
     eq("RDI", d, VA_TEST + 196);
     eq("first", *(u32 *)(page + 200), 0x87654321);
-    test("io: REP INSB into an absent page: RCX and RDI show what is done; the faulting element has not been read from the port");
+    test("io: REP INSB into an absent page: RCX and RDI show what is done; the faulting element has not been read from "
+         "the port");
     u8 before = inb(0xe8), after;
     c = 10, d = VA_TEST + 0x1000 - 4;
     asm volatile(TRY("rep insb") : "+c"(c), "+D"(d) : "d"(0xe0) : "memory");
@@ -155,7 +156,7 @@ static void strings(void)
     asm volatile(TRY("addr32 outsb") : "+S"(s) : "d"(0xe0) : "memory");
     eq("RSI", s, VA_TEST + 1);
     test("io: at CPL 3 the permission comes before the memory");
-    asm volatile(USER("outsb") ::"S"(VA_TEST + 0x1000), "d"(0xe0) : "memory");
+    asm volatile(USER("outsb")::"S"(VA_TEST + 0x1000), "d"(0xe0) : "memory");
     eq_trap(GP, 0);
 }
 

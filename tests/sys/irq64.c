@@ -1,6 +1,6 @@
 /*
- * Interrupts: shadows of STI and MOV SS, HLT, priorities, REP, CPL 3, NMI and its blocking. SDM vol. 3A 6.3, 6.7, 6.8, 6.9, 11.8; vol. 2 STI, HLT. Their source is the local
- * APIC's own interprocessor interrupt.
+ * Interrupts: shadows of STI and MOV SS, HLT, priorities, REP, CPL 3, NMI and its blocking. SDM vol.
+ * 3A 6.3, 6.7, 6.8, 6.9, 11.8; vol. 2 STI, HLT. Their source is the local APIC's own interprocessor interrupt.
  */
 #include "apic.h"
 
@@ -39,10 +39,10 @@ static void pend(u32 vector)
 }
 
 /* Runs the instructions with V1 pending and IF clear; ip gets the address of label 9970 in them. */
-#define PENDING(ip, insns)                                                                                               \
-    do {                                                                                                                 \
-        pend(V1);                                                                                                        \
-        asm volatile(TRY("leaq 9970f(%%rip), %0\n\t" insns "\n\tnop; cli") : "=&r"(ip)::"rax", "rcx", "memory", "cc");    \
+#define PENDING(ip, insns)                                                                                             \
+    do {                                                                                                               \
+        pend(V1);                                                                                                      \
+        asm volatile(TRY("leaq 9970f(%%rip), %0\n\t" insns "\n\tnop; cli") : "=&r"(ip)::"rax", "rcx", "memory", "cc"); \
     } while (0)
 
 static void shadows(void)
@@ -72,12 +72,14 @@ static void shadows(void)
     eq("RIP", irq_ip[0], ip);
     test("irq: IRET that sets IF takes it at its target");
     pend(V1);
-    asm volatile(TRY("leaq 9970f(%%rip), %0; movq %%rsp, %%rax; pushq $0x10; pushq %%rax; pushq $0x202; pushq $8; pushq %0; iretq; 9970: nop; cli") : "=&r"(ip)::"rax", "memory", "cc");
+    asm volatile(TRY("leaq 9970f(%%rip), %0; movq %%rsp, %%rax; pushq $0x10; pushq %%rax; pushq $0x202; pushq $8; "
+                     "pushq %0; iretq; 9970: nop; cli")
+                 : "=&r"(ip)::"rax", "memory", "cc");
     eq("RIP", irq_ip[0], ip);
     test("irq: IRET to CPL 3: taken before its first instruction, on the TSS's stack");
     pend(V1);
     user_flags = F_1 | F_IF;
-    asm volatile(USER("9970: nop") ::: "memory");
+    asm volatile(USER("9970: nop")::: "memory");
     user_flags = F_1;
     eq("last vector", trap.vector, VEC_DONE);
     eq("taken", irqs, 1);
@@ -85,7 +87,9 @@ static void shadows(void)
     wrmsr(MSR_EFER, rdmsr(MSR_EFER) | EFER_SCE);
     wrmsr(MSR_STAR, (u64)UCS32 << 48 | (u64)KCS << 32);
     pend(V1);
-    asm volatile(TRY("movq $9970f + 0x10000000, %%rcx; movl $0x202, %%r11d; movq $user_stack_end + 0x10000000, %%rsp; sysretq; 9970: nop; int $0x80") ::: "rcx", "r11", "memory");
+    asm volatile(TRY("movq $9970f + 0x10000000, %%rcx; movl $0x202, %%r11d; movq $user_stack_end + 0x10000000, %%rsp; "
+                     "sysretq; 9970: nop; int $0x80")::
+                     : "rcx", "r11", "memory");
     eq("taken", irqs, 1);
     eq("at CPL 3", irq_ip[0] >= USER_OFF, 1);
 }
@@ -108,7 +112,10 @@ static void priorities(void)
     PENDING(ip, "sti; nop; 9970: nop");
     eq("taken", irqs, 0);
     irqs = 0;
-    asm volatile(TRY("sti; nop; leaq 9970f(%%rip), %0; movq %1, %%cr8; 9970: nop; cli") : "=&r"(ip) : "r"(3ul) : "memory");
+    asm volatile(TRY("sti; nop; leaq 9970f(%%rip), %0; movq %1, %%cr8; 9970: nop; cli")
+                 : "=&r"(ip)
+                 : "r"(3ul)
+                 : "memory");
     eq("taken", irqs, 1);
     eq("RIP: behind MOV CR8", irq_ip[0], ip);
     asm volatile("movq %0, %%cr8" ::"r"(0ul));
@@ -116,7 +123,7 @@ static void priorities(void)
     trap_hook = NULL;
     idt_set(V1, KCS, trap_entry, TYPE_INT, 0);
     pend(V1);
-    asm volatile(TRY("sti; nop; nop; cli") ::: "memory");
+    asm volatile(TRY("sti; nop; nop; cli")::: "memory");
     eq_trap(NP, V1 * 8 + 3);
     idt_default(V1);
     apic_write(APIC_EOI, 0);
@@ -137,7 +144,10 @@ static void repeats(void)
         irqs = 0;
         c = sizeof(big), d = (ulong)big;
         apic_write(APIC_TIMER_INIT, 1000 + n * 100);
-        asm volatile("sti; leaq 9970f(%%rip), %0; 9970: rep stosb; cli" : "=&r"(ip), "+c"(c), "+D"(d) : "a"(1) : "memory");
+        asm volatile("sti; leaq 9970f(%%rip), %0; 9970: rep stosb; cli"
+                     : "=&r"(ip), "+c"(c), "+D"(d)
+                     : "a"(1)
+                     : "memory");
         apic_write(APIC_TIMER_INIT, 0);
         if (irqs && irq_ip[0] == ip && irq_cx && irq_cx < sizeof(big))
             partial = true;
@@ -170,13 +180,13 @@ static void repeats(void)
 static volatile unsigned nmis, nmi_depth, nmi_depth_max, nmi_mode;
 static bool on_nmi(void)
 {
-    if (trap.vector == UD) {                  /* provoked in the NMI handler: its IRET ends the blocking */
+    if (trap.vector == UD) { /* provoked in the NMI handler: its IRET ends the blocking */
         trap.ip += 2;
         return true;
     }
     if (trap.vector != NMI)
         return take();
-    ulong ip = trap.ip, flags = trap.flags;   /* a second trap replaces the record */
+    ulong ip = trap.ip, flags = trap.flags; /* a second trap replaces the record */
     nmis++;
     if (++nmi_depth > nmi_depth_max)
         nmi_depth_max = nmi_depth;
@@ -239,7 +249,7 @@ static void modes(void)
         asm volatile("sti; hlt; cli");
         eq("taken", irqs, 1);
         eq("deadline", rdmsr(0x6e0), 0);
-        wrmsr(0x6e0, 1);                      /* in the past: at once */
+        wrmsr(0x6e0, 1); /* in the past: at once */
         irqs = 0;
         for (volatile int i = 0; i < 100000000 && !irqs; i++)
             asm volatile("sti; nop; cli");
@@ -252,8 +262,8 @@ static void modes(void)
         return;
     }
     u64 base = rdmsr(0x1b);
-    asm volatile(TRY("rdmsr") ::"c"(0x802) : "rax", "rdx");
-    eq_trap(GP, 0);                           /* not in xAPIC mode */
+    asm volatile(TRY("rdmsr")::"c"(0x802) : "rax", "rdx");
+    eq_trap(GP, 0); /* not in xAPIC mode */
     wrmsr(0x1b, base | BIT(10));
     eq("APIC ID", rdmsr(0x802), 0);
     x2apic = true;
@@ -265,21 +275,21 @@ static void modes(void)
     wrmsr(0x830, V2 | ICR_SELF);
     asm volatile("sti; nop; nop; cli");
     eq("ICR", irqs, 1);
-    asm volatile(TRY("wrmsr") ::"c"(0x802), "a"(1), "d"(0));
-    eq_trap(GP, 0);                           /* the ID is read-only */
-    asm volatile(TRY("rdmsr") ::"c"(0x831) : "rax", "rdx");
-    eq_trap(GP, 0);                           /* there is no ICR high */
-    asm volatile(TRY("rdmsr") ::"c"(0x80b) : "rax", "rdx");
-    eq_trap(GP, 0);                           /* EOI is write-only */
-    asm volatile(TRY("wrmsr") ::"c"(0x80b), "a"(1), "d"(0));
-    eq_trap(GP, 0);                           /* and takes 0 only */
+    asm volatile(TRY("wrmsr")::"c"(0x802), "a"(1), "d"(0));
+    eq_trap(GP, 0); /* the ID is read-only */
+    asm volatile(TRY("rdmsr")::"c"(0x831) : "rax", "rdx");
+    eq_trap(GP, 0); /* there is no ICR high */
+    asm volatile(TRY("rdmsr")::"c"(0x80b) : "rax", "rdx");
+    eq_trap(GP, 0); /* EOI is write-only */
+    asm volatile(TRY("wrmsr")::"c"(0x80b), "a"(1), "d"(0));
+    eq_trap(GP, 0); /* and takes 0 only */
     test("apic: from x2APIC mode back to xAPIC mode: #GP(0); by way of disabled: good (SDM 3A 11.12.5)");
-    asm volatile(TRY("wrmsr") ::"c"(0x1b), "a"((u32)base), "d"((u32)(base >> 32)));
+    asm volatile(TRY("wrmsr")::"c"(0x1b), "a"((u32)base), "d"((u32)(base >> 32)));
     eq_trap(GP, 0);
     wrmsr(0x1b, base & ~(u64)0xc00);
     eq("CPUID's APIC bit is off", cpuid(1, 0).d & BIT(9), 0);
-    asm volatile(TRY("wrmsr") ::"c"(0x1b), "a"((u32)base | 0x400), "d"((u32)(base >> 32)));
-    eq_trap(GP, 0);                           /* disabled to x2APIC is no step */
+    asm volatile(TRY("wrmsr")::"c"(0x1b), "a"((u32)base | 0x400), "d"((u32)(base >> 32)));
+    eq_trap(GP, 0); /* disabled to x2APIC is no step */
     wrmsr(0x1b, base);
     x2apic = false;
     eq("CPUID's APIC bit", cpuid(1, 0).d & BIT(9), BIT(9));

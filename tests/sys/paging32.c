@@ -1,5 +1,6 @@
 /*
- * 32-bit paging and PAE paging: rights and error codes, 4 MiB and 2 MiB pages, PDPTEs, A and D, going from one mode to another. SDM vol. 3A 4.3, 4.4, 4.6 to 4.8.
+ * 32-bit paging and PAE paging: rights and error codes, 4 MiB and 2 MiB pages, PDPTEs, A and D, going from one mode to
+ * another. SDM vol. 3A 4.3, 4.4, 4.6 to 4.8.
  *
  * The program itself is mapped one to one for everybody by large pages; VA is a page for tests.
  */
@@ -15,9 +16,9 @@
 enum { READ, WRITE, EXEC };
 static const char *const access_name[] = {"read", "write", "fetch"};
 
-static u32 *pd, *pt;                         /* 32-bit paging */
-static u64 *pdpt, *pd64[4], *pt64;           /* PAE */
-static u32 page;                             /* its first byte is RET */
+static u32 *pd, *pt;               /* 32-bit paging */
+static u64 *pdpt, *pd64[4], *pt64; /* PAE */
+static u32 page;                   /* its first byte is RET */
 static bool pae;
 
 static void flush(void) { write_cr3(read_cr3()); }
@@ -82,12 +83,12 @@ static u64 leaf(int level)
 
 static void access(ulong at, int kind, bool user)
 {
-#define DO(insn)                                                                     \
-    do {                                                                             \
-        if (user)                                                                    \
-            asm volatile(USER(insn) ::"r"(at) : "eax", "memory");                    \
-        else                                                                         \
-            asm volatile(TRY(insn) ::"r"(at) : "eax", "memory");                     \
+#define DO(insn)                                                                                                       \
+    do {                                                                                                               \
+        if (user)                                                                                                      \
+            asm volatile(USER(insn)::"r"(at) : "eax", "memory");                                                       \
+        else                                                                                                           \
+            asm volatile(TRY(insn)::"r"(at) : "eax", "memory");                                                        \
     } while (0)
     if (kind == READ)
         DO("movb (%0), %%al");
@@ -129,7 +130,11 @@ static void rights(void)
     for (int level = 1; level <= 2; level++)
         for (int wp = 0; wp < 2; wp++)
             for (int nxe = 0; nxe < (pae && nx ? 2 : 1); nxe++) {
-                test("paging: %s: rights of a %s page, WP=%d NXE=%d", pae ? "PAE" : "32-bit", level == 1 ? "4 KiB" : pae ? "2 MiB" : "4 MiB", wp, nxe);
+                test("paging: %s: rights of a %s page, WP=%d NXE=%d", pae ? "PAE" : "32-bit",
+                     level == 1 ? "4 KiB"
+                     : pae      ? "2 MiB"
+                                : "4 MiB",
+                     wp, nxe);
                 write_cr0((read_cr0() & ~(ulong)CR0_WP) | (wp ? CR0_WP : 0));
                 if (nx)
                     wrmsr(MSR_EFER, nxe ? EFER_NXE : 0);
@@ -245,22 +250,22 @@ static void pdptes(void)
         other[i] = pdpt[i];
     for (u32 i = 0; i < ARRAY_SIZE(bad); i++) {
         other[2] = pdpt[2] | BIT(bad[i]);
-        asm volatile(TRY("movl %0, %%cr3") ::"r"(other) : "memory");
+        asm volatile(TRY("movl %0, %%cr3")::"r"(other) : "memory");
         eq_trap(GP, 0);
         eq("CR3", read_cr3(), cr3);
     }
     if (phys_bits() < 52) {
         other[2] = pdpt[2] | BIT(phys_bits());
-        asm volatile(TRY("movl %0, %%cr3") ::"r"(other) : "memory");
+        asm volatile(TRY("movl %0, %%cr3")::"r"(other) : "memory");
         eq_trap(GP, 0);
     }
-    other[2] = BIT(1) | BIT(63);              /* not present: nothing counts */
-    asm volatile(TRY("movl %0, %%cr3") ::"r"(other) : "memory");
+    other[2] = BIT(1) | BIT(63); /* not present: nothing counts */
+    asm volatile(TRY("movl %0, %%cr3")::"r"(other) : "memory");
     eq_trap(NONE, NONE);
     write_cr3(cr3);
     test("paging: PAE: the table of PDPTEs is 32 bytes, aligned to 32, anywhere in a page");
     memcpy((u8 *)other + 0x520, pdpt, 32);
-    asm volatile(TRY("movl %0, %%cr3") ::"r"((u8 *)other + 0x520) : "memory");
+    asm volatile(TRY("movl %0, %%cr3")::"r"((u8 *)other + 0x520) : "memory");
     eq_trap(NONE, NONE);
     agree(VA, NONE, READ, false);
     write_cr3(cr3);
@@ -274,7 +279,7 @@ static void pdptes(void)
     agree(VA, PF_P | PF_RSVD, READ, false);
     set(1, P | W | U | BIT(62));
     agree(VA, PF_P | PF_RSVD, READ, false);
-    set(1, P | W | U | BIT(63));              /* NXE = 0 */
+    set(1, P | W | U | BIT(63)); /* NXE = 0 */
     agree(VA, PF_P | PF_RSVD, READ, false);
     set(2, P | W | U | BIT(13));
     agree(va(2), PF_P | PF_RSVD, READ, false);
@@ -303,12 +308,12 @@ static void switching(void)
     write_cr0(read_cr0() & ~(ulong)CR0_PG);
     write_cr4(read_cr4() & ~(ulong)CR4_PAE);
     wrmsr(MSR_EFER, EFER_LME);
-    asm volatile(TRY("movl %%cr0, %%eax; orl $0x80000000, %%eax; movl %%eax, %%cr0") ::: "eax", "memory");
+    asm volatile(TRY("movl %%cr0, %%eax; orl $0x80000000, %%eax; movl %%eax, %%cr0")::: "eax", "memory");
     eq_trap(GP, 0);
     eq("LMA", rdmsr(MSR_EFER) & EFER_LMA, 0);
     wrmsr(MSR_EFER, 0);
     test("paging: PCIDE outside of long mode: #GP(0)");
-    asm volatile(TRY("movl %%cr4, %%eax; orl $0x20000, %%eax; movl %%eax, %%cr4") ::: "eax", "memory");
+    asm volatile(TRY("movl %%cr4, %%eax; orl $0x20000, %%eax; movl %%eax, %%cr4")::: "eax", "memory");
     eq_trap(GP, 0);
 }
 

@@ -1,13 +1,14 @@
 /*
- * 4-level paging: rights, error codes and CR2, reserved bits, accessed and dirty bits, protection keys. SDM vol. 3A chapter 4.
+ * 4-level paging: rights, error codes and CR2, reserved bits, accessed and dirty bits, protection keys. SDM vol. 3A
+ * chapter 4.
  */
 #include "sys.h"
 
 enum { READ, WRITE, EXEC };
 static const char *const access_name[] = {"read", "write", "fetch"};
-#define VA_OTHER 0x0000008000000000ul        /* another PML4 entry than the program's own */
+#define VA_OTHER 0x0000008000000000ul /* another PML4 entry than the program's own */
 
-static u64 pg;                               /* a page whose first byte is RET */
+static u64 pg; /* a page whose first byte is RET */
 
 static void access(ulong va, int kind, bool user, bool ac)
 {
@@ -16,22 +17,22 @@ static void access(ulong va, int kind, bool user, bool ac)
     if (user) {
         user_flags = flags;
         if (kind == READ)
-            asm volatile(USER("movb (%0), %%al") ::"r"(va) : "rax", "memory");
+            asm volatile(USER("movb (%0), %%al")::"r"(va) : "rax", "memory");
         else if (kind == WRITE)
-            asm volatile(USER("movb $0xc3, (%0)") ::"r"(va) : "memory");
+            asm volatile(USER("movb $0xc3, (%0)")::"r"(va) : "memory");
         else
-            asm volatile(USER("call *%0") ::"r"(va) : "memory");
+            asm volatile(USER("call *%0")::"r"(va) : "memory");
         user_flags = F_1;
         if (trap.vector == VEC_DONE)
             trap.vector = NONE;
         return;
     }
     if (kind == READ)
-        asm volatile(TRY("push %1; popf; movb (%0), %%al; push $2; popf") ::"r"(va), "r"(flags) : "rax", "memory", "cc");
+        asm volatile(TRY("push %1; popf; movb (%0), %%al; push $2; popf")::"r"(va), "r"(flags) : "rax", "memory", "cc");
     else if (kind == WRITE)
-        asm volatile(TRY("push %1; popf; movb $0xc3, (%0); push $2; popf") ::"r"(va), "r"(flags) : "memory", "cc");
+        asm volatile(TRY("push %1; popf; movb $0xc3, (%0); push $2; popf")::"r"(va), "r"(flags) : "memory", "cc");
     else
-        asm volatile(TRY("push %1; popf; call *%0; push $2; popf") ::"r"(va), "r"(flags) : "memory", "cc");
+        asm volatile(TRY("push %1; popf; call *%0; push $2; popf")::"r"(va), "r"(flags) : "memory", "cc");
 }
 
 struct mode {
@@ -63,17 +64,18 @@ static bool agree(ulong va, u32 want, int kind, bool user, bool ac)
     access(va, kind, user, ac);
     if (trap.vector == (want == NONE ? NONE : PF) && (want == NONE || (trap.error == want && trap.cr2 == va)))
         return true;
-    must(user ? access_name[kind] : kind == READ ? "supervisor's read" : kind == WRITE ? "supervisor's write" : "supervisor's fetch", false);
+    must(user            ? access_name[kind]
+         : kind == READ  ? "supervisor's read"
+         : kind == WRITE ? "supervisor's write"
+                         : "supervisor's fetch",
+         false);
     eq("error code", trap.vector == NONE ? NONE : trap.error, want);
     if (trap.vector != NONE)
         eq("CR2", trap.cr2, va);
     return false;
 }
 
-static u64 leaf_base(int level)
-{
-    return level == 1 ? pg : level == 2 ? (pg & ~0x1ffffful) | PTE_PS : PTE_PS;
-}
+static u64 leaf_base(int level) { return level == 1 ? pg : level == 2 ? (pg & ~0x1ffffful) | PTE_PS : PTE_PS; }
 
 static void set_mode(const struct mode *m)
 {
@@ -89,7 +91,8 @@ static void rights_of_leaf(int level, const struct mode *m)
     static const char *const size[] = {"", "4 KiB", "2 MiB", "1 GiB"};
     ulong va = VA_TEST + (level == 1 ? 0 : pg);
 
-    test("paging: rights of a %s page, WP=%d SMEP=%d SMAP=%d AC=%d NXE=%d", size[level], m->wp, m->smep, m->smap, m->ac, m->nxe);
+    test("paging: rights of a %s page, WP=%d SMEP=%d SMAP=%d AC=%d NXE=%d", size[level], m->wp, m->smep, m->smap, m->ac,
+         m->nxe);
     if (((m->smep && !(cpuid(7, 0).b & BIT(7)))) || (m->smap && !(cpuid(7, 0).b & BIT(20)))) {
         skip("no SMEP or no SMAP");
         return;
@@ -139,7 +142,8 @@ static void rights_of_tables(void)
     for (int level = 2; level <= 4; level++)
         for (unsigned c = 0; c < 16; c++) {
             u64 bits = (c & 7) | (c & 8 ? PTE_NX : 0), keep;
-            test("paging: rights in a level %d table entry: P=%d W=%d U=%d NX=%d", level, c & 1, c >> 1 & 1, c >> 2 & 1, c >> 3);
+            test("paging: rights in a level %d table entry: P=%d W=%d U=%d NX=%d", level, c & 1, c >> 1 & 1, c >> 2 & 1,
+                 c >> 3);
             set_mode(&m);
             *pte(VA_OTHER, 1) = pg | PTE_P | PTE_W | PTE_U;
             keep = *pte(VA_OTHER, level);
@@ -167,9 +171,11 @@ static void reserved_entry(const char *name, int leaf, int level, u64 bit, u32 w
     invlpg((void *)va);
     for (int kind = READ; kind <= EXEC; kind++)
         for (int user = 0; user < 2; user++)
-            agree(va, (kind == WRITE ? PF_W : 0) | (user ? PF_U : 0) | (kind == EXEC && rdmsr(MSR_EFER) & EFER_NXE ? PF_I : 0) | want_extra, kind, user,
-                  false);
-    *pte(va, level) = (keep & ~1ull) | bit;              /* P = 0: nothing else counts (SDM 3A 4.7) */
+            agree(va,
+                  (kind == WRITE ? PF_W : 0) | (user ? PF_U : 0) |
+                      (kind == EXEC && rdmsr(MSR_EFER) & EFER_NXE ? PF_I : 0) | want_extra,
+                  kind, user, false);
+    *pte(va, level) = (keep & ~1ull) | bit; /* P = 0: nothing else counts (SDM 3A 4.7) */
     invlpg((void *)va);
     agree(va, 0, READ, false, false);
     *pte(va, level) = keep;
@@ -274,7 +280,7 @@ static void accessed_dirty_bits(void)
 
     test("paging: the entries of the tables themselves are read by physical address: no A for their own mapping");
     u64 t = *pte(VA_TEST, 2) & PTE_ADDR;
-    map(VA_TEST + 0x1000, t, 3);                          /* the page table that maps VA_TEST, mapped in itself */
+    map(VA_TEST + 0x1000, t, 3); /* the page table that maps VA_TEST, mapped in itself */
     access(VA_TEST, READ, false, false);
     eq("A", *pte(VA_TEST + 0x1000, 1) & PTE_A, 0);
 }
@@ -299,7 +305,7 @@ static void crossing(void)
     eq("CR2", trap.cr2, (ulong)p);
 
     test("paging: a write over the boundary into an absent page writes nothing");
-    asm volatile(TRY("movq %0, -3(%1)") ::"r"(0ul), "r"(p) : "memory");
+    asm volatile(TRY("movq %0, -3(%1)")::"r"(0ul), "r"(p) : "memory");
     eq_trap(PF, PF_W);
     eq("CR2", trap.cr2, (ulong)p);
     eq("first page", *(u32 *)(a + 4092), 0x11111111);
@@ -307,7 +313,7 @@ static void crossing(void)
     test("paging: a write over the boundary into a read-only page writes nothing (WP)");
     map(VA_TEST + 0x1000, b, 1);
     write_cr0(read_cr0() | CR0_WP);
-    asm volatile(TRY("movq %0, -3(%1)") ::"r"(0ul), "r"(p) : "memory");
+    asm volatile(TRY("movq %0, -3(%1)")::"r"(0ul), "r"(p) : "memory");
     eq_trap(PF, PF_W | PF_P);
     eq("first page", *(u32 *)(a + 4092), 0x11111111);
     write_cr0(read_cr0() & ~(ulong)CR0_WP);
@@ -315,16 +321,16 @@ static void crossing(void)
     test("paging: the first page's fault is reported when both halves fault");
     map(VA_TEST, a, 0);
     map(VA_TEST + 0x1000, b, 0);
-    asm volatile(TRY("movq %0, -3(%1)") ::"r"(0ul), "r"(p) : "memory");
+    asm volatile(TRY("movq %0, -3(%1)")::"r"(0ul), "r"(p) : "memory");
     eq("CR2", trap.cr2, (ulong)p - 3);
 
     test("paging: read-modify-write of an absent page reports a write");
-    asm volatile(TRY("addl $1, (%0)") ::"r"(VA_TEST) : "memory", "cc");
+    asm volatile(TRY("addl $1, (%0)")::"r"(VA_TEST) : "memory", "cc");
     eq_trap(PF, PF_W);
     test("paging: read-modify-write of a read-only page changes neither memory nor flags");
     map(VA_TEST, a, 1);
     write_cr0(read_cr0() | CR0_WP);
-    asm volatile(TRY("xorl %%eax, %%eax; addl $-1, (%0)") ::"r"(VA_TEST) : "memory", "cc", "rax");
+    asm volatile(TRY("xorl %%eax, %%eax; addl $-1, (%0)")::"r"(VA_TEST) : "memory", "cc", "rax");
     eq_trap(PF, PF_W | PF_P);
     eq("memory", *(u32 *)a, 0x11111111);
     eq("flags", trap.flags & (F_CF | F_ZF | F_SF | F_PF), F_ZF | F_PF);
@@ -338,7 +344,8 @@ static void crossing(void)
     write_cr0(read_cr0() & ~(ulong)CR0_WP);
 }
 
-/* SDM 3A 4.6.1: accesses to GDT, LDT, IDT, TSS are implicit supervisor accesses, whatever the CPL; SMAP applies to them regardless of AC. */
+/* SDM 3A 4.6.1: accesses to GDT, LDT, IDT, TSS are implicit supervisor accesses, whatever the CPL; SMAP applies to them
+ * regardless of AC. */
 static void implicit(void)
 {
     u64 g = page_new();
@@ -349,7 +356,7 @@ static void implicit(void)
     map(VA_TEST, g, 3);
     lgdt(&r);
     test("paging: at CPL 3 a descriptor is read from a supervisor page");
-    asm volatile(USER("mov %0, %%ds") ::"r"(UDS));
+    asm volatile(USER("mov %0, %%ds")::"r"(UDS));
     eq_trap(VEC_DONE, NONE);
     lgdt(&gdt_reg);
 
@@ -365,15 +372,15 @@ static void implicit(void)
         map(VA_TEST + 0x1000, (u64)t + 4096, 7);
         r.limit = 0x1fff;
         lgdt(&r);
-        asm volatile(TRY("mov %0, %%ds") ::"r"(0x1000));
+        asm volatile(TRY("mov %0, %%ds")::"r"(0x1000));
         eq_trap(NONE, NONE);
         write_cr4(read_cr4() | CR4_SMAP);
-        asm volatile(TRY("mov %0, %%ds") ::"r"(0x1000));
+        asm volatile(TRY("mov %0, %%ds")::"r"(0x1000));
         eq_trap(PF, PF_P);
         eq("CR2", trap.cr2, VA_TEST + 0x1000);
-        asm volatile(TRY("stac; mov %0, %%ds; clac") ::"r"(0x1000));
+        asm volatile(TRY("stac; mov %0, %%ds; clac")::"r"(0x1000));
         eq_trap(PF, PF_P);
-        asm volatile(USER("mov %0, %%ds") ::"r"(0x1003));
+        asm volatile(USER("mov %0, %%ds")::"r"(0x1003));
         eq_trap(PF, PF_P);
         write_cr4(read_cr4() & ~(ulong)CR4_SMAP);
         lgdt(&gdt_reg);
@@ -394,7 +401,8 @@ static void protection_keys(void)
         write_cr4(read_cr4() | CR4_PKE);
         map(VA_TEST, pg, 7 | PTE_PKEY(5));
         asm volatile("wrpkru" ::"a"(c << 10), "c"(0), "d"(0));
-        /* SDM 3A 4.6.2: AD stops all data accesses to user pages, WD writes at CPL 3 and, with WP, at CPL 0; never fetches */
+        /* SDM 3A 4.6.2: AD stops all data accesses to user pages, WD writes at CPL 3 and, with WP, at CPL 0; never
+         * fetches */
         for (int wp = 0; wp < 2; wp++) {
             write_cr0((read_cr0() & ~(ulong)CR0_WP) | (wp ? CR0_WP : 0));
             for (int user = 0; user < 2; user++) {
@@ -407,9 +415,9 @@ static void protection_keys(void)
         write_cr0(read_cr0() & ~(ulong)CR0_WP);
         map(VA_TEST, pg, 7 | PTE_PKEY(4));
         agree(VA_TEST, NONE, WRITE, true, false);
-        map(VA_TEST, pg, 3 | PTE_PKEY(5));                /* keys are for user pages only */
+        map(VA_TEST, pg, 3 | PTE_PKEY(5)); /* keys are for user pages only */
         agree(VA_TEST, NONE, WRITE, false, false);
-        map(VA_TEST, pg, 5 | PTE_PKEY(5));                /* both reasons at once: the PK bit is set as well */
+        map(VA_TEST, pg, 5 | PTE_PKEY(5)); /* both reasons at once: the PK bit is set as well */
         asm volatile("wrpkru" ::"a"(3 << 10), "c"(0), "d"(0));
         agree(VA_TEST, PF_PK | PF_P | PF_W | PF_U, WRITE, true, false);
         asm volatile("wrpkru" ::"a"(0), "c"(0), "d"(0));
@@ -421,18 +429,18 @@ static void protection_keys(void)
         skip("no protection keys");
         return;
     }
-    asm volatile(TRY("rdpkru") ::"c"(0) : "rax", "rdx");
+    asm volatile(TRY("rdpkru")::"c"(0) : "rax", "rdx");
     eq_trap(UD, NONE);
-    asm volatile(TRY("wrpkru") ::"a"(0), "c"(0), "d"(0));
+    asm volatile(TRY("wrpkru")::"a"(0), "c"(0), "d"(0));
     eq_trap(UD, NONE);
     eq("OSPKE", cpuid(7, 0).c & BIT(4), 0);
     write_cr4(read_cr4() | CR4_PKE);
     eq("OSPKE", cpuid(7, 0).c & BIT(4), BIT(4));
-    asm volatile(TRY("rdpkru") ::"c"(1) : "rax", "rdx");
+    asm volatile(TRY("rdpkru")::"c"(1) : "rax", "rdx");
     eq_trap(GP, 0);
-    asm volatile(TRY("wrpkru") ::"a"(0), "c"(1), "d"(0));
+    asm volatile(TRY("wrpkru")::"a"(0), "c"(1), "d"(0));
     eq_trap(GP, 0);
-    asm volatile(TRY("wrpkru") ::"a"(0), "c"(0), "d"(1));
+    asm volatile(TRY("wrpkru")::"a"(0), "c"(0), "d"(1));
     eq_trap(GP, 0);
     u32 a = 1, d = 1;
     asm volatile("wrpkru" ::"a"(0x55), "c"(0), "d"(0));

@@ -1,5 +1,6 @@
 /*
- * Real mode: addresses and their limits, the interrupt vector table, what does not exist there, the way to protected mode and back, unreal mode. SDM vol. 3A 20.1, 10.9.
+ * Real mode: addresses and their limits, the interrupt vector table, what does not exist there, the way to protected
+ * mode and back, unreal mode. SDM vol. 3A 20.1, 10.9.
  */
 #include "sys.h"
 
@@ -8,40 +9,53 @@ static void addresses(void)
     u32 v, w;
 
     test("real: linear address = selector * 16 + offset; 1 MiB is not the end");
-    asm volatile(TRY("movw $0x9123, %%ax; movw %%ax, %%fs; movl $0xcafe4567, %%fs:0x10; movw $0x9000, %%ax; movw %%ax, %%gs; movl %%gs:0x1240, %0") : "=r"(v)::"eax", "memory");
+    asm volatile(TRY("movw $0x9123, %%ax; movw %%ax, %%fs; movl $0xcafe4567, %%fs:0x10; movw $0x9000, %%ax; movw %%ax, "
+                     "%%gs; movl %%gs:0x1240, %0")
+                 : "=r"(v)::"eax", "memory");
     eq_trap(NONE, NONE);
     eq("value", v, 0xcafe4567);
-    asm volatile(TRY("movw $0xffff, %%ax; movw %%ax, %%fs; movl $0x12345678, %%fs:0xfff0; movl $0, %0; movw $0xfff0, %%ax; movw %%ax, %%gs; movl %%gs:0x00e0, %0") : "=&r"(w)::"eax", "memory");
+    asm volatile(TRY("movw $0xffff, %%ax; movw %%ax, %%fs; movl $0x12345678, %%fs:0xfff0; movl $0, %0; movw $0xfff0, "
+                     "%%ax; movw %%ax, %%gs; movl %%gs:0x00e0, %0")
+                 : "=&r"(w)::"eax", "memory");
     eq_trap(NONE, NONE);
     must("no wrap at 1 MiB (A20 is open)", w != 0x12345678);
     test("real: an access that ends beyond FFFFh: #GP, by SS #SS (vectors 13 and 12)");
-    asm volatile(TRY("movw 0xffff, %%ax") ::: "eax");
+    asm volatile(TRY("movw 0xffff, %%ax")::: "eax");
     eq_trap(GP, NONE);
-    asm volatile(TRY("movl 0xfffd, %%eax") ::: "eax");
+    asm volatile(TRY("movl 0xfffd, %%eax")::: "eax");
     eq_trap(GP, NONE);
-    asm volatile(TRY("movl 0xfffc, %%eax; movb 0xffff, %%al") ::: "eax");
+    asm volatile(TRY("movl 0xfffc, %%eax; movb 0xffff, %%al")::: "eax");
     eq_trap(NONE, NONE);
-    asm volatile(TRY("movl %%ebp, %%ecx; movw $0xffff, %%bp; movw (%%bp), %%ax; movl %%ecx, %%ebp") "movl %%ecx, %%ebp" ::: "eax", "ecx");
+    asm volatile(TRY("movl %%ebp, %%ecx; movw $0xffff, %%bp; movw (%%bp), %%ax; movl %%ecx, %%ebp") "movl %%ecx, "
+                                                                                                    "%%ebp" ::
+                                                                                                        : "eax", "ecx");
     eq_trap(SS, NONE);
     test("real: an offset of more than 16 bits: #GP");
-    asm volatile(TRY("movl $0x10000, %%ebx; addr32 movb (%%ebx), %%al") ::: "eax", "ebx");
+    asm volatile(TRY("movl $0x10000, %%ebx; addr32 movb (%%ebx), %%al")::: "eax", "ebx");
     eq_trap(GP, NONE);
     test("real: 16-bit addresses wrap before the limit is looked at");
-    asm volatile(TRY("movw $0x9000, %%ax; movw %%ax, %%fs; movl $0x11223344, %%fs:0x20; movw $0xfff0, %%bx; movw $0x30, %%si; movl %%fs:(%%bx,%%si), %0") : "=r"(v)::"eax", "ebx", "esi", "memory");
+    asm volatile(TRY("movw $0x9000, %%ax; movw %%ax, %%fs; movl $0x11223344, %%fs:0x20; movw $0xfff0, %%bx; movw "
+                     "$0x30, %%si; movl %%fs:(%%bx,%%si), %0")
+                 : "=r"(v)::"eax", "ebx", "esi", "memory");
     eq_trap(NONE, NONE);
     eq("value", v, 0x11223344);
     test("real: running over FFFFh: #GP");
-    asm volatile("movw $0x9000, %%ax; movw %%ax, %%fs; movb $0x90, %%fs:0xffff; movb $0xf, %%fs:0; movb $0xb, %%fs:1" ::: "eax", "memory");
-    asm volatile(TRY("ljmpw $0x9000, $0xffff") ::: "memory");
+    asm volatile("movw $0x9000, %%ax; movw %%ax, %%fs; movb $0x90, %%fs:0xffff; movb $0xf, %%fs:0; movb $0xb, %%fs:1" ::
+                     : "eax", "memory");
+    asm volatile(TRY("ljmpw $0x9000, $0xffff")::: "memory");
     eq_trap(GP, NONE);
     eq("CS", trap.cs, 0x9000);
     test("real: the stack wraps between words, not within one");
-    asm volatile(TRY("movl %%esp, %%ecx; movw %%ss, %%dx; movw $0x9000, %%ax; movw %%ax, %%ss; xorl %%esp, %%esp; pushw $0x5678; movl %%esp, %0; popw %%ax; movw %%dx, %%ss; movl %%ecx, %%esp")
+    asm volatile(TRY("movl %%esp, %%ecx; movw %%ss, %%dx; movw $0x9000, %%ax; movw %%ax, %%ss; xorl %%esp, %%esp; "
+                     "pushw $0x5678; movl %%esp, %0; popw %%ax; movw %%dx, %%ss; movl %%ecx, %%esp")
                  : "=&r"(v)::"eax", "ecx", "edx", "memory");
     eq_trap(NONE, NONE);
     eq("SP", v & 0xffff, 0xfffe);
     test("real: writes to CS's segment are allowed, and any selector can be loaded");
-    asm volatile(TRY("movw $0xdead, %%ax; movw %%ax, %%fs; movw %%fs, %%cx; movb $0x55, %%cs:exec_room") : "=c"(v) : "0"(0) : "eax", "memory");
+    asm volatile(TRY("movw $0xdead, %%ax; movw %%ax, %%fs; movw %%fs, %%cx; movb $0x55, %%cs:exec_room")
+                 : "=c"(v)
+                 : "0"(0)
+                 : "eax", "memory");
     eq_trap(NONE, NONE);
     eq("FS", v, 0xdead);
 }
@@ -69,29 +83,29 @@ static void interrupts(void)
     eq("flags inside", f & 0x203, 3);
     ivt_default(0x44);
     test("real: INT3, INTO, #DE, #UD, #BR, ICEBP");
-    asm volatile(TRY("int3") ::: "memory");
+    asm volatile(TRY("int3")::: "memory");
     eq_trap(BP, NONE);
-    asm volatile(TRY("movb $0x7f, %%al; incb %%al; into") ::: "eax", "cc");
+    asm volatile(TRY("movb $0x7f, %%al; incb %%al; into")::: "eax", "cc");
     eq_trap(OF, NONE);
     asm volatile(TRY("movl $9970f, %0; xorw %%cx, %%cx; 9970: divw %%cx") : "=&b"(ip)::"eax", "ecx", "edx", "cc");
     eq_trap(DE, NONE);
     eq("IP of the fault", trap.ip, ip);
-    asm volatile(TRY("ud2") ::: "memory");
+    asm volatile(TRY("ud2")::: "memory");
     eq_trap(UD, NONE);
     static short pair[2] = {1, 5};
-    asm volatile(TRY("movw $6, %%ax; boundw %%ax, (%%bx)") ::"b"(pair) : "eax");
+    asm volatile(TRY("movw $6, %%ax; boundw %%ax, (%%bx)")::"b"(pair) : "eax");
     eq_trap(BR, NONE);
-    asm volatile(TRY(".byte 0xf1") ::: "memory");
+    asm volatile(TRY(".byte 0xf1")::: "memory");
     eq_trap(DB, NONE);
     test("real: a vector beyond the IDT limit: #GP; if that is beyond too, vector 8");
     struct table_reg r = {0x3ff, 0};
     r.limit = 14 * 4 - 1;
     lidt(&r);
-    asm volatile(TRY("int $0x44") ::: "memory");
+    asm volatile(TRY("int $0x44")::: "memory");
     eq_trap(GP, NONE);
     r.limit = 9 * 4 - 1;
     lidt(&r);
-    asm volatile(TRY("int $0x44") ::: "memory");
+    asm volatile(TRY("int $0x44")::: "memory");
     eq("#GP beyond the limit", trap.vector, DF);
     test("real: the table is where LIDT says");
     static u32 table[16] __attribute__((aligned(4)));
@@ -99,14 +113,14 @@ static void interrupts(void)
     r.limit = sizeof(table) - 1;
     r.base = (u32)table;
     lidt(&r);
-    asm volatile(TRY("int $5") ::: "memory");
+    asm volatile(TRY("int $5")::: "memory");
     r.limit = 0x3ff;
     r.base = 0;
     lidt(&r);
     eq_trap(0x33, NONE);
     test("real: single-step");
     trap_hook = NULL;
-    asm volatile(TRY("pushl $0x102; popfl; 9970: nop; nop") ::: "memory", "cc");
+    asm volatile(TRY("pushl $0x102; popfl; 9970: nop; nop")::: "memory", "cc");
     eq_trap(DB, NONE);
     eq("TF saved", trap.flags & F_TF, F_TF);
     test("real: STI, POPF, IRET and HLT ask for no privilege; IOPL and NT can be set");
@@ -120,22 +134,24 @@ static void absent(void)
         const char *name;
         u8 n, b[6];
     } op[] = {
-        {"LLDT", 3, {0x0f, 0x00, 0xd0}}, {"LTR", 3, {0x0f, 0x00, 0xd8}}, {"SLDT", 3, {0x0f, 0x00, 0xc0}}, {"STR", 3, {0x0f, 0x00, 0xc8}}, {"VERR", 3, {0x0f, 0x00, 0xe0}}, {"VERW", 3, {0x0f, 0x00, 0xe8}},
-        {"LAR", 3, {0x0f, 0x02, 0xc0}}, {"LSL", 3, {0x0f, 0x03, 0xc0}}, {"ARPL", 2, {0x63, 0xc0}}, {"SYSRET", 2, {0x0f, 0x07}}, {"VZEROUPPER", 3, {0xc5, 0xf8, 0x77}}, {"LOCK NOP", 2, {0xf0, 0x90}},
+        {"LLDT", 3, {0x0f, 0x00, 0xd0}}, {"LTR", 3, {0x0f, 0x00, 0xd8}},        {"SLDT", 3, {0x0f, 0x00, 0xc0}},
+        {"STR", 3, {0x0f, 0x00, 0xc8}},  {"VERR", 3, {0x0f, 0x00, 0xe0}},       {"VERW", 3, {0x0f, 0x00, 0xe8}},
+        {"LAR", 3, {0x0f, 0x02, 0xc0}},  {"LSL", 3, {0x0f, 0x03, 0xc0}},        {"ARPL", 2, {0x63, 0xc0}},
+        {"SYSRET", 2, {0x0f, 0x07}},     {"VZEROUPPER", 3, {0xc5, 0xf8, 0x77}}, {"LOCK NOP", 2, {0xf0, 0x90}},
     };
     static u8 code[16];
     for (unsigned i = 0; i < ARRAY_SIZE(op); i++) {
         test("real: %s is #UD", op[i].name);
         memcpy(code, op[i].b, op[i].n);
         code[op[i].n] = 0xc3;
-        asm volatile(TRY("callw *%0") ::"r"((u16)(u32)code) : "eax", "ecx", "edx", "memory", "cc");
+        asm volatile(TRY("callw *%0")::"r"((u16)(u32)code) : "eax", "ecx", "edx", "memory", "cc");
         eq_trap(UD, NONE);
         eq("IP", trap.ip, (u32)code);
     }
     test("real: SYSENTER and SYSEXIT are #GP");
-    asm volatile(TRY("sysenter") ::: "memory");
+    asm volatile(TRY("sysenter")::: "memory");
     eq_trap(GP, NONE);
-    asm volatile(TRY("sysexit") ::: "memory");
+    asm volatile(TRY("sysexit")::: "memory");
     eq_trap(GP, NONE);
     test("real: SGDT, SIDT, LGDT, LIDT, SMSW, LMSW, MOV CR work");
     static struct __attribute__((packed)) {
@@ -159,7 +175,8 @@ static void absent(void)
 }
 
 /* Protected mode for a moment: descriptor caches survive the return to real mode. */
-static u64 gdt16[] __attribute__((aligned(8))) = {0, 0x00cf92000000ffff /* flat data */, 0x00009a000000ffff /* 16-bit code */, 0x000092000000ffff /* 64 KiB data */};
+static u64 gdt16[] __attribute__((aligned(8))) = {
+    0, 0x00cf92000000ffff /* flat data */, 0x00009a000000ffff /* 16-bit code */, 0x000092000000ffff /* 64 KiB data */};
 
 static void unreal(void)
 {
@@ -169,27 +186,32 @@ static void unreal(void)
     lgdt(&g);
     test("unreal: a limit of 4 GiB loaded in protected mode stays in real mode, with the old base until the next load");
     *(volatile u32 *)0x500 = *(volatile u32 *)0x500;
-    asm volatile(TRY("cli; movl %%cr0, %%eax; orb $1, %%al; movl %%eax, %%cr0; ljmpw $0x10, $9970f; 9970: movw $8, %%bx; movw %%bx, %%fs; andb $0xfe, %%al; movl %%eax, %%cr0; ljmpw $0, $9971f; 9971:"
+    asm volatile(TRY("cli; movl %%cr0, %%eax; orb $1, %%al; movl %%eax, %%cr0; ljmpw $0x10, $9970f; 9970: movw $8, "
+                     "%%bx; movw %%bx, %%fs; andb $0xfe, %%al; movl %%eax, %%cr0; ljmpw $0, $9971f; 9971:"
                      "movl $0x200000, %%ebx; movl $0x600df00d, %%fs:(%%ebx); movl %%fs:(%%ebx), %0")
                  : "=r"(v)::"eax", "ebx", "memory");
     eq_trap(NONE, NONE);
     eq("value at 2 MiB", v, 0x600df00d);
     test("unreal: a load in real mode sets base and selector, and keeps the limit");
-    asm volatile(TRY("movw $0x1000, %%ax; movw %%ax, %%fs; movl $0x1f0000, %%ebx; movl %%fs:(%%ebx), %0") : "=r"(v)::"eax", "ebx", "memory");
+    asm volatile(TRY("movw $0x1000, %%ax; movw %%ax, %%fs; movl $0x1f0000, %%ebx; movl %%fs:(%%ebx), %0")
+                 : "=r"(v)::"eax", "ebx", "memory");
     eq_trap(NONE, NONE);
     eq("value", v, 0x600df00d);
     test("unreal: back to 64 KiB by a load in protected mode");
-    asm volatile(TRY("cli; movl %%cr0, %%eax; orb $1, %%al; movl %%eax, %%cr0; ljmpw $0x10, $9970f; 9970: movw $0x18, %%bx; movw %%bx, %%fs; andb $0xfe, %%al; movl %%eax, %%cr0; ljmpw $0, $9971f; 9971:"
-                     "movl $0x10000, %%ebx; movb %%fs:(%%ebx), %%al")
-                 ::: "eax", "ebx", "memory");
+    asm volatile(TRY("cli; movl %%cr0, %%eax; orb $1, %%al; movl %%eax, %%cr0; ljmpw $0x10, $9970f; 9970: movw $0x18, "
+                     "%%bx; movw %%bx, %%fs; andb $0xfe, %%al; movl %%eax, %%cr0; ljmpw $0, $9971f; 9971:"
+                     "movl $0x10000, %%ebx; movb %%fs:(%%ebx), %%al")::
+                     : "eax", "ebx", "memory");
     eq_trap(GP, NONE);
     asm volatile("xorw %%ax, %%ax; movw %%ax, %%fs" ::: "eax");
     test("unreal: protected mode before the far jump still runs 16-bit code; CPL is 0");
-    asm volatile(TRY("cli; movl %%cr0, %%eax; orb $1, %%al; movl %%eax, %%cr0; nop; movw $0x1234, %%cx; smsw %%bx; andb $0xfe, %%al; movl %%eax, %%cr0; nop") : "=b"(v)::"eax", "ecx", "memory");
+    asm volatile(TRY("cli; movl %%cr0, %%eax; orb $1, %%al; movl %%eax, %%cr0; nop; movw $0x1234, %%cx; smsw %%bx; "
+                     "andb $0xfe, %%al; movl %%eax, %%cr0; nop")
+                 : "=b"(v)::"eax", "ecx", "memory");
     eq_trap(NONE, NONE);
     eq("PE", v & 1, 1);
     test("real: MOV CR0 with PG and without PE: #GP; LMSW cannot clear PE");
-    asm volatile(TRY("movl %%cr0, %%eax; orl $0x80000000, %%eax; movl %%eax, %%cr0") ::: "eax");
+    asm volatile(TRY("movl %%cr0, %%eax; orl $0x80000000, %%eax; movl %%eax, %%cr0")::: "eax");
     eq_trap(GP, NONE);
 }
 
@@ -198,15 +220,21 @@ static void transfers(void)
     u32 v, w;
 
     test("real: far CALL and RET, far JMP with 16 and 32-bit operands");
-    asm volatile(TRY("movw $0, %%ax; lcallw $0, $9970f; jmp 9971f; 9970: movw %%sp, %%bx; movw (%%bx), %%cx; movw 2(%%bx), %%dx; lretw; 9971: subw $9971f, %%cx; 9971:") : "=c"(v), "=d"(w)::"eax", "ebx", "memory", "cc");
+    asm volatile(TRY("movw $0, %%ax; lcallw $0, $9970f; jmp 9971f; 9970: movw %%sp, %%bx; movw (%%bx), %%cx; movw "
+                     "2(%%bx), %%dx; lretw; 9971: subw $9971f, %%cx; 9971:")
+                 : "=c"(v), "=d"(w)::"eax", "ebx", "memory", "cc");
     eq_trap(NONE, NONE);
     eq("CS pushed", w & 0xffff, 0);
-    asm volatile(TRY("lcalll $0, $9970f; jmp 9971f; 9970: movl %%esp, %%ebx; movl 4(%%ebx), %%edx; lretl; 9971:") : "=d"(w)::"ebx", "memory");
+    asm volatile(TRY("lcalll $0, $9970f; jmp 9971f; 9970: movl %%esp, %%ebx; movl 4(%%ebx), %%edx; lretl; 9971:")
+                 : "=d"(w)::"ebx", "memory");
     eq("CS pushed as 32 bits", w & 0xffff, 0);
-    asm volatile(TRY("ljmpw $0x100, $9970f - 0x1000; 9970: movw %%cs, %%ax; ljmpw $0, $9971f; 9971:") : "=a"(v) : "0"(0) : "memory");
+    asm volatile(TRY("ljmpw $0x100, $9970f - 0x1000; 9970: movw %%cs, %%ax; ljmpw $0, $9971f; 9971:")
+                 : "=a"(v)
+                 : "0"(0)
+                 : "memory");
     eq("CS", v, 0x100);
     test("real: a far jump to an offset above FFFFh: #GP");
-    asm volatile(TRY("ljmpl $0, $0x12345") ::: "memory");
+    asm volatile(TRY("ljmpl $0, $0x12345")::: "memory");
     eq_trap(GP, NONE);
     test("real: LDS, LES, LSS, LFS, LGS");
     static u32 ptr = 0x12345678;

@@ -1,5 +1,6 @@
 /*
- * Segmentation in 32-bit protected mode: limits, types, privilege, null selectors, the accessed bit, stack sizes. SDM vol. 3A 3.4, chapter 5.
+ * Segmentation in 32-bit protected mode: limits, types, privilege, null selectors, the accessed bit, stack sizes. SDM
+ * vol. 3A 3.4, chapter 5.
  */
 #include "sys.h"
 
@@ -9,12 +10,12 @@ static const char *const kind_name[KINDS] = {"read 1", "read 2", "read 4", "writ
 
 static void fs_access(u16 sel, u32 off, int kind, bool user)
 {
-#define DO(insn)                                                                                            \
-    do {                                                                                                    \
-        if (user)                                                                                           \
-            asm volatile(USER("movw %w0, %%fs; " insn) ::"r"(sel), "r"(off) : "eax", "memory");             \
-        else                                                                                                \
-            asm volatile(TRY("movw %w0, %%fs; " insn) ::"r"(sel), "r"(off) : "eax", "memory");              \
+#define DO(insn)                                                                                                       \
+    do {                                                                                                               \
+        if (user)                                                                                                      \
+            asm volatile(USER("movw %w0, %%fs; " insn)::"r"(sel), "r"(off) : "eax", "memory");                         \
+        else                                                                                                           \
+            asm volatile(TRY("movw %w0, %%fs; " insn)::"r"(sel), "r"(off) : "eax", "memory");                          \
     } while (0)
     switch (kind) {
     case RD1: DO("movb %%fs:(%1), %%al"); break;
@@ -51,7 +52,7 @@ static void edges(const char *name, u32 base, u32 field, u32 type, u32 low, u32 
             for (int i = 0; i < 2; i++) {
                 u32 o = at[i];
                 if (o + n - 1 < o)
-                    continue;                   /* wraps: either way is allowed (SDM 3A 5.3) */
+                    continue; /* wraps: either way is allowed (SDM 3A 5.3) */
                 if (!i && low == 0 && high == 0xffffffff)
                     continue;
                 expect(T0, o, kind, o < low || o + n - 1 > high);
@@ -72,9 +73,11 @@ static void limits(void)
     edges("expand-up, limit of 64 KiB - 1", b, 0xffff, D_DATA | D_W | D_DB, 0, 0xffff);
     edges("expand-up, pages: the low 12 bits of the limit are ones", b, 1, D_DATA | D_W | D_DB | D_G, 0, 0x1fff);
     edges("expand-up, pages, limit field 0", b, 0, D_DATA | D_W | D_DB | D_G, 0, 0xfff);
-    edges("expand-down, 16-bit: above the limit up to FFFFh", b - 0x8000, 0x8fff, D_DATA | D_W | D_DOWN, 0x9000, 0xffff);
+    edges("expand-down, 16-bit: above the limit up to FFFFh", b - 0x8000, 0x8fff, D_DATA | D_W | D_DOWN, 0x9000,
+          0xffff);
     edges("expand-down, limit FFFFh of 16 bits: nothing", b, 0xffff, D_DATA | D_W | D_DOWN, 0x10000, 0xffff);
-    edges("expand-down, 32-bit: above the limit up to FFFFFFFFh", b + 0x2000, 0xfffef, D_DATA | D_W | D_DOWN | D_DB | D_G, 0xffff0000, 0xffffffff);
+    edges("expand-down, 32-bit: above the limit up to FFFFFFFFh", b + 0x2000, 0xfffef,
+          D_DATA | D_W | D_DOWN | D_DB | D_G, 0xffff0000, 0xffffffff);
     edges("expand-down, 32-bit, bytes", b - 0x8000, 0x8fff, D_DATA | D_W | D_DOWN | D_DB, 0x9000, 0xffffffff);
     test("limits: base plus offset wraps at 4 GiB");
     gdt[T0 / 8] = descriptor(b + 0x1000, 0xfffff, D_P | D_DATA | D_W | D_DB | D_G);
@@ -85,7 +88,9 @@ static void limits(void)
     eq("value", v, 0x76543210);
     test("limits: 16-bit addresses wrap at 64 KiB within the segment");
     gdt[T0 / 8] = descriptor(b, 0xffff, D_P | D_DATA | D_W);
-    asm volatile(TRY("movw %w1, %%fs; addr16 movl %%fs:-8(%%bx,%%si), %0") : "=&r"(v) : "r"(T0), "b"(0x1234f23c), "S"(0xabcd1000));
+    asm volatile(TRY("movw %w1, %%fs; addr16 movl %%fs:-8(%%bx,%%si), %0")
+                 : "=&r"(v)
+                 : "r"(T0), "b"(0x1234f23c), "S"(0xabcd1000));
     eq_trap(NONE, NONE);
     eq("value", v, 0x76543210);
     asm volatile("movw %w0, %%fs" ::"r"(0));
@@ -105,7 +110,7 @@ static void types(void)
 
     test("types: null selector: loading is good, using is #GP(0), for each RPL");
     for (u16 rpl = 0; rpl < 4; rpl++) {
-        asm volatile(TRY("movw %w0, %%fs") ::"r"(rpl));
+        asm volatile(TRY("movw %w0, %%fs")::"r"(rpl));
         eq_trap(NONE, NONE);
         expect(rpl, 0, RD1, true);
     }
@@ -120,46 +125,46 @@ static void types(void)
     expect(T0, 0x1000, RD1, true);
     test("types: execute-only code cannot be loaded: #GP(selector)");
     gdt[T0 / 8] = descriptor(b, 0xfff, D_P | D_CODE | D_DB);
-    asm volatile(TRY("movw %w0, %%fs") ::"r"(T0));
+    asm volatile(TRY("movw %w0, %%fs")::"r"(T0));
     eq_trap(GP, T0);
     test("types: system descriptors cannot be loaded: #GP(selector)");
     for (u32 t = 0; t < 16; t++) {
         gdt[T0 / 8] = descriptor(b, 0xfff, D_P | t);
-        asm volatile(TRY("movw %w0, %%fs") ::"r"(T0));
+        asm volatile(TRY("movw %w0, %%fs")::"r"(T0));
         eq_trap(GP, T0);
     }
     test("types: execute-only code cannot be read through CS: #GP(0)");
     static u8 code[] __attribute__((aligned(16))) = {0x2e, 0xa1, 0, 0, 0, 0, 0xcb}; /* movl %cs:0, %eax; lret */
     gdt[T0 / 8] = descriptor((u32)code, sizeof(code) - 1, D_P | D_CODE | D_DB);
-    asm volatile(TRY("lcall $" STR(0x60) ", $0") ::: "eax", "memory");
+    asm volatile(TRY("lcall $" STR(0x60) ", $0")::: "eax", "memory");
     eq_trap(GP, 0);
     eq("CS", trap.cs, T0);
     gdt[T0 / 8] = descriptor((u32)code, sizeof(code) - 1, D_P | D_CODE | D_R | D_DB);
-    asm volatile(TRY("lcall $" STR(0x60) ", $0") ::: "eax", "memory");
+    asm volatile(TRY("lcall $" STR(0x60) ", $0")::: "eax", "memory");
     eq_trap(NONE, NONE);
     test("types: not present: #NP(selector), after type and privilege");
     gdt[T0 / 8] = descriptor(b, 0xfff, D_DATA | D_W | D_DB);
-    asm volatile(TRY("movw %w0, %%fs") ::"r"(T0));
+    asm volatile(TRY("movw %w0, %%fs")::"r"(T0));
     eq_trap(NP, T0);
-    asm volatile(TRY("movw %w0, %%fs") ::"r"(T0 | 3));
+    asm volatile(TRY("movw %w0, %%fs")::"r"(T0 | 3));
     eq_trap(GP, T0);
     gdt[T0 / 8] = descriptor(b, 0xfff, D_CODE | D_DB);
-    asm volatile(TRY("movw %w0, %%fs") ::"r"(T0));
+    asm volatile(TRY("movw %w0, %%fs")::"r"(T0));
     eq_trap(GP, T0);
     test("types: beyond the GDT's limit, in a null LDT: #GP(selector without RPL)");
-    asm volatile(TRY("movw %w0, %%fs") ::"r"(GDT_SLOTS * 8 + 3));
+    asm volatile(TRY("movw %w0, %%fs")::"r"(GDT_SLOTS * 8 + 3));
     eq_trap(GP, GDT_SLOTS * 8);
-    asm volatile(TRY("movw %w0, %%fs") ::"r"(0x17));
+    asm volatile(TRY("movw %w0, %%fs")::"r"(0x17));
     eq_trap(GP, 0x14);
     test("types: the last byte of the descriptor must be inside the limit");
     struct table_reg r = {T0 + 7, (u32)gdt};
     gdt[T0 / 8] = descriptor(b, 0xfff, D_P | D_DATA | D_W | D_DB);
     lgdt(&r);
-    asm volatile(TRY("movw %w0, %%fs") ::"r"(T0));
+    asm volatile(TRY("movw %w0, %%fs")::"r"(T0));
     eq_trap(NONE, NONE);
     r.limit--;
     lgdt(&r);
-    asm volatile(TRY("movw %w0, %%fs") ::"r"(T0));
+    asm volatile(TRY("movw %w0, %%fs")::"r"(T0));
     eq_trap(GP, T0);
     lgdt(&gdt_reg);
 }
@@ -192,22 +197,22 @@ static void privilege(void)
                     bool good = type == 0 && dpl == (u32)user * 3 && rpl == user * 3;
                     gdt[T0 / 8] = descriptor(0, 0xfffff, D_P | D_DPL(dpl) | D_DB | D_G | acc);
                     if (user)
-                        asm volatile(USER("movw %w0, %%ss") ::"r"(T0 | rpl));
+                        asm volatile(USER("movw %w0, %%ss")::"r"(T0 | rpl));
                     else
-                        asm volatile(TRY("movw %w0, %%ss; movw %w1, %%ss") ::"r"(T0 | rpl), "r"(KDS));
+                        asm volatile(TRY("movw %w0, %%ss; movw %w1, %%ss")::"r"(T0 | rpl), "r"(KDS));
                     eq_trap(good ? user ? VEC_DONE : NONE : GP, good ? NONE : T0);
                 }
     }
     test("privilege: SS null #GP(0), not present #SS(selector)");
-    asm volatile(TRY("movw %w0, %%ss") ::"r"(0));
+    asm volatile(TRY("movw %w0, %%ss")::"r"(0));
     eq_trap(GP, 0);
-    asm volatile(USER("movw %w0, %%ss") ::"r"(3));
+    asm volatile(USER("movw %w0, %%ss")::"r"(3));
     eq_trap(GP, 0);
     gdt[T0 / 8] = descriptor(0, 0xfffff, D_DATA | D_W | D_DB | D_G);
-    asm volatile(TRY("movw %w0, %%ss") ::"r"(T0));
+    asm volatile(TRY("movw %w0, %%ss")::"r"(T0));
     eq_trap(SS, T0);
     gdt[T0 / 8] = descriptor(0, 0xfffff, D_DATA | D_DB | D_G);
-    asm volatile(TRY("movw %w0, %%ss") ::"r"(T0));
+    asm volatile(TRY("movw %w0, %%ss")::"r"(T0));
     eq_trap(GP, T0);
 }
 
@@ -218,45 +223,51 @@ static void stacks(void)
 
     gdt[T0 / 8] = descriptor(b, 0xfff, D_P | D_DPL(3) | D_DATA | D_W | D_DB);
     test("stack: an access beyond the limit: #SS(0), ESP as it was");
-    asm volatile(USER("movw %w0, %%ss; movl $0x1002, %%esp; pushl %%eax") ::"r"(T0 | 3) : "memory");
+    asm volatile(USER("movw %w0, %%ss; movl $0x1002, %%esp; pushl %%eax")::"r"(T0 | 3) : "memory");
     eq_trap(SS, 0);
     eq("ESP", trap.sp, 0x1002);
-    asm volatile(USER("movw %w0, %%ss; movl $0xffd, %%esp; popl %%eax") ::"r"(T0 | 3) : "memory", "eax");
+    asm volatile(USER("movw %w0, %%ss; movl $0xffd, %%esp; popl %%eax")::"r"(T0 | 3) : "memory", "eax");
     eq_trap(SS, 0);
     eq("ESP", trap.sp, 0xffd);
-    asm volatile(USER("movw %w0, %%ss; movl $0x1000, %%esp; pushl %%eax; popl %%eax; pushw %%ax; popw %%ax; movl %%ebp, %%edx; movl $0xffd, %%ebp; movl (%%ebp), %%ecx")
-                 "movl %%edx, %%ebp" ::"r"(T0 | 3)
+    asm volatile(USER("movw %w0, %%ss; movl $0x1000, %%esp; pushl %%eax; popl %%eax; pushw %%ax; popw %%ax; movl "
+                      "%%ebp, %%edx; movl $0xffd, %%ebp; movl (%%ebp), %%ecx") "movl %%edx, %%ebp" ::"r"(T0 | 3)
                  : "memory", "eax", "ecx", "edx");
     eq_trap(SS, 0);
     eq("ESP", trap.sp, 0x1000);
     test("stack: PUSH at ESP = 0 wraps and is beyond the limit");
-    asm volatile(USER("movw %w0, %%ss; xorl %%esp, %%esp; pushl %%eax") ::"r"(T0 | 3) : "memory");
+    asm volatile(USER("movw %w0, %%ss; xorl %%esp, %%esp; pushl %%eax")::"r"(T0 | 3) : "memory");
     eq_trap(SS, 0);
     eq("ESP", trap.sp, 0);
     test("stack: CALL that cannot push does not branch");
-    asm volatile(USER("movw %w0, %%ss; xorl %%esp, %%esp; call 9970f; 9970: nop") ::"r"(T0 | 3) : "memory");
+    asm volatile(USER("movw %w0, %%ss; xorl %%esp, %%esp; call 9970f; 9970: nop")::"r"(T0 | 3) : "memory");
     eq_trap(SS, 0);
     eq("ESP", trap.sp, 0);
     test("stack: PUSHA that does not fit writes nothing of ESP; POPA neither");
-    asm volatile(USER("movw %w0, %%ss; movl $0x1004, %%esp; pushal") ::"r"(T0 | 3) : "memory");
+    asm volatile(USER("movw %w0, %%ss; movl $0x1004, %%esp; pushal")::"r"(T0 | 3) : "memory");
     eq_trap(SS, 0);
     eq("ESP", trap.sp, 0x1004);
     test("stack: with B = 0 PUSH and POP use SP; the upper half of ESP stays, and SP wraps at 64 KiB");
     gdt[T0 / 8] = descriptor(b - 0xf000, 0xffff, D_P | D_DPL(3) | D_DATA | D_W);
-    asm volatile(USER("movw %w1, %%ss; movl $0x12340000, %%esp; pushl $0x55aa1234; movl %%esp, %0; popl %%ecx") : "=&r"(sp) : "r"(T0 | 3) : "memory", "ecx");
+    asm volatile(USER("movw %w1, %%ss; movl $0x12340000, %%esp; pushl $0x55aa1234; movl %%esp, %0; popl %%ecx")
+                 : "=&r"(sp)
+                 : "r"(T0 | 3)
+                 : "memory", "ecx");
     eq("ESP after PUSH", sp, 0x1234fffc);
     eq_trap(VEC_DONE, NONE);
     eq("ESP after POP", trap.sp, 0x12340000);
     eq("memory", *(u32 *)(area + 0xffc), 0x55aa1234);
     test("stack: ENTER and LEAVE with B = 0 use BP and SP");
-    asm volatile(USER("movl %%ebp, %%edx; movw %w1, %%ss; movl $0x1234fff0, %%esp; movl $0x5678fff8, %%ebp; enterl $16, $0; movl %%esp, %0; movl %%ebp, %%ecx; leave; movl %%edx, %%ebp; int $0x80")
-                 : "=&a"(sp) : "r"(T0 | 3) : "memory", "ecx", "edx");
+    asm volatile(USER("movl %%ebp, %%edx; movw %w1, %%ss; movl $0x1234fff0, %%esp; movl $0x5678fff8, %%ebp; enterl "
+                      "$16, $0; movl %%esp, %0; movl %%ebp, %%ecx; leave; movl %%edx, %%ebp; int $0x80")
+                 : "=&a"(sp)
+                 : "r"(T0 | 3)
+                 : "memory", "ecx", "edx");
     eq_trap(VEC_DONE, NONE);
     eq("ESP inside", sp, 0x1234ffdc);
     eq("ESP after", trap.sp, 0x1234fff0);
     test("stack: expand-down");
     gdt[T0 / 8] = descriptor(b - 0x10000, 0xefff, D_P | D_DPL(3) | D_DATA | D_W | D_DOWN | D_DB);
-    asm volatile(USER("movw %w0, %%ss; movl $0xf004, %%esp; pushl $1; pushl $2") ::"r"(T0 | 3) : "memory");
+    asm volatile(USER("movw %w0, %%ss; movl $0xf004, %%esp; pushl $1; pushl $2")::"r"(T0 | 3) : "memory");
     eq_trap(SS, 0);
     eq("ESP", trap.sp, 0xf000);
     test("stack: PUSH of a segment register moves ESP by the operand size");
@@ -272,13 +283,14 @@ static void code_limits(void)
     u64 keep = gdt[T0 / 8];
 
     /* code of CPL 3 in a segment of 16 bytes; the catcher has its own stack */
-#define RUN16(...)                                                                                                              \
-    do {                                                                                                                        \
-        static const u8 bytes[] = {__VA_ARGS__};                                                                                \
-        memset(code, 0x90, sizeof(code));                                                                                       \
-        memcpy(code, bytes, sizeof(bytes));                                                                                     \
-        gdt[T0 / 8] = descriptor((u32)code, 15, D_P | D_DPL(3) | D_CODE | D_R | D_DB);                                          \
-        asm volatile(TRY("pushl $0x23; pushl $user_stack_end; pushl $2; pushl %0; pushl $0; iretl") ::"r"(T0 | 3) : "memory");  \
+#define RUN16(...)                                                                                                     \
+    do {                                                                                                               \
+        static const u8 bytes[] = {__VA_ARGS__};                                                                       \
+        memset(code, 0x90, sizeof(code));                                                                              \
+        memcpy(code, bytes, sizeof(bytes));                                                                            \
+        gdt[T0 / 8] = descriptor((u32)code, 15, D_P | D_DPL(3) | D_CODE | D_R | D_DB);                                 \
+        asm volatile(TRY("pushl $0x23; pushl $user_stack_end; pushl $2; pushl %0; pushl $0; iretl")::"r"(T0 | 3)       \
+                     : "memory");                                                                                      \
     } while (0)
     test("code limit: running off the end: #GP(0) with EIP behind the limit");
     code[16] = 0x0f, code[17] = 0x0b;
@@ -324,11 +336,16 @@ static void code16(void)
     u32 v;
 
     test("16-bit code: operand and address size are 16 bits, prefixes turn them");
-    static const u8 bytes[] = {0xb8, 0x34, 0x12, 0x66, 0xb9, 0x78, 0x56, 0x34, 0x12, 0x67, 0x8b, 0x13, 0x66, 0xcb}; /* mov $1234h, %ax; mov $12345678h, %ecx; mov (%ebx), %dx; lretl */
+    static const u8 bytes[] = {
+        0xb8, 0x34, 0x12, 0x66, 0xb9, 0x78, 0x56,
+        0x34, 0x12, 0x67, 0x8b, 0x13, 0x66, 0xcb}; /* mov $1234h, %ax; mov $12345678h, %ecx; mov (%ebx), %dx; lretl */
     static u16 word = 0xbeef;
     u32 c, d;
     gdt[T0 / 8] = descriptor((u32)bytes, sizeof(bytes) - 1, D_P | D_CODE | D_R);
-    asm volatile(TRY("lcall $0x60, $0") : "=a"(v), "=c"(c), "=d"(d) : "0"(0xffffffff), "1"(0xffffffff), "2"(0xffffffff), "b"(&word) : "memory");
+    asm volatile(TRY("lcall $0x60, $0")
+                 : "=a"(v), "=c"(c), "=d"(d)
+                 : "0"(0xffffffff), "1"(0xffffffff), "2"(0xffffffff), "b"(&word)
+                 : "memory");
     eq_trap(NONE, NONE);
     eq("EAX", v, 0xffff1234);
     eq("ECX", c, 0x12345678);
@@ -363,7 +380,7 @@ static void far_loads(void)
     eq("ESP", sel, 0x5000);
     test("far pointers: LSS, LFS, LGS by a register: #UD");
     EXEC(false, 0x0f, 0xb4, 0xe0);
-    eq_trap(UD, NONE); 
+    eq_trap(UD, NONE);
     EXEC(false, 0x0f, 0xb5, 0xe0);
     eq_trap(UD, NONE);
     EXEC(false, 0x0f, 0xb2, 0xe0);

@@ -3,25 +3,23 @@
  */
 #include "sys.h"
 
-/* The handler of the first vector is taken away by making its gate absent: that gives #NP, a contributory exception, while the first is delivered. */
-static void absent(unsigned v)
-{
-    idt_set(v, KCS, trap_entry + v * 16, TYPE_INT, 0);
-}
+/* The handler of the first vector is taken away by making its gate absent: that gives #NP, a contributory exception,
+ * while the first is delivered. */
+static void absent(unsigned v) { idt_set(v, KCS, trap_entry + v * 16, TYPE_INT, 0); }
 
-static void ss_div(void) { asm volatile(TRY("xorl %%ecx, %%ecx; divl %%ecx") ::: "rax", "rcx", "rdx", "cc"); }
-static void ss_gp(void) { asm volatile(TRY("movl $0x1ff8, %%eax; mov %%eax, %%ds") ::: "rax"); }
-static void ss_pf(void) { asm volatile(TRY("movb (%0), %%al") ::"r"(VA_TEST) : "rax"); }
-static void ss_ud(void) { asm volatile(TRY("ud2") ::: "memory"); }
+static void ss_div(void) { asm volatile(TRY("xorl %%ecx, %%ecx; divl %%ecx")::: "rax", "rcx", "rdx", "cc"); }
+static void ss_gp(void) { asm volatile(TRY("movl $0x1ff8, %%eax; mov %%eax, %%ds")::: "rax"); }
+static void ss_pf(void) { asm volatile(TRY("movb (%0), %%al")::"r"(VA_TEST) : "rax"); }
+static void ss_ud(void) { asm volatile(TRY("ud2")::: "memory"); }
 static void ss_np(void)
 {
     gdt[T0 / 8] = descriptor(0, 0xfffff, D_DATA | D_W | D_DB | D_G);
-    asm volatile(TRY("mov %0, %%ds") ::"r"(T0));
+    asm volatile(TRY("mov %0, %%ds")::"r"(T0));
 }
 static void ss_ss(void)
 {
     gdt[T0 / 8] = descriptor(0, 0xfffff, D_DATA | D_W | D_DB | D_G);
-    asm volatile(TRY("mov %0, %%ss") ::"r"(T0));
+    asm volatile(TRY("mov %0, %%ss")::"r"(T0));
 }
 
 static void doubles(void)
@@ -65,7 +63,7 @@ static void doubles(void)
     eq_trap(PF, PF_W);
     test("double: INT n (not an exception), and #PF while it is delivered: #PF");
     idt_set(0x44, KCS, trap_entry + 0x44 * 16, D_P | TYPE_INT, 1);
-    asm volatile(TRY("int $0x44") ::: "memory");
+    asm volatile(TRY("int $0x44")::: "memory");
     idt_default(0x44);
     eq_trap(PF, PF_W);
     test("double: RSP0 on an absent page: a #GP at CPL 3 becomes #PF, a #PF becomes #DF on its IST");
@@ -75,11 +73,11 @@ static void doubles(void)
     idt_set(PF, KCS, trap_entry + PF * 16, D_P | TYPE_INT, 2);
     idt_set(DF, KCS, trap_entry + DF * 16, D_P | TYPE_INT, 2);
     tss.rsp[0] = VA_TEST + 0x1000;
-    asm volatile(USER("cli") ::: "memory");
+    asm volatile(USER("cli")::: "memory");
     eq_trap(PF, PF_W);
     eq("CS", trap.cs, UCS64);
     idt_set(PF, KCS, trap_entry + PF * 16, D_P | TYPE_INT, 0);
-    asm volatile(USER("movb (%0), %%al") ::"r"(VA_TEST) : "rax");
+    asm volatile(USER("movb (%0), %%al")::"r"(VA_TEST) : "rax");
     eq_trap(DF, 0);
     tss.rsp[0] = keep;
     idt_default(PF), idt_default(DF);
@@ -119,7 +117,7 @@ int main(void)
     case 4:
         expect_shutdown("shutdown: an interrupt's stack is not canonical and #SS, #DF have no other");
         tss.rsp[0] = 0x0000800000000000;
-        asm volatile(USER("ud2") ::: "memory");
+        asm volatile(USER("ud2")::: "memory");
         break;
     case 5:
         expect_shutdown("shutdown: page tables that map nothing");
@@ -132,8 +130,7 @@ int main(void)
             idt_set(i, KCS, trap_entry + 16 * i, D_P | TYPE_INT, 1);
         ss_ud();
         break;
-    default:
-        done();
+    default: done();
     }
     test("shutdown");
     must("reached", false);

@@ -1,5 +1,6 @@
 /*
- * Code as data: self- and cross-modification, aliases, page ends, the 15-byte limit, fetch faults. SDM vol. 3A 8.1.3, 11.6; vol. 2A 2.3.11; vol. 3A 6.15 (#PF).
+ * Code as data: self- and cross-modification, aliases, page ends, the 15-byte limit, fetch faults. SDM vol.
+ * 3A 8.1.3, 11.6; vol. 2A 2.3.11; vol. 3A 6.15 (#PF).
  */
 #include "sys.h"
 
@@ -15,10 +16,7 @@ static ulong call(const void *at)
     return r;
 }
 
-static void put(unsigned off, const void *bytes, unsigned n)
-{
-    memcpy(frames + off, bytes, n);
-}
+static void put(unsigned off, const void *bytes, unsigned n) { memcpy(frames + off, bytes, n); }
 #define PUT(off, ...) put(off, (const u8[]){__VA_ARGS__}, sizeof((const u8[]){__VA_ARGS__}))
 
 static void self(void)
@@ -33,7 +31,8 @@ static void self(void)
         eq("again", call(code), i);
     }
     test("smc: the next instruction is changed by a store just before it");
-    PUT(0, 0xb9, 1, 0, 0, 0, 0xc6, 0x05, 0x01, 0, 0, 0, 7, 0xb8, 1, 0, 0, 0, 0xc3); /* mov $1, %ecx; movb $7, 1(%rip); mov $1, %eax; ret */
+    PUT(0, 0xb9, 1, 0, 0, 0, 0xc6, 0x05, 0x01, 0, 0, 0, 7, 0xb8, 1, 0, 0, 0,
+        0xc3); /* mov $1, %ecx; movb $7, 1(%rip); mov $1, %eax; ret */
     eq("value", call(code), 7);
     test("smc: and in a loop, every time");
     /* xor %eax,%eax; mov $10,%ecx; L: addb $1, 3(%rip)(the imm of add); add $0, %eax [05 imm32]; loop L; ret */
@@ -70,7 +69,9 @@ static void self(void)
     test("smc: by PUSH, by CALL's return address, by XCHG, by LOCK XADD, by REP MOVS and STOS");
     PUT(0x200, 0xb8, 1, 0, 0, 0, 0xc3, 0x90, 0x90);
     eq("before", call(code + 0x200), 1);
-    asm volatile("movq %%rsp, %%rcx; leaq 8(%0), %%rsp; pushq %1; movq %%rcx, %%rsp" ::"r"(code + 0x200), "r"(0x9090c300000012b8ul) : "rcx", "memory");
+    asm volatile("movq %%rsp, %%rcx; leaq 8(%0), %%rsp; pushq %1; movq %%rcx, %%rsp" ::"r"(code + 0x200),
+                 "r"(0x9090c300000012b8ul)
+                 : "rcx", "memory");
     eq("PUSH", call(code + 0x200), 0x12);
     ulong x = 0x9090c300000013b8;
     asm volatile("xchgq %0, (%1)" : "+r"(x) : "r"(code + 0x200) : "memory");
@@ -82,7 +83,8 @@ static void self(void)
     eq("MOVS", call(code + 0x200), 0x15);
     memset(code + 0x201, 0, 4);
     eq("STOS", call(code + 0x200), 0);
-    asm volatile("lock cmpxchgq %1, (%2)" ::"a"(0x9090c300000000b8), "r"(0x9090c300000017b8), "r"(code + 0x200) : "memory", "cc");
+    asm volatile("lock cmpxchgq %1, (%2)" ::"a"(0x9090c300000000b8), "r"(0x9090c300000017b8), "r"(code + 0x200)
+                 : "memory", "cc");
     eq("CMPXCHG", call(code + 0x200), 0x17);
     test("smc: REP STOS that runs over the instruction itself and what follows it");
     /* rep stosb with rdi = address of the mov's immediate: rep stosb; mov $1, %eax -> 0x05050505; ret */
@@ -216,7 +218,8 @@ static void length(void)
     call(code + 0x500);
     eq_trap(GP, 0);
     test("length: REX before another prefix is ignored");
-    PUT(0x500, 0xb8, 0xff, 0xff, 0xff, 0xff, 0x48, 0x66, 0xff, 0xc0, 0xc3); /* mov $-1, %eax; REX.W (lost) 66 inc -> incw */
+    PUT(0x500, 0xb8, 0xff, 0xff, 0xff, 0xff, 0x48, 0x66, 0xff, 0xc0,
+        0xc3); /* mov $-1, %eax; REX.W (lost) 66 inc -> incw */
     eq("value", call(code + 0x500), 0xffff0000);
 }
 
@@ -226,17 +229,63 @@ static void undefined(void)
         const char *name;
         u8 n, b[8];
     } op[] = {
-        {"UD2", 2, {0x0f, 0x0b}}, {"UD1", 3, {0x0f, 0xb9, 0xc0}}, {"UD0", 3, {0x0f, 0xff, 0xc0}}, {"PUSH ES", 1, {0x06}}, {"PUSH CS", 1, {0x0e}}, {"POP DS", 1, {0x1f}},
-        {"DAA", 1, {0x27}}, {"DAS", 1, {0x2f}}, {"AAA", 1, {0x37}}, {"AAS", 1, {0x3f}}, {"PUSHA", 1, {0x60}}, {"POPA", 1, {0x61}}, {"82h", 3, {0x82, 0xc0, 1}},
-        {"AAM", 2, {0xd4, 10}}, {"AAD", 2, {0xd5, 10}}, {"SALC", 1, {0xd6}}, {"INTO", 1, {0xce}},
-        {"LOCK MOV", 3, {0xf0, 0x89, 0x07}}, {"LOCK NOP", 2, {0xf0, 0x90}}, {"LOCK CMP", 3, {0xf0, 0x39, 0x07}}, {"LOCK TEST", 3, {0xf0, 0x85, 0x07}}, {"LOCK BT", 4, {0xf0, 0x0f, 0xa3, 0x07}},
-        {"LOCK ADD of registers", 3, {0xf0, 0x01, 0xc0}}, {"LOCK ADD to a register", 3, {0xf0, 0x03, 0x07}}, {"LOCK INC of a register", 3, {0xf0, 0xff, 0xc0}}, {"LOCK XCHG of registers", 3, {0xf0, 0x87, 0xc0}},
-        {"LOCK PUSH", 3, {0xf0, 0xff, 0x37}}, {"LOCK SHL", 3, {0xf0, 0xd1, 0x27}}, {"LOCK IMUL", 4, {0xf0, 0x0f, 0xaf, 0x07}}, {"LOCK MUL", 3, {0xf0, 0xf7, 0x27}}, {"LOCK LEA", 3, {0xf0, 0x8d, 0x07}},
-        {"LOCK MOVS", 2, {0xf0, 0xa4}}, {"LOCK CPUID", 3, {0xf0, 0x0f, 0xa2}}, {"LEA of a register", 2, {0x8d, 0xc0}}, {"MOV to CS", 2, {0x8e, 0xc8}}, {"FF /7", 2, {0xff, 0xf8}}, {"FE /2", 2, {0xfe, 0xd0}},
-        {"CMPXCHG8B of a register", 3, {0x0f, 0xc7, 0xc8}}, {"MOVBE of registers", 4, {0x0f, 0x38, 0xf0, 0xc0}}, {"C6 /1", 3, {0xc6, 0xc8, 0}}, {"8F /1", 2, {0x8f, 0xc8 & 0x3f}}, {"LES", 2, {0xc4, 0x07}},
-        {"VEX with 66h before", 5, {0x66, 0xc5, 0xf8, 0x77, 0x90}}, {"VEX with LOCK", 5, {0xf0, 0xc5, 0xf8, 0x77, 0x90}}, {"VEX with REX", 5, {0x48, 0xc5, 0xf8, 0x77, 0x90}}, {"RSM", 2, {0x0f, 0xaa}},
-        {"MOV CR1", 3, {0x0f, 0x20, 0xc8}}, {"MOV CR5", 3, {0x0f, 0x20, 0xe8}}, {"0F 04", 2, {0x0f, 0x04}}, {"0F 0A", 2, {0x0f, 0x0a}}, {"0F 24", 3, {0x0f, 0x24, 0xc0}}, {"LDS", 2, {0xc5, 0x07}},
-        {"BOUND", 2, {0x62, 0x07}}, {"9A", 1, {0x9a}}, {"EA", 1, {0xea}}, {"MONITOR at CPL 3", 3, {0x0f, 0x01, 0xc8}}, {"SGDT of a register's group: 0F 01 /5", 3, {0x0f, 0x01, 0x2f}},
+        {"UD2", 2, {0x0f, 0x0b}},
+        {"UD1", 3, {0x0f, 0xb9, 0xc0}},
+        {"UD0", 3, {0x0f, 0xff, 0xc0}},
+        {"PUSH ES", 1, {0x06}},
+        {"PUSH CS", 1, {0x0e}},
+        {"POP DS", 1, {0x1f}},
+        {"DAA", 1, {0x27}},
+        {"DAS", 1, {0x2f}},
+        {"AAA", 1, {0x37}},
+        {"AAS", 1, {0x3f}},
+        {"PUSHA", 1, {0x60}},
+        {"POPA", 1, {0x61}},
+        {"82h", 3, {0x82, 0xc0, 1}},
+        {"AAM", 2, {0xd4, 10}},
+        {"AAD", 2, {0xd5, 10}},
+        {"SALC", 1, {0xd6}},
+        {"INTO", 1, {0xce}},
+        {"LOCK MOV", 3, {0xf0, 0x89, 0x07}},
+        {"LOCK NOP", 2, {0xf0, 0x90}},
+        {"LOCK CMP", 3, {0xf0, 0x39, 0x07}},
+        {"LOCK TEST", 3, {0xf0, 0x85, 0x07}},
+        {"LOCK BT", 4, {0xf0, 0x0f, 0xa3, 0x07}},
+        {"LOCK ADD of registers", 3, {0xf0, 0x01, 0xc0}},
+        {"LOCK ADD to a register", 3, {0xf0, 0x03, 0x07}},
+        {"LOCK INC of a register", 3, {0xf0, 0xff, 0xc0}},
+        {"LOCK XCHG of registers", 3, {0xf0, 0x87, 0xc0}},
+        {"LOCK PUSH", 3, {0xf0, 0xff, 0x37}},
+        {"LOCK SHL", 3, {0xf0, 0xd1, 0x27}},
+        {"LOCK IMUL", 4, {0xf0, 0x0f, 0xaf, 0x07}},
+        {"LOCK MUL", 3, {0xf0, 0xf7, 0x27}},
+        {"LOCK LEA", 3, {0xf0, 0x8d, 0x07}},
+        {"LOCK MOVS", 2, {0xf0, 0xa4}},
+        {"LOCK CPUID", 3, {0xf0, 0x0f, 0xa2}},
+        {"LEA of a register", 2, {0x8d, 0xc0}},
+        {"MOV to CS", 2, {0x8e, 0xc8}},
+        {"FF /7", 2, {0xff, 0xf8}},
+        {"FE /2", 2, {0xfe, 0xd0}},
+        {"CMPXCHG8B of a register", 3, {0x0f, 0xc7, 0xc8}},
+        {"MOVBE of registers", 4, {0x0f, 0x38, 0xf0, 0xc0}},
+        {"C6 /1", 3, {0xc6, 0xc8, 0}},
+        {"8F /1", 2, {0x8f, 0xc8 & 0x3f}},
+        {"LES", 2, {0xc4, 0x07}},
+        {"VEX with 66h before", 5, {0x66, 0xc5, 0xf8, 0x77, 0x90}},
+        {"VEX with LOCK", 5, {0xf0, 0xc5, 0xf8, 0x77, 0x90}},
+        {"VEX with REX", 5, {0x48, 0xc5, 0xf8, 0x77, 0x90}},
+        {"RSM", 2, {0x0f, 0xaa}},
+        {"MOV CR1", 3, {0x0f, 0x20, 0xc8}},
+        {"MOV CR5", 3, {0x0f, 0x20, 0xe8}},
+        {"0F 04", 2, {0x0f, 0x04}},
+        {"0F 0A", 2, {0x0f, 0x0a}},
+        {"0F 24", 3, {0x0f, 0x24, 0xc0}},
+        {"LDS", 2, {0xc5, 0x07}},
+        {"BOUND", 2, {0x62, 0x07}},
+        {"9A", 1, {0x9a}},
+        {"EA", 1, {0xea}},
+        {"MONITOR at CPL 3", 3, {0x0f, 0x01, 0xc8}},
+        {"SGDT of a register's group: 0F 01 /5", 3, {0x0f, 0x01, 0x2f}},
     };
     for (unsigned i = 0; i < ARRAY_SIZE(op); i++) {
         test("#UD: %s", op[i].name);
@@ -244,12 +293,17 @@ static void undefined(void)
         eq_trap(UD, NONE);
         eq("RIP", trap.ip, exec_ip(true));
     }
-    test("#UD: LOCK is good with these on memory: ADD ADC AND BTC BTR BTS CMPXCHG CMPXCHG8B DEC INC NEG NOT OR SBB SUB XOR XADD XCHG");
+    test("#UD: LOCK is good with these on memory: ADD ADC AND BTC BTR BTS CMPXCHG CMPXCHG8B DEC INC NEG NOT OR SBB SUB "
+         "XOR XADD XCHG");
     static const struct {
         u8 n, b[6];
-    } good[] = {{3, {0xf0, 0x01, 0x07}}, {3, {0xf0, 0x11, 0x07}}, {3, {0xf0, 0x21, 0x07}}, {4, {0xf0, 0x0f, 0xbb, 0x07}}, {4, {0xf0, 0x0f, 0xb3, 0x07}}, {4, {0xf0, 0x0f, 0xab, 0x07}},
-                {5, {0xf0, 0x0f, 0xba, 0x2f, 1}}, {4, {0xf0, 0x0f, 0xb1, 0x07}}, {4, {0xf0, 0x0f, 0xc7, 0x0f}}, {3, {0xf0, 0xff, 0x0f}}, {3, {0xf0, 0xff, 0x07}}, {3, {0xf0, 0xf7, 0x1f}}, {3, {0xf0, 0xf7, 0x17}},
-                {3, {0xf0, 0x09, 0x07}}, {3, {0xf0, 0x19, 0x07}}, {3, {0xf0, 0x29, 0x07}}, {3, {0xf0, 0x31, 0x07}}, {4, {0xf0, 0x0f, 0xc1, 0x07}}, {3, {0xf0, 0x87, 0x07}}, {4, {0xf0, 0x83, 0x07, 1}}};
+    } good[] = {{3, {0xf0, 0x01, 0x07}},          {3, {0xf0, 0x11, 0x07}},       {3, {0xf0, 0x21, 0x07}},
+                {4, {0xf0, 0x0f, 0xbb, 0x07}},    {4, {0xf0, 0x0f, 0xb3, 0x07}}, {4, {0xf0, 0x0f, 0xab, 0x07}},
+                {5, {0xf0, 0x0f, 0xba, 0x2f, 1}}, {4, {0xf0, 0x0f, 0xb1, 0x07}}, {4, {0xf0, 0x0f, 0xc7, 0x0f}},
+                {3, {0xf0, 0xff, 0x0f}},          {3, {0xf0, 0xff, 0x07}},       {3, {0xf0, 0xf7, 0x1f}},
+                {3, {0xf0, 0xf7, 0x17}},          {3, {0xf0, 0x09, 0x07}},       {3, {0xf0, 0x19, 0x07}},
+                {3, {0xf0, 0x29, 0x07}},          {3, {0xf0, 0x31, 0x07}},       {4, {0xf0, 0x0f, 0xc1, 0x07}},
+                {3, {0xf0, 0x87, 0x07}},          {4, {0xf0, 0x83, 0x07, 1}}};
     for (unsigned i = 0; i < ARRAY_SIZE(good); i++) {
         exec(good[i].b, good[i].n, true);
         eq_trap(NONE, NONE);

@@ -1,9 +1,10 @@
 /*
- * A second processor: INIT and SIPI, locked operations, memory order, code and page tables changed by the other one, IPIs. SDM vol. 3A 8.1, 8.2, 8.4, 11.6.
+ * A second processor: INIT and SIPI, locked operations, memory order, code and page tables changed by the other one,
+ * IPIs. SDM vol. 3A 8.1, 8.2, 8.4, 11.6.
  */
 #include "apic.h"
 
-#define AP         1
+#define AP 1
 #define TRAMPOLINE 0x6000ul
 
 static volatile u32 ap_state, ap_id, ap_cs, ap_ip, ap_job, ap_done, ap_starts;
@@ -13,14 +14,18 @@ static u8 ap_stack[8192] __attribute__((aligned(16), used));
 /* 16-bit code at 6000h, entered with CS = 600h, IP = 0; then as start.S, with this processor's tables. */
 extern char tramp[], tramp_end[];
 asm(".code16\n"
-    "tramp: cli; movw %cs, %ax; movw %ax, %ds; call 1f\n1: popw %bx; subw $(1b - tramp), %bx\n" /* SP is 0 after INIT: the word at SS:FFFEh */
+    "tramp: cli; movw %cs, %ax; movw %ax, %ds; call 1f\n1: popw %bx; subw $(1b - tramp), %bx\n" /* SP is 0 after INIT:
+                                                                                                   the word at SS:FFFEh
+                                                                                                 */
     "movw %cs, %cx; lgdtl (tramp_gdt - tramp)\n"
     "movl %cr0, %eax; orl $0x21, %eax; andl $0x9fffffff, %eax; movl %eax, %cr0; ljmpl $0x38, $tramp32\n"
     "tramp_gdt: .word 0x7ff; .long gdt\n"
     "tramp_end:\n"
     ".code32\n"
-    "tramp32: movw $0x10, %ax; movw %ax, %ds; movw %ax, %es; movw %ax, %ss; movzwl %cx, %ecx; movl %ecx, ap_cs; movzwl %bx, %ebx; movl %ebx, ap_ip\n"
-    "movl $0x20, %eax; movl %eax, %cr4; movl $0x100000, %eax; movl %eax, %cr3; movl $0xc0000080, %ecx; rdmsr; orl $0x900, %eax; wrmsr\n"
+    "tramp32: movw $0x10, %ax; movw %ax, %ds; movw %ax, %es; movw %ax, %ss; movzwl %cx, %ecx; movl %ecx, ap_cs; movzwl "
+    "%bx, %ebx; movl %ebx, ap_ip\n"
+    "movl $0x20, %eax; movl %eax, %cr4; movl $0x100000, %eax; movl %eax, %cr3; movl $0xc0000080, %ecx; rdmsr; orl "
+    "$0x900, %eax; wrmsr\n"
     "movl %cr0, %eax; orl $0x80000000, %eax; movl %eax, %cr0; ljmpl $8, $tramp64\n"
     ".code64\n"
     "tramp64: movl $ap_stack + 8192, %esp; xorl %ebp, %ebp; lidt idt_reg; call ap_main; 1: cli; hlt; jmp 1b\n");
@@ -35,7 +40,25 @@ static bool wait_for(volatile u32 *p, u32 v)
     return *p == v;
 }
 
-enum { JOB_NONE, JOB_ADD, JOB_INC, JOB_XADD, JOB_CMPXCHG, JOB_XCHG_LOCK, JOB_SPLIT, JOB_BTS, JOB_CX16, JOB_MESSAGE, JOB_DEKKER, JOB_CODE, JOB_READ, JOB_HALT, JOB_HALT_CLI, JOB_LOOP, JOBS };
+enum {
+    JOB_NONE,
+    JOB_ADD,
+    JOB_INC,
+    JOB_XADD,
+    JOB_CMPXCHG,
+    JOB_XCHG_LOCK,
+    JOB_SPLIT,
+    JOB_BTS,
+    JOB_CX16,
+    JOB_MESSAGE,
+    JOB_DEKKER,
+    JOB_CODE,
+    JOB_READ,
+    JOB_HALT,
+    JOB_HALT_CLI,
+    JOB_LOOP,
+    JOBS
+};
 #define ROUNDS 20000
 
 static volatile u64 counter __attribute__((aligned(64))), plain;
@@ -54,7 +77,10 @@ static void count(int job)
         switch (job) {
         case JOB_ADD: asm volatile("lock addq $1, %0" : "+m"(counter)::"cc"); break;
         case JOB_INC: asm volatile("lock incq %0" : "+m"(counter)::"cc"); break;
-        case JOB_XADD: a = 1; asm volatile("lock xaddq %1, %0" : "+m"(counter), "+r"(a)::"cc"); break;
+        case JOB_XADD:
+            a = 1;
+            asm volatile("lock xaddq %1, %0" : "+m"(counter), "+r"(a)::"cc");
+            break;
         case JOB_CMPXCHG:
             do {
                 a = b = counter;
@@ -76,7 +102,11 @@ static void count(int job)
         }
         case JOB_SPLIT: asm volatile("lock addq $1, (%0)" ::"r"(split_mem + 60) : "memory", "cc"); break;
         case JOB_BTS:
-            while (({ u8 c; asm volatile("lock btsl $7, %1; setc %0" : "=q"(c), "+m"(lock_word)::"cc"); c; }))
+            while (({
+                u8 c;
+                asm volatile("lock btsl $7, %1; setc %0" : "=q"(c), "+m"(lock_word)::"cc");
+                c;
+            }))
                 pause();
             plain++;
             asm volatile("lock btrl $7, %0" : "+m"(lock_word)::"cc", "memory");
@@ -85,7 +115,10 @@ static void count(int job)
             u8 ok;
             do {
                 u64 lo = pair[0], hi = pair[1], l2 = lo, h2 = hi;
-                asm volatile("lock cmpxchg16b %1; setz %0" : "=q"(ok), "+m"(pair), "+a"(l2), "+d"(h2) : "b"(lo + 1), "c"(hi + 3) : "cc", "memory");
+                asm volatile("lock cmpxchg16b %1; setz %0"
+                             : "=q"(ok), "+m"(pair), "+a"(l2), "+d"(h2)
+                             : "b"(lo + 1), "c"(hi + 3)
+                             : "cc", "memory");
             } while (!ok);
             break;
         }
@@ -168,10 +201,7 @@ static void job(u32 n)
     ap_job = n;
 }
 
-static bool finished(u32 n)
-{
-    return wait_for(&ap_done, n);
-}
+static bool finished(u32 n) { return wait_for(&ap_done, n); }
 
 static void start(void)
 {
@@ -192,7 +222,8 @@ static void start(void)
 
 static void locked(void)
 {
-    static const char *const name[] = {[JOB_ADD] = "ADD", [JOB_INC] = "INC", [JOB_XADD] = "XADD", [JOB_CMPXCHG] = "CMPXCHG"};
+    static const char *const name[] = {
+        [JOB_ADD] = "ADD", [JOB_INC] = "INC", [JOB_XADD] = "XADD", [JOB_CMPXCHG] = "CMPXCHG"};
 
     for (u32 j = JOB_ADD; j <= JOB_CMPXCHG; j++) {
         test("smp: LOCK %s from two processors loses nothing", name[j]);

@@ -1,10 +1,11 @@
 /*
- * Instructions that fault in the middle and must be restartable: strings, stack, locked operations. SDM vol. 1 7.3.9, vol. 2 (the instructions), vol. 3A 6.6, 8.1.
+ * Instructions that fault in the middle and must be restartable: strings, stack, locked operations. SDM vol. 1 7.3.9,
+ * vol. 2 (the instructions), vol. 3A 6.6, 8.1.
  */
 #include "sys.h"
 
-static u8 *mem;                              /* two pages, at VA; the one behind is absent */
-#define VA (VA_TEST + 0x200000)                /* nothing is mapped below */
+static u8 *mem;                 /* two pages, at VA; the one behind is absent */
+#define VA (VA_TEST + 0x200000) /* nothing is mapped below */
 static u8 *const at = (u8 *)VA;
 #define HOLE ((u8 *)VA + 0x2000)
 
@@ -49,7 +50,10 @@ static void strings(void)
     eq("RDI", d, (ulong)at - 1);
     eq("RSI", s, (ulong)at + 0x1000 - 20);
     test("string: RCX = 0 touches nothing");
-    asm volatile(TRY("rep movsb; rep stosq; repe cmpsb; repne scasb; rep lodsb") : "+D"(d), "+S"(s) : "c"(0ul) : "rax", "memory", "cc");
+    asm volatile(TRY("rep movsb; rep stosq; repe cmpsb; repne scasb; rep lodsb")
+                 : "+D"(d), "+S"(s)
+                 : "c"(0ul)
+                 : "rax", "memory", "cc");
     eq_trap(NONE, NONE);
     test("string: REP MOVSB overlapping forwards repeats the pattern");
     for (int i = 0; i < 300; i++)
@@ -123,31 +127,43 @@ static void stack(void)
     sp = VA + 0x3000;
     tss.ist[0] = (ulong)ring0_stack_end;
     idt_set(PF, KCS, trap_entry + PF * 16, D_P | TYPE_INT, 1);
-    asm volatile(TRY("movq %0, %%rsp; pushq %%rax") ::"r"(sp) : "memory");
+    asm volatile(TRY("movq %0, %%rsp; pushq %%rax")::"r"(sp) : "memory");
     eq_trap(PF, PF_W);
     eq("RSP after PUSH", trap.sp, sp);
     eq("CR2", trap.cr2, sp - 8);
-    asm volatile(TRY("movq %0, %%rsp; call 9970f; 9970:") ::"r"(sp) : "memory");
+    asm volatile(TRY("movq %0, %%rsp; call 9970f; 9970:")::"r"(sp) : "memory");
     eq("RSP after CALL", trap.sp, sp);
-    asm volatile(TRY("movq %0, %%rsp; pushfq") ::"r"(sp) : "memory");
+    asm volatile(TRY("movq %0, %%rsp; pushfq")::"r"(sp) : "memory");
     eq("RSP after PUSHF", trap.sp, sp);
-    asm volatile("movq %%rbp, %%rdx\n\t" TRY("movq %1, %%rsp; movq $0x1234, %%rbp; enterq $32, $0") "xchgq %%rdx, %%rbp" : "=&d"(v) : "r"(sp) : "memory");
+    asm volatile("movq %%rbp, %%rdx\n\t" TRY("movq %1, %%rsp; movq $0x1234, %%rbp; enterq $32, $0") "xchgq %%rdx, %%rbp"
+                 : "=&d"(v)
+                 : "r"(sp)
+                 : "memory");
     eq_trap(PF, PF_W);
     eq("RSP after ENTER", trap.sp, sp);
     eq("RBP after ENTER", v, 0x1234);
-    test("stack: ENTER whose new RSP lies in an absent page faults (SDM 2A ENTER: #PF if a write with the final RSP would)");
+    test("stack: ENTER whose new RSP lies in an absent page faults (SDM 2A ENTER: #PF if a write with the final RSP "
+         "would)");
     map(VA + 0x3000, (u64)mem, 3);
-    asm volatile("movq %%rbp, %%rdx\n\t" TRY("movq %1, %%rsp; movq $0x1234, %%rbp; enterq $0x1000, $0") "xchgq %%rdx, %%rbp" : "=&d"(v) : "r"(VA + 0x3800) : "memory");
+    asm volatile("movq %%rbp, %%rdx\n\t" TRY("movq %1, %%rsp; movq $0x1234, %%rbp; enterq $0x1000, $0") "xchgq %%rdx, "
+                                                                                                        "%%rbp"
+                 : "=&d"(v)
+                 : "r"(VA + 0x3800)
+                 : "memory");
     eq_trap(PF, PF_W);
     eq("RBP", v, 0x1234);
     map(VA + 0x3000, 0, 0);
     test("stack: POP, RET, LEAVE from an absent page");
-    asm volatile(TRY("movq %0, %%rsp; popq %%rax") ::"r"(sp - 8) : "rax", "memory");
+    asm volatile(TRY("movq %0, %%rsp; popq %%rax")::"r"(sp - 8) : "rax", "memory");
     eq_trap(PF, 0);
     eq("RSP after POP", trap.sp, sp - 8);
-    asm volatile(TRY("movq %0, %%rsp; ret") ::"r"(sp - 8) : "memory");
+    asm volatile(TRY("movq %0, %%rsp; ret")::"r"(sp - 8) : "memory");
     eq("RSP after RET", trap.sp, sp - 8);
-    asm volatile("movq %%rbp, %%rdx\n\t" TRY("movq %1, %%rbp; movq %1, %%rsp; subq $64, %%rsp; leave") "xchgq %%rdx, %%rbp" : "=&d"(v) : "r"(sp - 8) : "memory");
+    asm volatile("movq %%rbp, %%rdx\n\t" TRY("movq %1, %%rbp; movq %1, %%rsp; subq $64, %%rsp; leave") "xchgq %%rdx, "
+                                                                                                       "%%rbp"
+                 : "=&d"(v)
+                 : "r"(sp - 8)
+                 : "memory");
     eq_trap(PF, 0);
     eq("RSP after LEAVE", trap.sp, sp - 72);
     eq("RBP after LEAVE", v, sp - 8);
@@ -165,7 +181,7 @@ static void stack(void)
     test("stack: IRETQ whose frame runs into an absent page leaves RSP");
     map(VA + 0x3000, (u64)mem, 3);
     map(VA + 0x4000, 0, 0);
-    asm volatile(TRY("movq %0, %%rsp; iretq") ::"r"(VA + 0x4000 - 16) : "memory");
+    asm volatile(TRY("movq %0, %%rsp; iretq")::"r"(VA + 0x4000 - 16) : "memory");
     eq_trap(PF, 0);
     eq("RSP", trap.sp, VA + 0x4000 - 16);
     idt_default(PF);
@@ -173,25 +189,28 @@ static void stack(void)
     ulong a, b;
     asm volatile("movq %%rsp, %0; pushq %%rsp; popq %1" : "=&r"(a), "=&r"(b)::"memory");
     eq("PUSH RSP", b, a);
-    asm volatile("movq %%rsp, %%rdx; pushq $0x1111; pushq $0x2222; popq (%%rsp); popq %0; movq %%rdx, %%rsp" : "=&r"(a)::"rdx", "memory");
+    asm volatile("movq %%rsp, %%rdx; pushq $0x1111; pushq $0x2222; popq (%%rsp); popq %0; movq %%rdx, %%rsp"
+                 : "=&r"(a)::"rdx", "memory");
     eq("POP (RSP)", a, 0x2222);
     test("stack: non-canonical: #SS(0) by RSP and RBP, #GP(0) with FS or another base (SDM 1 3.3.7.1)");
     tss.ist[0] = (ulong)ring0_stack_end;
     idt_set(SS, KCS, trap_entry + SS * 16, D_P | TYPE_INT, 1);
     idt_set(GP, KCS, trap_entry + GP * 16, D_P | TYPE_INT, 1);
     ulong bad = 0x0000800000000000;
-    asm volatile(TRY("movq %0, %%rsp; pushq %%rax") ::"r"(bad + 8) : "memory");
+    asm volatile(TRY("movq %0, %%rsp; pushq %%rax")::"r"(bad + 8) : "memory");
     eq_trap(SS, 0);
     eq("RSP", trap.sp, bad + 8);
-    asm volatile(TRY("movq %0, %%rsp; popq %%rax") ::"r"(bad) : "memory");
+    asm volatile(TRY("movq %0, %%rsp; popq %%rax")::"r"(bad) : "memory");
     eq_trap(SS, 0);
-    asm volatile("movq %%rbp, %%rdx\n\t" TRY("movq %0, %%rbp; movq (%%rbp), %%rax") "movq %%rdx, %%rbp" ::"r"(bad) : "rax", "rdx", "memory");
+    asm volatile("movq %%rbp, %%rdx\n\t" TRY("movq %0, %%rbp; movq (%%rbp), %%rax") "movq %%rdx, %%rbp" ::"r"(bad)
+                 : "rax", "rdx", "memory");
     eq_trap(SS, 0);
-    asm volatile("movq %%rbp, %%rdx\n\t" TRY("movq %0, %%rbp; movq %%fs:(%%rbp), %%rax") "movq %%rdx, %%rbp" ::"r"(bad) : "rax", "rdx", "memory");
+    asm volatile("movq %%rbp, %%rdx\n\t" TRY("movq %0, %%rbp; movq %%fs:(%%rbp), %%rax") "movq %%rdx, %%rbp" ::"r"(bad)
+                 : "rax", "rdx", "memory");
     eq_trap(GP, 0);
-    asm volatile(TRY("movq (%0), %%rax") ::"r"(bad) : "rax");
+    asm volatile(TRY("movq (%0), %%rax")::"r"(bad) : "rax");
     eq_trap(GP, 0);
-    asm volatile(TRY("movq -4(%0), %%rax") ::"r"(bad) : "rax");
+    asm volatile(TRY("movq -4(%0), %%rax")::"r"(bad) : "rax");
     eq("an access that ends beyond: vector", trap.vector, GP);
     idt_default(SS), idt_default(GP);
 }
@@ -208,20 +227,26 @@ static void locked(void)
         u8 z;
         q[0] = 1, q[1] = 2;
         a = 1, d = 2;
-        asm volatile(TRY("lock cmpxchg16b (%3); setz %b2") : "+a"(a), "+d"(d), "=&r"(z) : "r"(q), "b"(3ul), "c"(4ul) : "memory", "cc");
+        asm volatile(TRY("lock cmpxchg16b (%3); setz %b2")
+                     : "+a"(a), "+d"(d), "=&r"(z)
+                     : "r"(q), "b"(3ul), "c"(4ul)
+                     : "memory", "cc");
         eq_trap(NONE, NONE);
         eq("ZF", z, 1);
         eq("low", q[0], 3);
         eq("high", q[1], 4);
-        asm volatile(TRY("cmpxchg16b (%3); setz %b2") : "+a"(a), "+d"(d), "=&r"(z) : "r"(q), "b"(5ul), "c"(6ul) : "memory", "cc");
+        asm volatile(TRY("cmpxchg16b (%3); setz %b2")
+                     : "+a"(a), "+d"(d), "=&r"(z)
+                     : "r"(q), "b"(5ul), "c"(6ul)
+                     : "memory", "cc");
         eq("ZF", z, 0);
         eq("RAX", a, 3);
         eq("RDX", d, 4);
         eq("low", q[0], 3);
         test("CMPXCHG16B: not aligned to 16: #GP(0), at CPL 3 as well");
-        asm volatile(TRY("lock cmpxchg16b 8(%0)") ::"r"(q), "b"(0ul), "c"(0ul), "a"(0ul), "d"(0ul) : "memory", "cc");
+        asm volatile(TRY("lock cmpxchg16b 8(%0)")::"r"(q), "b"(0ul), "c"(0ul), "a"(0ul), "d"(0ul) : "memory", "cc");
         eq_trap(GP, 0);
-        asm volatile(USER("cmpxchg16b 8(%0)") ::"r"(UPTR(q)), "b"(0ul), "c"(0ul), "a"(0ul), "d"(0ul) : "memory", "cc");
+        asm volatile(USER("cmpxchg16b 8(%0)")::"r"(UPTR(q)), "b"(0ul), "c"(0ul), "a"(0ul), "d"(0ul) : "memory", "cc");
         eq_trap(GP, 0);
     }
     test("CMPXCHG8B: over a page boundary, locked");
@@ -232,7 +257,7 @@ static void locked(void)
     eq_trap(NONE, NONE);
     eq("value", *p, 0x0000000800000007);
     test("locked operations over a page boundary");
-    asm volatile(TRY("lock addq %0, (%1)") ::"r"(0x100000000ul), "r"(p) : "memory", "cc");
+    asm volatile(TRY("lock addq %0, (%1)")::"r"(0x100000000ul), "r"(p) : "memory", "cc");
     eq("ADD", *p, 0x0000000900000007);
     a = 5;
     asm volatile(TRY("xchgq %0, (%1)") : "+r"(a) : "r"(p) : "memory");
@@ -240,13 +265,13 @@ static void locked(void)
     a = 2;
     asm volatile(TRY("lock xaddq %0, (%1)") : "+r"(a) : "r"(p) : "memory", "cc");
     eq("XADD", *p, 7);
-    asm volatile(TRY("lock btsq $63, (%0)") ::"r"(p) : "memory", "cc");
+    asm volatile(TRY("lock btsq $63, (%0)")::"r"(p) : "memory", "cc");
     eq("BTS", *p, BIT(63) | 7);
     test("locked operation whose second page is absent: nothing is changed");
     p = (u64 *)(HOLE - 4);
     map((ulong)HOLE, 0, 0);
     *(u32 *)(HOLE - 4) = 0x33333333;
-    asm volatile(TRY("lock addq $1, (%0)") ::"r"(p) : "memory", "cc");
+    asm volatile(TRY("lock addq $1, (%0)")::"r"(p) : "memory", "cc");
     eq_trap(PF, PF_W);
     eq("CR2", trap.cr2, (ulong)HOLE);
     eq("memory", *(u32 *)(HOLE - 4), 0x33333333);
@@ -276,17 +301,23 @@ static void alignment(void)
     eq_trap(AC, 0);
     asm volatile(USER("movq 4(%1), %0") : "=r"(v) : "r"(u) : "memory");
     eq_trap(AC, 0);
-    asm volatile(USER("movb 1(%1), %b0; movw 2(%1), %w0; movl 4(%1), %k0; movq 8(%1), %0") : "=&r"(v) : "r"(u) : "memory");
+    asm volatile(USER("movb 1(%1), %b0; movw 2(%1), %w0; movl 4(%1), %k0; movq 8(%1), %0")
+                 : "=&r"(v)
+                 : "r"(u)
+                 : "memory");
     eq_trap(VEC_DONE, NONE);
     test("#AC: stores, read-modify-writes, PUSH");
-    asm volatile(USER("movl %k0, 2(%1)") ::"r"(0), "r"(u) : "memory");
+    asm volatile(USER("movl %k0, 2(%1)")::"r"(0), "r"(u) : "memory");
     eq_trap(AC, 0);
-    asm volatile(USER("addl $1, 2(%0)") ::"r"(u) : "memory", "cc");
+    asm volatile(USER("addl $1, 2(%0)")::"r"(u) : "memory", "cc");
     eq_trap(AC, 0);
-    asm volatile(USER("decq %%rsp; pushq %%rax") ::: "memory", "cc");
+    asm volatile(USER("decq %%rsp; pushq %%rax")::: "memory", "cc");
     eq_trap(AC, 0);
     test("#AC: not at CPL 0, not without AM, not without AC");
-    asm volatile(TRY("pushq %2; popfq; movl 1(%1), %k0; pushq $2; popfq") : "=r"(v) : "r"(exec_data), "r"((ulong)(F_1 | F_AC)) : "memory", "cc");
+    asm volatile(TRY("pushq %2; popfq; movl 1(%1), %k0; pushq $2; popfq")
+                 : "=r"(v)
+                 : "r"(exec_data), "r"((ulong)(F_1 | F_AC))
+                 : "memory", "cc");
     eq_trap(NONE, NONE);
     user_flags = F_1;
     asm volatile(USER("movl 1(%1), %k0") : "=r"(v) : "r"(u) : "memory");

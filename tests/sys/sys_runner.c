@@ -1,11 +1,14 @@
 /*
- * sys_runner [--engine NAME] [--timeout SECONDS] IMAGE.bin...: runs sys programs (lib/sys.h) on an engine and prints their checks as TAP.
+ * sys_runner [--engine NAME] [--timeout SECONDS] IMAGE.bin...: runs sys programs (lib/sys.h) on an engine and prints
+ * their checks as TAP.
  *
- * The machine is as small as can be: 32 MiB of RAM, two vCPUs with local APICs, a text port (0xe9), an exit port (0xf4), a scratch device of ports and one
- * of memory. A program is loaded at 8000h and entered there in real mode; the doubleword at 500h counts the shutdowns it has had. A program whose
- * last line is "shutdown NAME" passes that check by a triple fault and is started again; otherwise it has to end with "done".
+ * The machine is as small as can be: 32 MiB of RAM, two vCPUs with local APICs, a text port (0xe9), an exit port
+ * (0xf4), a scratch device of ports and one of memory. A program is loaded at 8000h and entered there in real mode; the
+ * doubleword at 500h counts the shutdowns it has had. A program whose last line is "shutdown NAME" passes that check by
+ * a triple fault and is started again; otherwise it has to end with "done".
  *
- * Threads: the loop's (main), where timers fire, and one per vCPU. What the vCPUs' threads write here is under runner.lock.
+ * Threads: the loop's (main), where timers fire, and one per vCPU. What the vCPUs' threads write here is under
+ * runner.lock.
  */
 #include <errno.h>
 #include <getopt.h>
@@ -19,15 +22,15 @@
 #include "dev/lapic.h"
 #include "io/device.h"
 
-#define RAM_SIZE   (32 * MiB)
-#define ENTRY      0x8000u
-#define CASE_ADDR  0x500u
-#define VCPUS      2
-#define CASES_MAX  64
-#define OUT_MAX    (1u << 20)
-#define PORT_TEXT  0xe9
-#define PORT_EXIT  0xf4
-#define PORT_STORE 0xe0        /* eight ports that give back what was written; every access counts */
+#define RAM_SIZE (32 * MiB)
+#define ENTRY 0x8000u
+#define CASE_ADDR 0x500u
+#define VCPUS 2
+#define CASES_MAX 64
+#define OUT_MAX (1u << 20)
+#define PORT_TEXT 0xe9
+#define PORT_EXIT 0xf4
+#define PORT_STORE 0xe0 /* eight ports that give back what was written; every access counts */
 #define PORT_COUNT 0xe8
 #define MMIO_STORE 0xfd000000u
 
@@ -38,7 +41,7 @@ struct runner {
     unsigned timeout_s;
     struct loop *loop;
     struct machine m;
-    struct x86 x;              /* the state that a program starts in, or that it ended in */
+    struct x86 x; /* the state that a program starts in, or that it ended in */
     struct ram ram;
     struct lapic_bus *lapics;
     struct lapic *lapic[VCPUS];
@@ -50,7 +53,7 @@ struct runner {
     size_t out_len;
     u8 port_store[8], mmio_store[PAGE_SIZE];
     u32 port_count;
-    unsigned checks, failed;   /* over all programs */
+    unsigned checks, failed; /* over all programs */
 };
 
 static void stop_loop(void *arg)
@@ -79,10 +82,7 @@ static void on_stopped(void *arg, struct vcpu *v, int why, const char *message)
     runner_end(arg, why == RUN_SHUTDOWN ? END_SHUTDOWN : END_FAILED, v->id, message);
 }
 
-static void on_timeout(void *arg)
-{
-    runner_end(arg, END_TIMEOUT, 0, "");
-}
+static void on_timeout(void *arg) { runner_end(arg, END_TIMEOUT, 0, ""); }
 
 /* ---- ports and memory of the test machine ---- */
 
@@ -96,10 +96,7 @@ static void text_write(void *dev, u64 off UNUSED, u64 val, unsigned size UNUSED)
     pthread_mutex_unlock(&r->lock);
 }
 
-static u64 text_read(void *dev UNUSED, u64 off UNUSED, unsigned size UNUSED)
-{
-    return 0xe9;
-}
+static u64 text_read(void *dev UNUSED, u64 off UNUSED, unsigned size UNUSED) { return 0xe9; }
 
 static void exit_write(void *dev, u64 off UNUSED, u64 val UNUSED, unsigned size UNUSED)
 {
@@ -162,13 +159,48 @@ static void mmio_write(void *dev, u64 off, u64 val, unsigned size)
 static int add_devices(struct runner *r)
 {
     const struct region port[] = {
-        { .base = PORT_TEXT, .size = 1, .min = 1, .max = 1, .read = text_read, .write = text_write, .dev = r, .name = "text" },
-        { .base = PORT_EXIT, .size = 4, .min = 1, .max = 4, .read = text_read, .write = exit_write, .dev = r, .name = "exit" },
-        { .base = PORT_STORE, .size = 8, .min = 1, .max = 4, .read = port_read, .write = port_write, .dev = r, .name = "store" },
-        { .base = PORT_COUNT, .size = 1, .min = 1, .max = 1, .read = count_read, .write = port_write, .dev = r, .name = "count" },
+        { .base = PORT_TEXT,
+          .size = 1,
+          .min = 1,
+          .max = 1,
+          .read = text_read,
+          .write = text_write,
+          .dev = r,
+          .name = "text" },
+        { .base = PORT_EXIT,
+          .size = 4,
+          .min = 1,
+          .max = 4,
+          .read = text_read,
+          .write = exit_write,
+          .dev = r,
+          .name = "exit" },
+        { .base = PORT_STORE,
+          .size = 8,
+          .min = 1,
+          .max = 4,
+          .read = port_read,
+          .write = port_write,
+          .dev = r,
+          .name = "store" },
+        { .base = PORT_COUNT,
+          .size = 1,
+          .min = 1,
+          .max = 1,
+          .read = count_read,
+          .write = port_write,
+          .dev = r,
+          .name = "count" },
     };
     const struct region mmio = {
-        .base = MMIO_STORE, .size = PAGE_SIZE, .min = 1, .max = 8, .read = mmio_read, .write = mmio_write, .dev = r, .name = "mmio store",
+        .base = MMIO_STORE,
+        .size = PAGE_SIZE,
+        .min = 1,
+        .max = 8,
+        .read = mmio_read,
+        .write = mmio_write,
+        .dev = r,
+        .name = "mmio store",
     };
     int rc = 0;
 
@@ -179,17 +211,17 @@ static int add_devices(struct runner *r)
 
 /* ---- one machine, made for every start of a program ---- */
 
-static struct device *device_of(struct lapic *l)
-{
-    return (struct device *)l;         /* it begins with it */
-}
+static struct device *device_of(struct lapic *l) { return (struct device *)l; /* it begins with it */ }
 
 static int machine_cpus(struct runner *r)
 {
     struct machine *m = &r->m;
     struct vcpu_hooks hooks = { .stopped = on_stopped, .arg = r };
     struct lapic_config lc = {
-        .clock = m->clock, .phys_bits = cpuid_phys_bits(m->cpuid), .x2apic = cpuid_has(m->cpuid, CPU_X2APIC), .tsc_deadline = cpuid_has(m->cpuid, CPU_TSC_DEADLINE),
+        .clock = m->clock,
+        .phys_bits = cpuid_phys_bits(m->cpuid),
+        .x2apic = cpuid_has(m->cpuid, CPU_X2APIC),
+        .tsc_deadline = cpuid_has(m->cpuid, CPU_TSC_DEADLINE),
     };
     int rc = lapic_bus_new(&lc, &r->lapics);
 
@@ -318,7 +350,8 @@ static void tap(struct runner *r, bool ok, const char *program, const char *rest
     printf("%sok %u - %s: %s\n", ok ? "" : "not ", r->checks, program, rest);
 }
 
-/* Prints the lines of one run. Returns the name after a last line "shutdown NAME", else NULL; *done: the last line was "done". */
+/* Prints the lines of one run. Returns the name after a last line "shutdown NAME", else NULL; *done: the last line was
+ * "done". */
 static const char *print_lines(struct runner *r, const char *program, bool *done)
 {
     const char *shutdown = NULL;
@@ -343,7 +376,8 @@ static const char *print_lines(struct runner *r, const char *program, bool *done
 
 static void print_failure(struct runner *r, const char *program)
 {
-    static const char *const why[] = { "stopped", "ended without `done`", "unexpected shutdown", "engine failed", "timeout" };
+    static const char *const why[] = { "stopped", "ended without `done`", "unexpected shutdown", "engine failed",
+                                       "timeout" };
     char text[400];
 
     snprintf(text, sizeof text, "runs to its end: %s%s%s", why[r->end], r->message[0] ? ": " : "", r->message);
@@ -412,7 +446,9 @@ static int usage(void)
 
 int main(int argc, char **argv)
 {
-    static const struct option opts[] = { { "engine", required_argument, NULL, 'e' }, { "timeout", required_argument, NULL, 't' }, { NULL, 0, NULL, 0 } };
+    static const struct option opts[] = { { "engine", required_argument, NULL, 'e' },
+                                          { "timeout", required_argument, NULL, 't' },
+                                          { NULL, 0, NULL, 0 } };
     static struct runner r = { .timeout_s = 60, .lock = PTHREAD_MUTEX_INITIALIZER };
     int c;
 

@@ -1,26 +1,30 @@
 /*
- * Hardware task switches: JMP, CALL, IRET, task gates, interrupts; busy bits, NT, back links; what fails before and what fails in the new task. SDM vol. 3A chapter 7.
+ * Hardware task switches: JMP, CALL, IRET, task gates, interrupts; busy bits, NT, back links; what fails before and
+ * what fails in the new task. SDM vol. 3A chapter 7.
  */
 #include "sys.h"
 
-#define T2   T0                  /* the other task */
-#define GATE2 (T0 + 8)           /* a task gate to it */
-#define T16  (T0 + 16)           /* a 16-bit task */
+#define T2 T0          /* the other task */
+#define GATE2 (T0 + 8) /* a task gate to it */
+#define T16 (T0 + 16)  /* a 16-bit task */
 #define SPARE (T0 + 24)
-#define LDT  (T0 + 32)
-#define FT   (T0 + 64)           /* fault tasks: one per vector of `caught` */
+#define LDT (T0 + 32)
+#define FT (T0 + 64) /* fault tasks: one per vector of `caught` */
 
 static struct tss32 t2;
 static u8 t2_stack[2048] __attribute__((aligned(16)));
 static u64 ldt[4];
 
-/* The other task's code: looks around, then returns by IRET, or by JMP to the first task. Runs again from behind the switch when switched to again. */
+/* The other task's code: looks around, then returns by IRET, or by JMP to the first task. Runs again from behind the
+ * switch when switched to again. */
 static volatile u32 seen_eax, seen_ebx, seen_flags, seen_cr0, seen_runs, seen_esp, seen_ldt;
 static volatile u16 seen_tr, seen_fs;
 static volatile u32 leave_by_jmp;
 extern char t2_entry[], t2_ud[];
-asm("t2_entry: movl %eax, seen_eax; movl %ebx, seen_ebx; movl %esp, seen_esp; pushfl; popl seen_flags; movl %cr0, %eax; movl %eax, seen_cr0; str %eax; movw %ax, seen_tr\n"
-    "movw %fs, seen_fs; sldt %eax; movl %eax, seen_ldt; incl seen_runs; cmpl $0, leave_by_jmp; jne 1f; iretl; jmp t2_entry\n"
+asm("t2_entry: movl %eax, seen_eax; movl %ebx, seen_ebx; movl %esp, seen_esp; pushfl; popl seen_flags; movl %cr0, "
+    "%eax; movl %eax, seen_cr0; str %eax; movw %ax, seen_tr\n"
+    "movw %fs, seen_fs; sldt %eax; movl %eax, seen_ldt; incl seen_runs; cmpl $0, leave_by_jmp; jne 1f; iretl; jmp "
+    "t2_entry\n"
     "1: ljmp $0x50, $0; jmp t2_entry\n"
     "t2_ud: ud2");
 
@@ -43,10 +47,7 @@ static void t2_init(const void *entry)
     asm volatile("clts");
 }
 
-static u32 type_of(u16 sel)
-{
-    return gdt[sel / 8] >> 40 & 15;
-}
+static u32 type_of(u16 sel) { return gdt[sel / 8] >> 40 & 15; }
 
 static u16 str(void)
 {
@@ -61,7 +62,9 @@ static void switches(void)
 
     t2_init(t2_entry);
     test("task: CALL to a TSS: registers from it, CS:EIP, TR, CR0.TS, NT and back link set, both busy (SDM 3A 7.3)");
-    asm volatile(TRY("movl $0x12345678, %%ecx; movl $9970f, %1; stc; lcall $0x60, $0x11111111; 9970: pushfl; popl %2; movl %%ecx, %0") : "=&r"(v), "=&r"(ret), "=&r"(f)::"ecx", "memory");
+    asm volatile(TRY("movl $0x12345678, %%ecx; movl $9970f, %1; stc; lcall $0x60, $0x11111111; 9970: pushfl; popl %2; "
+                     "movl %%ecx, %0")
+                 : "=&r"(v), "=&r"(ret), "=&r"(f)::"ecx", "memory");
     eq_trap(NONE, NONE);
     eq("runs", seen_runs, 1);
     eq("EAX", seen_eax, 0xa1a1a1a1);
@@ -76,7 +79,8 @@ static void switches(void)
     eq("saved CS", tss.cs & 0xffff, KCS);
     eq("saved SS", tss.ss & 0xffff, KDS);
     eq("saved flags", tss.eflags & (F_CF | F_NT), F_CF);
-    test("task: IRET goes back by the link: registers and flags restored, NT clear in the left task's image, it is not busy");
+    test("task: IRET goes back by the link: registers and flags restored, NT clear in the left task's image, it is not "
+         "busy");
     eq("ECX", v, 0x12345678);
     eq("flags", f & (F_CF | F_NT), F_CF);
     eq("TR", str(), TSS_SEL);
@@ -84,7 +88,7 @@ static void switches(void)
     eq("own type", type_of(TSS_SEL), TYPE_TSS_BUSY);
     eq("NT in the left image", t2.eflags & F_NT, 0);
     test("task: the next CALL goes on behind the IRET");
-    asm volatile(TRY("lcall $0x60, $0") ::: "memory");
+    asm volatile(TRY("lcall $0x60, $0")::: "memory");
     eq_trap(NONE, NONE);
     eq("runs", seen_runs, 2);
     asm volatile("clts");
@@ -93,7 +97,7 @@ static void switches(void)
     t2_init(t2_entry);
     seen_runs = 0;
     leave_by_jmp = 1;
-    asm volatile(TRY("ljmp $0x60, $0; 9970:") ::: "memory");
+    asm volatile(TRY("ljmp $0x60, $0; 9970:")::: "memory");
     eq_trap(NONE, NONE);
     eq("runs", seen_runs, 1);
     eq("flags inside", seen_flags & F_NT, 0);
@@ -101,11 +105,11 @@ static void switches(void)
     eq("left task's type", type_of(T2), TYPE_TSS);
     eq("own type", type_of(TSS_SEL), TYPE_TSS_BUSY);
     test("task: through a task gate by CALL and JMP");
-    asm volatile(TRY("ljmp $0x68, $0") ::: "memory");
+    asm volatile(TRY("ljmp $0x68, $0")::: "memory");
     eq_trap(NONE, NONE);
     eq("runs", seen_runs, 2);
     t2_init(t2_entry);
-    asm volatile(TRY("lcall $0x68, $0") ::: "memory");
+    asm volatile(TRY("lcall $0x68, $0")::: "memory");
     eq_trap(NONE, NONE);
     eq("runs", seen_runs, 3);
     test("task: from CPL 3 by CALL, and back to CPL 3");
@@ -131,7 +135,7 @@ static void switches(void)
     test("task: INT3 through a task gate");
     t2_init(t2_entry);
     idt_set(BP, T2, NULL, D_P | D_DPL(3) | TYPE_TASK, 0);
-    asm volatile(USER("int3") ::: "memory");
+    asm volatile(USER("int3")::: "memory");
     eq_trap(VEC_DONE, NONE);
     eq("runs", seen_runs, 7);
     idt_default(BP);
@@ -140,7 +144,7 @@ static void switches(void)
     t2_init(t2_entry);
     t2.ldt = LDT;
     t2.fs = 0xc;
-    asm volatile(TRY("lcall $0x60, $0") ::: "memory");
+    asm volatile(TRY("lcall $0x60, $0")::: "memory");
     eq_trap(NONE, NONE);
     eq("FS", seen_fs, 0xc);
     eq("LDT", seen_ldt & 0xffff, LDT);
@@ -152,9 +156,10 @@ static void switches(void)
     idt_set(GP, T2, NULL, D_P | TYPE_TASK, 0);
     leave_by_jmp = 0;
     extern char t2_err[];
-    asm("jmp 1f; t2_err: popl seen_ebx; movl $9, seen_eax; addl $7, tss + 32; iretl; 1:"); /* behind MOV %ax, %fs and its prefix; tss.eip */
+    asm("jmp 1f; t2_err: popl seen_ebx; movl $9, seen_eax; addl $7, tss + 32; iretl; 1:"); /* behind MOV %ax, %fs and
+                                                                                              its prefix; tss.eip */
     t2.eip = (u32)t2_err;
-    asm volatile(TRY("movl $0x1ff8, %%eax; .byte 0x64, 0x64, 0x64, 0x64, 0x64, 0x8e, 0xe0") ::: "eax", "memory");
+    asm volatile(TRY("movl $0x1ff8, %%eax; .byte 0x64, 0x64, 0x64, 0x64, 0x64, 0x8e, 0xe0")::: "eax", "memory");
     eq_trap(NONE, NONE);
     eq("error code", seen_ebx, 0x1ff8);
     eq("handler ran", seen_eax, 9);
@@ -166,89 +171,91 @@ static void refused(void)
 {
     test("task: selector null, beyond the limit, in the LDT: #GP");
     t2_init(t2_entry);
-    asm volatile(TRY("lcall $0, $0") ::: "memory");
+    asm volatile(TRY("lcall $0, $0")::: "memory");
     eq_trap(GP, 0);
     gdt[GATE2 / 8] = gate(0, 0, D_P | TYPE_TASK, 0);
-    asm volatile(TRY("lcall $0x68, $0") ::: "memory");
+    asm volatile(TRY("lcall $0x68, $0")::: "memory");
     eq("vector", trap.vector, GP);
     gdt[GATE2 / 8] = gate(T2 | 4, 0, D_P | TYPE_TASK, 0);
-    asm volatile(TRY("lcall $0x68, $0") ::: "memory");
+    asm volatile(TRY("lcall $0x68, $0")::: "memory");
     eq("vector", trap.vector, GP);
     eq("error code", trap.error, T2 | 4);
     gdt[GATE2 / 8] = gate(0x1ff8, 0, D_P | TYPE_TASK, 0);
-    asm volatile(TRY("lcall $0x68, $0") ::: "memory");
+    asm volatile(TRY("lcall $0x68, $0")::: "memory");
     eq_trap(GP, 0x1ff8);
     test("task: TSS busy: #GP(selector), by CALL, JMP and gate");
     gdt[T2 / 8] = descriptor((u32)&t2, 103, D_P | TYPE_TSS_BUSY);
-    asm volatile(TRY("lcall $0x60, $0") ::: "memory");
+    asm volatile(TRY("lcall $0x60, $0")::: "memory");
     eq_trap(GP, T2);
-    asm volatile(TRY("ljmp $0x60, $0") ::: "memory");
+    asm volatile(TRY("ljmp $0x60, $0")::: "memory");
     eq_trap(GP, T2);
     gdt[GATE2 / 8] = gate(T2, 0, D_P | TYPE_TASK, 0);
-    asm volatile(TRY("lcall $0x68, $0") ::: "memory");
+    asm volatile(TRY("lcall $0x68, $0")::: "memory");
     eq_trap(GP, T2);
     test("task: a task cannot call itself: it is busy");
-    asm volatile(TRY("lcall $0x50, $0") ::: "memory");
+    asm volatile(TRY("lcall $0x50, $0")::: "memory");
     eq_trap(GP, TSS_SEL);
     test("task: TSS not present: #NP(selector); gate not present: #NP(gate)");
     gdt[T2 / 8] = descriptor((u32)&t2, 103, TYPE_TSS);
-    asm volatile(TRY("lcall $0x60, $0") ::: "memory");
+    asm volatile(TRY("lcall $0x60, $0")::: "memory");
     eq_trap(NP, T2);
     gdt[GATE2 / 8] = gate(T2, 0, TYPE_TASK, 0);
-    asm volatile(TRY("lcall $0x68, $0") ::: "memory");
+    asm volatile(TRY("lcall $0x68, $0")::: "memory");
     eq_trap(NP, GATE2);
     test("task: limit below 103: #TS(selector); below 43 for 16 bits");
     gdt[T2 / 8] = descriptor((u32)&t2, 102, D_P | TYPE_TSS);
-    asm volatile(TRY("lcall $0x60, $0") ::: "memory");
+    asm volatile(TRY("lcall $0x60, $0")::: "memory");
     eq_trap(TS, T2);
     gdt[T2 / 8] = descriptor((u32)&t2, 42, D_P | TYPE_TSS16);
-    asm volatile(TRY("lcall $0x60, $0") ::: "memory");
+    asm volatile(TRY("lcall $0x60, $0")::: "memory");
     eq_trap(TS, T2);
     test("task: DPL below CPL or RPL: #GP(selector)");
     gdt[T2 / 8] = descriptor((u32)&t2, 103, D_P | TYPE_TSS);
-    asm volatile(USER("lcall $0x60, $0") ::: "memory");
+    asm volatile(USER("lcall $0x60, $0")::: "memory");
     eq_trap(GP, T2);
-    asm volatile(TRY("lcall $0x63, $0") ::: "memory");
+    asm volatile(TRY("lcall $0x63, $0")::: "memory");
     eq_trap(GP, T2);
     gdt[GATE2 / 8] = gate(T2, 0, D_P | TYPE_TASK, 0);
-    asm volatile(USER("lcall $0x68, $0") ::: "memory");
+    asm volatile(USER("lcall $0x68, $0")::: "memory");
     eq_trap(GP, GATE2);
     test("task: an INT gate to a TSS that is busy: #GP(selector), absent #NP(selector)");
     gdt[T2 / 8] = descriptor((u32)&t2, 103, D_P | TYPE_TSS_BUSY);
     idt_set(0x44, T2, NULL, D_P | TYPE_TASK, 0);
-    asm volatile(TRY("int $0x44") ::: "memory");
+    asm volatile(TRY("int $0x44")::: "memory");
     eq_trap(GP, T2);
     gdt[T2 / 8] = descriptor((u32)&t2, 103, TYPE_TSS);
-    asm volatile(TRY("int $0x44") ::: "memory");
+    asm volatile(TRY("int $0x44")::: "memory");
     eq_trap(NP, T2);
     idt_default(0x44);
     test("task: IRET with NT: the link must be a busy TSS: #TS(link)");
     t2_init(t2_entry);
     tss.link = T2;
-    asm volatile(TRY("pushl $0x4002; popfl; iretl") ::: "memory", "cc");
+    asm volatile(TRY("pushl $0x4002; popfl; iretl")::: "memory", "cc");
     eq_trap(TS, T2);
     tss.link = KDS;
-    asm volatile(TRY("pushl $0x4002; popfl; iretl") ::: "memory", "cc");
+    asm volatile(TRY("pushl $0x4002; popfl; iretl")::: "memory", "cc");
     eq_trap(TS, KDS);
     tss.link = T2 | 4;
-    asm volatile(TRY("pushl $0x4002; popfl; iretl") ::: "memory", "cc");
+    asm volatile(TRY("pushl $0x4002; popfl; iretl")::: "memory", "cc");
     eq_trap(TS, T2 | 4);
     gdt[T2 / 8] = descriptor((u32)&t2, 103, TYPE_TSS_BUSY);
     tss.link = T2;
-    asm volatile(TRY("pushl $0x4002; popfl; iretl") ::: "memory", "cc");
+    asm volatile(TRY("pushl $0x4002; popfl; iretl")::: "memory", "cc");
     eq_trap(NP, T2);
     eq("nothing was switched: TR", str(), TSS_SEL);
     eq("TS", read_cr0() & CR0_TS, 0);
 }
 
-/* Faults that are met when the new task is already the current one are handled by tasks of their own, as the manual advises (7.3: "exception handlers ... should be tasks"). */
+/* Faults that are met when the new task is already the current one are handled by tasks of their own, as the manual
+ * advises (7.3: "exception handlers ... should be tasks"). */
 static const u8 caught[] = {TS, NP, SS, GP, PF};
 static struct tss32 ft[ARRAY_SIZE(caught)];
 static u8 ft_stack[ARRAY_SIZE(caught)][512] __attribute__((aligned(16)));
 static volatile u32 ft_vector, ft_error, ft_link;
 extern char ft_entry[];
 asm("ft_entry: popl ft_error; movl %ebx, ft_vector; movl %ebp, %ebx; jmp ft_leave\n"
-    "ft_leave: movl (%ecx), %eax; movl %eax, ft_link; movl %edx, %ebp; movl trap_sp, %esp; pushl $2; popfl; jmp *trap_fix");
+    "ft_leave: movl (%ecx), %eax; movl %eax, ft_link; movl %edx, %ebp; movl trap_sp, %esp; pushl $2; popfl; jmp "
+    "*trap_fix");
 
 static void ft_arm(void)
 {
@@ -276,14 +283,15 @@ static void ft_disarm(void)
     asm volatile("clts; movw %w0, %%fs; movw %w0, %%gs; movw %w1, %%ds; movw %w1, %%es; lldt %w0" ::"r"(0), "r"(UDS));
 }
 
-/* The switch to t2 as it stands; must end in vector (error) taken in the context of T2. Registers of this function are the fault task's on the way back. */
+/* The switch to t2 as it stands; must end in vector (error) taken in the context of T2. Registers of this function are
+ * the fault task's on the way back. */
 static __attribute__((noinline)) void fails(const char *what, u32 vector, u32 error)
 {
     test("task: in the new task: %s", what);
     ft_arm();
     for (unsigned i = 0; i < ARRAY_SIZE(caught); i++)
         asm volatile("movl %%ebp, %0" : "=m"(ft[i].edx));
-    asm volatile(TRY("lcall $0x60, $0") ::: "eax", "ebx", "ecx", "edx", "esi", "edi", "memory", "cc");
+    asm volatile(TRY("lcall $0x60, $0")::: "eax", "ebx", "ecx", "edx", "esi", "edi", "memory", "cc");
     ft_disarm();
     eq("vector", ft_vector, vector);
     eq("error code", ft_error, error);
@@ -294,7 +302,9 @@ static __attribute__((noinline)) void fails(const char *what, u32 vector, u32 er
 
 /* A switch whose registers are the new task's when it comes back, EBP included. */
 static u32 lost_eax;
-#define LOST(insns) asm volatile("pushl %%ebp\n\t" TRY(insns) "popl %%ebp" : "=a"(lost_eax)::"ebx", "ecx", "edx", "esi", "edi", "memory", "cc")
+#define LOST(insns)                                                                                                    \
+    asm volatile("pushl %%ebp\n\t" TRY(insns) "popl %%ebp"                                                             \
+                 : "=a"(lost_eax)::"ebx", "ecx", "edx", "esi", "edi", "memory", "cc")
 
 static void in_new_task(void)
 {
@@ -378,7 +388,8 @@ static void task16(void)
 
     test("task: 16-bit TSS: words, upper halves FFFFh, FS and GS null, and back");
     gdt[T16 / 8] = descriptor((u32)&t16, 43, D_P | TYPE_TSS16);
-    t16 = (struct tss16){.ip = (u32)t16_entry, .flags = F_1, .ax = 0x1234, .cs = KCS, .ss = KDS, .ds = UDS, .es = UDS, .sp = 0x7000};
+    t16 = (struct tss16){
+        .ip = (u32)t16_entry, .flags = F_1, .ax = 0x1234, .cs = KCS, .ss = KDS, .ds = UDS, .es = UDS, .sp = 0x7000};
     if ((u32)t16_entry > 0xffff) {
         skip("the program is too large");
         return;

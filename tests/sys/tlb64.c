@@ -1,11 +1,12 @@
 /*
- * What must not be found in a TLB: INVLPG, MOV CR3, CR4.PGE, PCID, INVPCID, changes of control bits and of privilege. SDM vol. 3A 4.10.
+ * What must not be found in a TLB: INVLPG, MOV CR3, CR4.PGE, PCID, INVPCID, changes of control bits and of privilege.
+ * SDM vol. 3A 4.10.
  *
  * A TLB may hold less than it is allowed to, so only what must be gone is tested, and that contexts never mix.
  */
 #include "sys.h"
 
-static u64 pa, pb;                            /* two pages; their first doubleword is 0xa..., 0xb... */
+static u64 pa, pb; /* two pages; their first doubleword is 0xa..., 0xb... */
 #define A 0xaaaa0001u
 #define B 0xbbbb0002u
 #define VA (VA_TEST + 0x400000)
@@ -101,18 +102,18 @@ static void invalidation(void)
     write_cr0(read_cr0() | CR0_WP);
     warm(VA);
     *pte(VA, 1) = pa | 3;
-    asm volatile(TRY("movl %0, (%1)") ::"r"(A), "r"(VA) : "memory");
+    asm volatile(TRY("movl %0, (%1)")::"r"(A), "r"(VA) : "memory");
     if (trap.vector == PF)
-        asm volatile(TRY("movl %0, (%1)") ::"r"(A), "r"(VA) : "memory");
+        asm volatile(TRY("movl %0, (%1)")::"r"(A), "r"(VA) : "memory");
     eq_trap(NONE, NONE);
     test("tlb: a right that is taken away: at once after INVLPG");
     *pte(VA, 1) = pa | 1;
     invlpg((void *)VA);
-    asm volatile(TRY("movl %0, (%1)") ::"r"(A), "r"(VA) : "memory");
+    asm volatile(TRY("movl %0, (%1)")::"r"(A), "r"(VA) : "memory");
     eq_trap(PF, PF_P | PF_W);
     write_cr0(read_cr0() & ~(ulong)CR0_WP);
     test("tlb: INVLPG of an address that is not canonical does nothing; with FS its base counts");
-    asm volatile(TRY("invlpg (%0)") ::"r"(0x0000800000000000ul) : "memory");
+    asm volatile(TRY("invlpg (%0)")::"r"(0x0000800000000000ul) : "memory");
     eq_trap(NONE, NONE);
     map(VA, pa, 3);
     warm(VA);
@@ -131,17 +132,17 @@ static void immediate(void)
     map(VA, pa, 3);
     for (int i = 0; i < 4; i++) {
         eq("CPL 0", get(VA), A);
-        asm volatile(USER("movl (%0), %%eax") ::"r"(VA) : "rax", "memory");
+        asm volatile(USER("movl (%0), %%eax")::"r"(VA) : "rax", "memory");
         eq_trap(PF, PF_P | PF_U);
     }
     test("tlb: CR0.WP takes effect at once");
     map(VA, pa, 1);
     for (int i = 0; i < 4; i++) {
         write_cr0(read_cr0() & ~(ulong)CR0_WP);
-        asm volatile(TRY("movl %0, (%1)") ::"r"(A), "r"(VA) : "memory");
+        asm volatile(TRY("movl %0, (%1)")::"r"(A), "r"(VA) : "memory");
         eq_trap(NONE, NONE);
         write_cr0(read_cr0() | CR0_WP);
-        asm volatile(TRY("movl %0, (%1)") ::"r"(A), "r"(VA) : "memory");
+        asm volatile(TRY("movl %0, (%1)")::"r"(A), "r"(VA) : "memory");
         eq_trap(PF, PF_P | PF_W);
     }
     write_cr0(read_cr0() & ~(ulong)CR0_WP);
@@ -155,11 +156,12 @@ static void immediate(void)
             write_cr4(read_cr4() | CR4_SMAP);
             get(VA);
             eq_trap(PF, PF_P);
-            asm volatile(TRY("stac; movl (%0), %%eax; clac; movl (%0), %%eax") ::"r"(VA) : "rax", "memory");
+            asm volatile(TRY("stac; movl (%0), %%eax; clac; movl (%0), %%eax")::"r"(VA) : "rax", "memory");
             eq_trap(PF, PF_P);
-            asm volatile(TRY("stac; movl (%0), %%eax; clac") ::"r"(VA) : "rax", "memory");
+            asm volatile(TRY("stac; movl (%0), %%eax; clac")::"r"(VA) : "rax", "memory");
             eq_trap(NONE, NONE);
-            asm volatile(TRY("pushfq; orl $0x40000, (%%rsp); popfq; movl (%0), %%eax; pushq $2; popfq") ::"r"(VA) : "rax", "memory", "cc");
+            asm volatile(TRY("pushfq; orl $0x40000, (%%rsp); popfq; movl (%0), %%eax; pushq $2; popfq")::"r"(VA)
+                         : "rax", "memory", "cc");
             eq_trap(NONE, NONE);
             write_cr4(read_cr4() & ~(ulong)CR4_SMAP);
         }
@@ -169,17 +171,17 @@ static void immediate(void)
     if (cpuid(7, 0).b & BIT(7)) {
         map(VA, pa, 7);
         for (int i = 0; i < 3; i++) {
-            asm volatile(TRY("call *%0") ::"r"(VA + 16) : "memory");
+            asm volatile(TRY("call *%0")::"r"(VA + 16) : "memory");
             eq_trap(NONE, NONE);
             write_cr4(read_cr4() | CR4_SMEP);
-            asm volatile(TRY("call *%0") ::"r"(VA + 16) : "memory");
+            asm volatile(TRY("call *%0")::"r"(VA + 16) : "memory");
             eq_trap(PF, PF_P | PF_I);
             write_cr4(read_cr4() & ~(ulong)CR4_SMEP);
         }
     }
     map(VA, pa, 3 | PTE_NX);
     get(VA);
-    asm volatile(TRY("call *%0") ::"r"(VA + 16) : "memory");
+    asm volatile(TRY("call *%0")::"r"(VA + 16) : "memory");
     eq_trap(PF, PF_P | PF_I);
     test("tlb: PKRU takes effect at once");
     if (!pku) {
@@ -194,7 +196,7 @@ static void immediate(void)
         asm volatile("wrpkru" ::"a"(1 << 6), "c"(0), "d"(0));
         get(VA);
         eq_trap(PF, PF_P | PF_PK);
-        asm volatile(USER("wrpkru; movl (%%rbx), %%eax") ::"a"(0), "c"(0), "d"(0), "b"(VA) : "memory");
+        asm volatile(USER("wrpkru; movl (%%rbx), %%eax")::"a"(0), "c"(0), "d"(0), "b"(VA) : "memory");
         eq_trap(VEC_DONE, NONE);
     }
     asm volatile("wrpkru" ::"a"(0), "c"(0), "d"(0));
@@ -225,10 +227,10 @@ static void contexts(void)
         return;
     }
     write_cr3(old | 0x18);
-    asm volatile(TRY("movq %0, %%cr4") ::"r"(cr4 | CR4_PCIDE));
+    asm volatile(TRY("movq %0, %%cr4")::"r"(cr4 | CR4_PCIDE));
     eq_trap(GP, 0);
     write_cr3(old);
-    asm volatile(TRY("movq %0, %%cr4") ::"r"(cr4 | CR4_PCIDE));
+    asm volatile(TRY("movq %0, %%cr4")::"r"(cr4 | CR4_PCIDE));
     eq_trap(NONE, NONE);
     write_cr3(old | 0xfff);
     eq("CR3", read_cr3(), old | 0xfff);
@@ -257,7 +259,10 @@ static void contexts(void)
         u64 pcid, address;
     } d __attribute__((aligned(16)));
     bool has = cpuid(7, 0).b & BIT(10);
-#define INVPCID(type, p, a) (d.pcid = (p), d.address = (a), ({ asm volatile(TRY("invpcid (%0), %1") ::"r"(&d), "r"((ulong)(type)) : "memory"); }))
+#define INVPCID(type, p, a)                                                                                            \
+    (d.pcid = (p), d.address = (a), ({                                                                                 \
+         asm volatile(TRY("invpcid (%0), %1")::"r"(&d), "r"((ulong)(type)) : "memory");                                \
+     }))
     if (!has) {
         skip("no INVPCID");
     } else {
@@ -281,7 +286,7 @@ static void contexts(void)
             eq("after", get(VA), B);
             *pte_at(r1, VA, 1) = pa | 3;
             write_cr3(r1 | 1);
-            if (type == 2) {                  /* 2: global entries too */
+            if (type == 2) { /* 2: global entries too */
                 *pte_at(r1, VA, 1) = pa | 3 | PTE_G;
                 invlpg((void *)VA);
                 warm(VA);
@@ -300,7 +305,7 @@ static void contexts(void)
         eq_trap(GP, 0);
         INVPCID(0, 1, 0x0000800000000000);
         eq_trap(GP, 0);
-        asm volatile(USER("invpcid (%0), %1") ::"r"(UPTR(&d)), "r"(1ul) : "memory");
+        asm volatile(USER("invpcid (%0), %1")::"r"(UPTR(&d)), "r"(1ul) : "memory");
         eq_trap(GP, 0);
     }
     write_cr3(old);
@@ -328,7 +333,7 @@ static void contexts(void)
     write_cr3(old);
     write_cr4(cr4);
     test("pcid: without PCIDE bit 63 of CR3 is reserved: #GP(0)");
-    asm volatile(TRY("movq %0, %%cr3") ::"r"(old | BIT(63)));
+    asm volatile(TRY("movq %0, %%cr3")::"r"(old | BIT(63)));
     eq_trap(GP, 0);
 }
 

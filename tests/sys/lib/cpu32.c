@@ -1,7 +1,7 @@
 /* 32-bit protected mode: descriptor tables, the task-state segment, and the C half of the catcher. */
 #include "sys.h"
 
-#define POOL     0x200000ul                  /* pages for tests: physical memory up to 16 MiB */
+#define POOL 0x200000ul /* pages for tests: physical memory up to 16 MiB */
 #define POOL_END 0x1000000ul
 
 static u64 idt[256] __attribute__((aligned(16)));
@@ -54,15 +54,9 @@ void *pages_new(unsigned n)
     return p;
 }
 
-u64 page_new(void)
-{
-    return (ulong)pages_new(1);
-}
+u64 page_new(void) { return (ulong)pages_new(1); }
 
-unsigned phys_bits(void)
-{
-    return cpuid(0x80000000, 0).a >= 0x80000008 ? cpuid(0x80000008, 0).a & 0xff : 36;
-}
+unsigned phys_bits(void) { return cpuid(0x80000000, 0).a >= 0x80000008 ? cpuid(0x80000008, 0).a & 0xff : 36; }
 
 /* ---- the catcher ---- */
 struct frame {
@@ -81,7 +75,8 @@ static void regs_out(const struct frame *f)
 
 static void regs_in(struct frame *f)
 {
-    f->eax = regs[0], f->ecx = regs[1], f->edx = regs[2], f->ebx = regs[3], f->ebp = regs[5], f->esi = regs[6], f->edi = regs[7];
+    f->eax = regs[0], f->ecx = regs[1], f->edx = regs[2], f->ebx = regs[3], f->ebp = regs[5], f->esi = regs[6],
+    f->edi = regs[7];
 }
 
 int trap_catch(struct frame *f)

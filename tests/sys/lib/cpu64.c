@@ -1,7 +1,7 @@
 /* Long mode: descriptor tables, the task-state segment, page tables, and the C half of the catcher. */
 #include "sys.h"
 
-#define POOL     0x200000ul                  /* pages for tests: physical memory up to 16 MiB */
+#define POOL 0x200000ul /* pages for tests: physical memory up to 16 MiB */
 #define POOL_END 0x1000000ul
 
 struct idt_gate {
@@ -59,10 +59,7 @@ void *pages_new(unsigned n)
     return p;
 }
 
-u64 page_new(void)
-{
-    return (u64)pages_new(1);
-}
+u64 page_new(void) { return (u64)pages_new(1); }
 
 volatile u64 *pte_at(u64 root, ulong va, int level)
 {
@@ -78,10 +75,7 @@ volatile u64 *pte_at(u64 root, ulong va, int level)
     }
 }
 
-volatile u64 *pte(ulong va, int level)
-{
-    return pte_at(read_cr3(), va, level);
-}
+volatile u64 *pte(ulong va, int level) { return pte_at(read_cr3(), va, level); }
 
 void map(ulong va, u64 pa, u64 bits)
 {
@@ -89,15 +83,12 @@ void map(ulong va, u64 pa, u64 bits)
     invlpg((void *)va);
 }
 
-unsigned phys_bits(void)
-{
-    return cpuid(0x80000000, 0).a >= 0x80000008 ? cpuid(0x80000008, 0).a & 0xff : 36;
-}
+unsigned phys_bits(void) { return cpuid(0x80000000, 0).a >= 0x80000008 ? cpuid(0x80000008, 0).a & 0xff : 36; }
 
 /* ---- the catcher ---- */
 struct frame {
     ulong gpr[16];
-    ulong vector, word[];                   /* [error,] RIP, CS, RFLAGS, RSP, SS */
+    ulong vector, word[]; /* [error,] RIP, CS, RFLAGS, RSP, SS */
 };
 
 int trap_catch(struct frame *f)
@@ -106,7 +97,8 @@ int trap_catch(struct frame *f)
     ulong *w = f->word + has_error;
     u16 ds, es, fs, gs;
 
-    asm volatile("mov %%ds, %0\n\tmov %%es, %1\n\tmov %%fs, %2\n\tmov %%gs, %3" : "=r"(ds), "=r"(es), "=r"(fs), "=r"(gs));
+    asm volatile("mov %%ds, %0\n\tmov %%es, %1\n\tmov %%fs, %2\n\tmov %%gs, %3"
+                 : "=r"(ds), "=r"(es), "=r"(fs), "=r"(gs));
     trap.vector = f->vector;
     trap.count++;
     trap.error = has_error ? f->word[0] : NONE;
@@ -150,7 +142,4 @@ void exec(const void *code, unsigned n, bool user)
         trap.vector = NONE;
 }
 
-ulong exec_ip(bool user)
-{
-    return (ulong)exec_code + (user ? USER_OFF : 0);
-}
+ulong exec_ip(bool user) { return (ulong)exec_code + (user ? USER_OFF : 0); }

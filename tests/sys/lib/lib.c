@@ -139,10 +139,7 @@ void eq(const char *what, u64 got, u64 want)
     put_hex(&why, got);
 }
 
-void must(const char *what, bool cond)
-{
-    eq(what, cond, true);
-}
+void must(const char *what, bool cond) { eq(what, cond, true); }
 
 void skip(const char *reason)
 {
@@ -183,10 +180,7 @@ void expect_shutdown(const char *what)
     print("\n");
 }
 
-unsigned run_case(void)
-{
-    return *(volatile u32 *)0x500ul;
-}
+unsigned run_case(void) { return *(volatile u32 *)0x500ul; }
 
 void eq_trap(u32 vector, u32 error)
 {
@@ -210,7 +204,8 @@ void trap_unexpected(void)
 bool cpu_amd(void)
 {
     struct cpuid id = cpuid(0, 0);
-    return (id.b == 0x68747541 && id.d == 0x69746e65 && id.c == 0x444d4163) || (id.b == 0x6f677948 && id.d == 0x6e65476e && id.c == 0x656e6975);
+    return (id.b == 0x68747541 && id.d == 0x69746e65 && id.c == 0x444d4163) ||
+           (id.b == 0x6f677948 && id.d == 0x6e65476e && id.c == 0x656e6975);
 }
 
 #ifndef REAL_MODE
@@ -230,8 +225,8 @@ struct table_reg gdt_reg = {sizeof(gdt) - 1, (ulong)gdt};
 
 u64 descriptor(u32 base, u32 limit, u32 access)
 {
-    return (limit & 0xffff) | (u64)(base & 0xffffff) << 16 | (u64)(access & 0xff) << 40 | (u64)(limit >> 16 & 15) << 48 | (u64)(access >> 8 & 15) << 52 |
-           (u64)(base >> 24) << 56;
+    return (limit & 0xffff) | (u64)(base & 0xffffff) << 16 | (u64)(access & 0xff) << 40 |
+           (u64)(limit >> 16 & 15) << 48 | (u64)(access >> 8 & 15) << 52 | (u64)(base >> 24) << 56;
 }
 
 u64 gate(u16 sel, u32 offset, u32 access, u8 low)

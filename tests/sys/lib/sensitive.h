@@ -1,20 +1,21 @@
 /*
- * The sensitive instructions of x86 that do not trap at CPL 3 (Robin and Irvine 2000): they show or depend on privileged state, so a virtual machine monitor that runs guest code
- * at another privilege than the guest believes must find them by other means. Each check holds at CPL 0 and at CPL 3 what the SDM's vol. 2 says of the
- * instruction. Included by sensitive32.c and sensitive64.c.
+ * The sensitive instructions of x86 that do not trap at CPL 3 (Robin and Irvine 2000): they show or depend on
+ * privileged state, so a virtual machine monitor that runs guest code at another privilege than the guest believes must
+ * find them by other means. Each check holds at CPL 0 and at CPL 3 what the SDM's vol. 2 says of the instruction.
+ * Included by sensitive32.c and sensitive64.c.
  */
 #include "sys.h"
 
 #ifdef __x86_64__
 #define BITS "64-bit"
-#define UCS  UCS64
+#define UCS UCS64
 #define IRET "iretq"
 #define RETF "lretq"
 #define PUSHF_ "pushfq"
 #define POPF_ "popfq"
 #else
 #define BITS "32-bit"
-#define UCS  UCS32
+#define UCS UCS32
 #define IRET "iretl"
 #define RETF "lretl"
 #define PUSHF_ "pushfl"
@@ -32,9 +33,9 @@ static void tables(void)
 
     NAME("sgdt");
     memset(out0, 0xee, 16), memset(out3, 0xee, 16);
-    asm volatile(TRY("sgdt (%0)") ::"r"(out0) : "memory");
+    asm volatile(TRY("sgdt (%0)")::"r"(out0) : "memory");
     eq_trap(NONE, NONE);
-    asm volatile(USER("sgdt (%0)") ::"r"(UPTR(out3)) : "memory");
+    asm volatile(USER("sgdt (%0)")::"r"(UPTR(out3)) : "memory");
     eq_trap(VEC_DONE, NONE);
     memcpy(&r, out0, TBL);
     eq("base at CPL 0", r.base, gdt_reg.base);
@@ -46,9 +47,9 @@ static void tables(void)
 
     NAME("sidt");
     memset(out0, 0xee, 16), memset(out3, 0xee, 16);
-    asm volatile(TRY("sidt (%0)") ::"r"(out0) : "memory");
+    asm volatile(TRY("sidt (%0)")::"r"(out0) : "memory");
     eq_trap(NONE, NONE);
-    asm volatile(USER("sidt (%0)") ::"r"(UPTR(out3)) : "memory");
+    asm volatile(USER("sidt (%0)")::"r"(UPTR(out3)) : "memory");
     eq_trap(VEC_DONE, NONE);
     memcpy(&r, out0, TBL);
     eq("base at CPL 0", r.base, idt_reg.base);
@@ -60,21 +61,21 @@ static void tables(void)
 }
 
 /* The instruction with a register and a memory operand, at both privileges: low 16 bits must be want. */
-#define SELECTOR_INSN(insn, want)                                                                            \
-    do {                                                                                                     \
-        ulong v = 0;                                                                                         \
-        asm volatile(TRY(insn " %0") : "=r"(v));                                                             \
-        eq_trap(NONE, NONE);                                                                                 \
-        eq("at CPL 0", v & 0xffff, want);                                                                    \
-        asm volatile(USER(insn " %0") : "=r"(v));                                                            \
-        eq_trap(VEC_DONE, NONE);                                                                             \
-        eq("at CPL 3", v & 0xffff, want);                                                                    \
-        memset(out3, 0xee, 16);                                                                              \
-        asm volatile(USER(insn " (%0)") ::"r"(UPTR(out3)) : "memory");                                       \
-        eq("in memory", *(u16 *)out3, want);                                                                 \
-        eq("bytes written", out3[2], 0xee);                                                                  \
-        asm volatile(TRY(insn " %w0") : "=r"(v) : "0"(~0ul));                                                \
-        eq("16 bits of a register", v, (~0ul & ~0xfffful) | ((want) & 0xffff));                              \
+#define SELECTOR_INSN(insn, want)                                                                                      \
+    do {                                                                                                               \
+        ulong v = 0;                                                                                                   \
+        asm volatile(TRY(insn " %0") : "=r"(v));                                                                       \
+        eq_trap(NONE, NONE);                                                                                           \
+        eq("at CPL 0", v & 0xffff, want);                                                                              \
+        asm volatile(USER(insn " %0") : "=r"(v));                                                                      \
+        eq_trap(VEC_DONE, NONE);                                                                                       \
+        eq("at CPL 3", v & 0xffff, want);                                                                              \
+        memset(out3, 0xee, 16);                                                                                        \
+        asm volatile(USER(insn " (%0)")::"r"(UPTR(out3)) : "memory");                                                  \
+        eq("in memory", *(u16 *)out3, want);                                                                           \
+        eq("bytes written", out3[2], 0xee);                                                                            \
+        asm volatile(TRY(insn " %w0") : "=r"(v) : "0"(~0ul));                                                          \
+        eq("16 bits of a register", v, (~0ul & ~0xfffful) | ((want)&0xffff));                                          \
     } while (0)
 
 static void selectors(void)
@@ -111,53 +112,57 @@ static void flags(void)
         eq("the true IF and IOPL at CPL 3", v & (F_IF | F_IOPL), F_IF | iopl << 12);
     }
     NAME("popf");
-    asm volatile(TRY("push %1; " POPF_ "; " PUSHF_ "; pop %0; push $2; " POPF_) : "=&r"(v) : "r"((ulong)(F_1 | F_IF | F_IOPL)) : "memory", "cc");
+    asm volatile(TRY("push %1; " POPF_ "; " PUSHF_ "; pop %0; push $2; " POPF_)
+                 : "=&r"(v)
+                 : "r"((ulong)(F_1 | F_IF | F_IOPL))
+                 : "memory", "cc");
     eq_trap(NONE, NONE);
     eq("at CPL 0 IF and IOPL change", v & (F_IF | F_IOPL), F_IF | F_IOPL);
     user_flags = F_1;
-    asm volatile(USER("push %0; " POPF_) ::"r"((ulong)(F_1 | F_IF | F_IOPL | F_CF)) : "memory", "cc");
+    asm volatile(USER("push %0; " POPF_)::"r"((ulong)(F_1 | F_IF | F_IOPL | F_CF)) : "memory", "cc");
     eq_trap(VEC_DONE, NONE);
     eq("at CPL 3 they do not, and nothing is said", trap.flags & (F_IF | F_IOPL | F_CF), F_CF);
     user_flags = F_1 | F_IF;
-    asm volatile(USER("push %0; " POPF_) ::"r"((ulong)F_1) : "memory", "cc");
+    asm volatile(USER("push %0; " POPF_)::"r"((ulong)F_1) : "memory", "cc");
     eq_trap(VEC_DONE, NONE);
     eq("IF cannot be cleared either", trap.flags & F_IF, F_IF);
     user_flags = F_1 | F_IOPL;
-    asm volatile(USER("push %0; " POPF_) ::"r"((ulong)(F_1 | F_IF)) : "memory", "cc");
+    asm volatile(USER("push %0; " POPF_)::"r"((ulong)(F_1 | F_IF)) : "memory", "cc");
     eq("with IOPL 3 IF changes, IOPL does not", trap.flags & (F_IF | F_IOPL), F_IF | F_IOPL);
     user_flags = F_1;
 }
 
 /* LAR, LSL, VERR, VERW give ZF and, the first two, a value. */
-#define PROBE(insn, user, sel, value)                                                                        \
-    ({                                                                                                       \
-        u8 zf;                                                                                               \
-        ulong v_ = 0xbad, s_ = (sel);                                                                        \
-        if (user)                                                                                            \
-            asm volatile(USER(insn " %k2, %k1; setz %0") : "=q"(zf), "+r"(v_) : "r"(s_) : "cc");             \
-        else                                                                                                 \
-            asm volatile(TRY(insn " %k2, %k1; setz %0") : "=q"(zf), "+r"(v_) : "r"(s_) : "cc");              \
-        eq_trap((user) ? VEC_DONE : NONE, NONE);                                                             \
-        value = v_;                                                                                          \
-        zf;                                                                                                  \
+#define PROBE(insn, user, sel, value)                                                                                  \
+    ({                                                                                                                 \
+        u8 zf;                                                                                                         \
+        ulong v_ = 0xbad, s_ = (sel);                                                                                  \
+        if (user)                                                                                                      \
+            asm volatile(USER(insn " %k2, %k1; setz %0") : "=q"(zf), "+r"(v_) : "r"(s_) : "cc");                       \
+        else                                                                                                           \
+            asm volatile(TRY(insn " %k2, %k1; setz %0") : "=q"(zf), "+r"(v_) : "r"(s_) : "cc");                        \
+        eq_trap((user) ? VEC_DONE : NONE, NONE);                                                                       \
+        value = v_;                                                                                                    \
+        zf;                                                                                                            \
     })
-#define VERIFY(insn, user, sel)                                                                              \
-    ({                                                                                                       \
-        u8 zf;                                                                                               \
-        ulong s_ = (sel);                                                                                    \
-        if (user)                                                                                            \
-            asm volatile(USER(insn " %w1; setz %0") : "=q"(zf) : "r"(s_) : "cc");                            \
-        else                                                                                                 \
-            asm volatile(TRY(insn " %w1; setz %0") : "=q"(zf) : "r"(s_) : "cc");                             \
-        eq_trap((user) ? VEC_DONE : NONE, NONE);                                                             \
-        zf;                                                                                                  \
+#define VERIFY(insn, user, sel)                                                                                        \
+    ({                                                                                                                 \
+        u8 zf;                                                                                                         \
+        ulong s_ = (sel);                                                                                              \
+        if (user)                                                                                                      \
+            asm volatile(USER(insn " %w1; setz %0") : "=q"(zf) : "r"(s_) : "cc");                                      \
+        else                                                                                                           \
+            asm volatile(TRY(insn " %w1; setz %0") : "=q"(zf) : "r"(s_) : "cc");                                       \
+        eq_trap((user) ? VEC_DONE : NONE, NONE);                                                                       \
+        zf;                                                                                                            \
     })
 
 static bool system_type_good(u32 type, bool lsl)
 {
     if (sizeof(ulong) == 8)
         return type == TYPE_LDT || type == TYPE_TSS || type == TYPE_TSS_BUSY || (type == TYPE_CALL && !lsl);
-    return type == TYPE_LDT || type == TYPE_TSS || type == TYPE_TSS_BUSY || type == TYPE_TSS16 || type == TYPE_TSS16_BUSY || (!lsl && (type == TYPE_CALL || type == TYPE_CALL16 || type == TYPE_TASK));
+    return type == TYPE_LDT || type == TYPE_TSS || type == TYPE_TSS_BUSY || type == TYPE_TSS16 ||
+           type == TYPE_TSS16_BUSY || (!lsl && (type == TYPE_CALL || type == TYPE_CALL16 || type == TYPE_TASK));
 }
 
 static void probes(void)
@@ -191,7 +196,8 @@ static void probes(void)
     eq("data of DPL 0 at CPL 3", VERIFY("verr", true, KDS), 0);
     eq("data of DPL 3 at CPL 3", VERIFY("verr", true, UDS), 1);
     eq("execute-only code", (gdt[T0 / 8] = descriptor(0, 0xfffff, D_P | D_CODE | D_DB), VERIFY("verr", false, T0)), 0);
-    eq("conforming code of DPL 0 at CPL 3", (gdt[T0 / 8] = descriptor(0, 0xfffff, D_P | D_CODE | D_R | D_CONF | D_DB), VERIFY("verr", true, T0 | 3)), 1);
+    eq("conforming code of DPL 0 at CPL 3",
+       (gdt[T0 / 8] = descriptor(0, 0xfffff, D_P | D_CODE | D_R | D_CONF | D_DB), VERIFY("verr", true, T0 | 3)), 1);
     eq("a system descriptor", VERIFY("verr", false, TSS_SEL), 0);
     eq("null", VERIFY("verr", false, 0), 0);
     NAME("verw");
@@ -227,7 +233,7 @@ static void segments(void)
     ulong v;
 
 #ifdef __x86_64__
-    NAME("push");                            /* of segment registers only FS and GS are left (SDM 2B PUSH) */
+    NAME("push"); /* of segment registers only FS and GS are left (SDM 2B PUSH) */
     asm volatile(TRY("mov %1, %%fs; pushq %%fs; pop %0") : "=r"(v) : "r"(UDS));
     eq("at CPL 0", v, UDS);
     asm volatile(USER("pushq %%fs; pop %0") : "=r"(v));
@@ -236,11 +242,11 @@ static void segments(void)
     eq_trap(UD, NONE);
     asm volatile("mov %0, %%fs" ::"r"(0));
     NAME("pop");
-    asm volatile(TRY("push %0; popq %%fs; mov %1, %%fs") ::"r"((ulong)KDS), "r"(0));
+    asm volatile(TRY("push %0; popq %%fs; mov %1, %%fs")::"r"((ulong)KDS), "r"(0));
     eq_trap(NONE, NONE);
-    asm volatile(USER("push %0; popq %%fs") ::"r"((ulong)KDS));
+    asm volatile(USER("push %0; popq %%fs")::"r"((ulong)KDS));
     eq_trap(GP, KDS);
-    asm volatile(USER("push %0; popq %%fs") ::"r"((ulong)UDS));
+    asm volatile(USER("push %0; popq %%fs")::"r"((ulong)UDS));
     eq_trap(VEC_DONE, NONE);
 #else
     NAME("push");
@@ -251,13 +257,13 @@ static void segments(void)
     asm volatile(USER("pushl %%ss; pop %0") : "=r"(v));
     eq("SS at CPL 3 shows it", v & 0xffff, UDS);
     NAME("pop");
-    asm volatile(TRY("push %0; popl %%fs; movw %w1, %%fs") ::"r"((ulong)KDS), "r"(0));
+    asm volatile(TRY("push %0; popl %%fs; movw %w1, %%fs")::"r"((ulong)KDS), "r"(0));
     eq_trap(NONE, NONE);
-    asm volatile(USER("push %0; popl %%fs") ::"r"((ulong)KDS));
+    asm volatile(USER("push %0; popl %%fs")::"r"((ulong)KDS));
     eq_trap(GP, KDS);
-    asm volatile(USER("push %0; popl %%ss") ::"r"((ulong)KDS));
+    asm volatile(USER("push %0; popl %%ss")::"r"((ulong)KDS));
     eq_trap(GP, KDS);
-    asm volatile(USER("push %0; popl %%ds") ::"r"((ulong)UDS));
+    asm volatile(USER("push %0; popl %%ds")::"r"((ulong)UDS));
     eq_trap(VEC_DONE, NONE);
 #endif
     NAME("mov");
@@ -267,9 +273,9 @@ static void segments(void)
     eq("CS at CPL 3 shows it", v, UCS);
     asm volatile(USER("mov %%ss, %0") : "=r"(v) : "0"(0ul));
     eq("SS at CPL 3 shows it", v, UDS);
-    asm volatile(USER("mov %0, %%es") ::"r"(KDS));
+    asm volatile(USER("mov %0, %%es")::"r"(KDS));
     eq_trap(GP, KDS);
-    asm volatile(USER("mov %0, %%ss") ::"r"(KDS));
+    asm volatile(USER("mov %0, %%ss")::"r"(KDS));
     eq_trap(GP, KDS);
 }
 
@@ -287,30 +293,30 @@ static void transfers(void)
     NAME("call");
     far_ptr.off = (u32)(ulong)land_kernel;
     far_ptr.sel = KCS;
-    asm volatile(TRY("lcall *(%0)") ::"r"(&far_ptr) : "memory");
+    asm volatile(TRY("lcall *(%0)")::"r"(&far_ptr) : "memory");
     eq("at CPL 0 to code of DPL 0", trap.vector, LANDED);
-    asm volatile(USER("lcall *(%0)") ::"r"(UPTR(&far_ptr)) : "memory");
+    asm volatile(USER("lcall *(%0)")::"r"(UPTR(&far_ptr)) : "memory");
     eq_trap(GP, KCS);
     far_ptr.sel = T0 | 3;
-    asm volatile(USER("lcall *(%0)") ::"r"(UPTR(&far_ptr)) : "memory");
+    asm volatile(USER("lcall *(%0)")::"r"(UPTR(&far_ptr)) : "memory");
     eq("at CPL 3 through a gate", trap.vector, LANDED);
     far_ptr.sel = UCS;
-    asm volatile(TRY("lcall *(%0)") ::"r"(&far_ptr) : "memory");
+    asm volatile(TRY("lcall *(%0)")::"r"(&far_ptr) : "memory");
     eq_trap(GP, UCS & ~3);
     NAME("jmp");
     far_ptr.sel = KCS;
-    asm volatile(TRY("ljmp *(%0)") ::"r"(&far_ptr) : "memory");
+    asm volatile(TRY("ljmp *(%0)")::"r"(&far_ptr) : "memory");
     eq("at CPL 0 to code of DPL 0", trap.vector, LANDED);
-    asm volatile(USER("ljmp *(%0)") ::"r"(UPTR(&far_ptr)) : "memory");
+    asm volatile(USER("ljmp *(%0)")::"r"(UPTR(&far_ptr)) : "memory");
     eq_trap(GP, KCS);
     far_ptr.sel = T0 | 3;
-    asm volatile(USER("ljmp *(%0)") ::"r"(UPTR(&far_ptr)) : "memory");
+    asm volatile(USER("ljmp *(%0)")::"r"(UPTR(&far_ptr)) : "memory");
     eq_trap(GP, KCS);
     far_ptr.sel = UCS;
     far_ptr.off = (u32)(ulong)UPTR(land_user);
-    asm volatile(USER("ljmp *(%0)") ::"r"(UPTR(&far_ptr)) : "memory");
+    asm volatile(USER("ljmp *(%0)")::"r"(UPTR(&far_ptr)) : "memory");
     eq_trap(VEC_DONE, NONE);
-    asm volatile(TRY("ljmp *(%0)") ::"r"(&far_ptr) : "memory");
+    asm volatile(TRY("ljmp *(%0)")::"r"(&far_ptr) : "memory");
     eq_trap(GP, UCS & ~3);
     NAME("int n");
     EXEC(false, 0xcd, 0x44);
@@ -323,16 +329,18 @@ static void transfers(void)
     eq("CS saved", trap.cs, UCS);
     idt_default(0x44);
     NAME("ret");
-    asm volatile(TRY("push %0; push %1; push %2; push %3; " RETF) ::"r"((ulong)UDS), "r"((ulong)UPTR(user_stack_end)), "r"((ulong)UCS), "r"((ulong)UPTR(land_user)) : "memory");
+    asm volatile(TRY("push %0; push %1; push %2; push %3; " RETF)::"r"((ulong)UDS), "r"((ulong)UPTR(user_stack_end)),
+                 "r"((ulong)UCS), "r"((ulong)UPTR(land_user))
+                 : "memory");
     eq_trap(VEC_DONE, NONE);
     eq("CS", trap.cs, UCS);
-    asm volatile(USER("push %0; push %1; " RETF) ::"r"((ulong)KCS), "r"((ulong)land_kernel) : "memory");
+    asm volatile(USER("push %0; push %1; " RETF)::"r"((ulong)KCS), "r"((ulong)land_kernel) : "memory");
     eq_trap(GP, KCS);
-    asm volatile(USER("push %0; push %1; " RETF) ::"r"((ulong)UCS), "r"((ulong)UPTR(land_user)) : "memory");
+    asm volatile(USER("push %0; push %1; " RETF)::"r"((ulong)UCS), "r"((ulong)UPTR(land_user)) : "memory");
     eq_trap(VEC_DONE, NONE);
-    asm volatile(TRY("push %0; push %1; " RETF) ::"r"((ulong)KCS), "r"((ulong)land_kernel) : "memory");
+    asm volatile(TRY("push %0; push %1; " RETF)::"r"((ulong)KCS), "r"((ulong)land_kernel) : "memory");
     eq("at CPL 0 to CPL 0", trap.vector, LANDED);
-    asm volatile(USER("pushf; push %0; push %1; " IRET) ::"r"((ulong)KCS), "r"((ulong)land_kernel) : "memory");
+    asm volatile(USER("pushf; push %0; push %1; " IRET)::"r"((ulong)KCS), "r"((ulong)land_kernel) : "memory");
     eq_trap(GP, KCS);
 }
 

@@ -1,7 +1,8 @@
 /*
  * From real mode at 0:8000h to main() in the program's mode (SDM vol. 3A 10.9.1 protected mode, 10.8.5 long mode).
  *
- * Memory: 500h the case number; 8000h the program; 1 MiB page tables of long mode, then the pool of pages; stacks in .bss.
+ * Memory: 500h the case number; 8000h the program, its stacks in .bss; 1 MiB page tables of long mode; 2 MiB the
+ * pool of pages.
  */
         .set    PML4, 0x100000
         .set    PDPT, 0x101000

@@ -1,4 +1,7 @@
-/* The catcher of real mode: 256 entries in the interrupt vector table, 8 bytes apart. No error codes here (SDM vol. 3A 20.1.4). */
+/*
+ * The catcher of real mode: 256 entries in the interrupt vector table, 8 bytes apart. There are no error codes
+ * (SDM vol. 3A 20.1.4).
+ */
         .code16
         .text
         .globl  trap_entry

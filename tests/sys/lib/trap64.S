@@ -1,6 +1,7 @@
 /*
- * The catcher of long mode: 256 entries, 16 bytes apart. Whether an error code was pushed is seen from the stack itself: the processor aligns RSP to 16
- * before it pushes five or six quadwords (SDM vol. 3A 6.14.2), so INT n to any vector needs no entry of its own.
+ * The catcher of long mode: 256 entries, 16 bytes apart. Whether an error code was pushed is seen from the stack
+ * itself: the processor aligns RSP to 16 before it pushes five or six quadwords (SDM vol. 3A 6.14.2), so INT n to
+ * any vector needs no entry of its own.
  */
         .text
         .globl  trap_entry
