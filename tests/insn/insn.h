@@ -79,6 +79,7 @@ void native_run(const struct icase *i, const u8 *pattern, struct outcome *out);
 
 /* guest.c */
 int guest_open(const struct xlayout *l);
+int guest_warm_up(const u8 *pattern);                              /* before native_open() */
 int guest_run(const struct icase *i, const u8 *pattern, struct outcome *out);
 void guest_close(void);
 

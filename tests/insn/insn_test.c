@@ -362,11 +362,11 @@ int main(int argc, char **argv)
         return 64;
     xlayout_host(&layout);
     gen_pattern(opt.seed, pattern);
-    if (guest_open(&layout)) {
+    if (guest_open(&layout) || guest_warm_up(pattern)) {
         printf("Bail out! cannot make the guest\n");
         return 1;
     }
-    if (native_open(&layout, &why)) {                              /* after the engine, whose handlers get what is not ours */
+    if (native_open(&layout, &why)) {
         printf("1..1\nok 1 - insn # SKIP %s\n", why);
         return 0;
     }

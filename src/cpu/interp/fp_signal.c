@@ -7,7 +7,7 @@
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <signal.h>
-#include <string.h>
+#include <stdatomic.h>
 #include <ucontext.h>
 
 #include "cpu/interp/fp_signal.h"
@@ -19,6 +19,7 @@ static _Thread_local struct {
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static unsigned users;
+static atomic_bool installed;
 static const int caught[] = {SIGFPE, SIGSEGV, SIGILL};
 static struct sigaction before[ARRAY_SIZE(caught)];
 
@@ -55,29 +56,42 @@ static void handler(int sig, siginfo_t *si, void *ucontext)
 
 void fp_signal_open(void)
 {
+    pthread_mutex_lock(&lock);
+    users++;
+    pthread_mutex_unlock(&lock);
+}
+
+static void install(void)
+{
     struct sigaction sa = {.sa_sigaction = handler, .sa_flags = SA_SIGINFO | SA_ONSTACK};
 
     pthread_mutex_lock(&lock);
-    if (users++ == 0) {
+    if (!atomic_load(&installed)) {
         sigemptyset(&sa.sa_mask);
         for (unsigned n = 0; n < ARRAY_SIZE(caught); n++)
             sigaction(caught[n], &sa, &before[n]);
+        atomic_store(&installed, true);
     }
     pthread_mutex_unlock(&lock);
+}
+
+static void uninstall(void)
+{
+    for (unsigned n = 0; n < ARRAY_SIZE(caught); n++) {
+        struct sigaction now;
+
+        /* Whoever came after us keeps his handler. */
+        if (!sigaction(caught[n], NULL, &now) && (now.sa_flags & SA_SIGINFO) && now.sa_sigaction == handler)
+            sigaction(caught[n], &before[n], NULL);
+    }
+    atomic_store(&installed, false);
 }
 
 void fp_signal_close(const u8 *start)
 {
     pthread_mutex_lock(&lock);
-    if (--users == 0) {
-        for (unsigned n = 0; n < ARRAY_SIZE(caught); n++) {
-            struct sigaction now;
-
-            /* Whoever came after us keeps his handler. */
-            if (!sigaction(caught[n], NULL, &now) && (now.sa_flags & SA_SIGINFO) && now.sa_sigaction == handler)
-                sigaction(caught[n], &before[n], NULL);
-        }
-    }
+    if (--users == 0 && atomic_load(&installed))
+        uninstall();
     pthread_mutex_unlock(&lock);
     if (here.start == start)
         here.start = here.end = NULL;
@@ -87,4 +101,6 @@ void fp_signal_here(const u8 *start, const u8 *end)
 {
     here.start = start;
     here.end = end;
+    if (unlikely(!atomic_load_explicit(&installed, memory_order_acquire)))
+        install();
 }

@@ -3,7 +3,10 @@
 
 #include "base/types.h"
 
-/* Installs the process's handlers; one open for each arena. */
+/*
+ * One open for each arena. The process's handlers are installed when a thread first runs one, not earlier: handlers that the program has installed until then,
+ * for crashes, get what is not ours.
+ */
 void fp_signal_open(void);
 void fp_signal_close(const u8 *start);
 
