@@ -200,6 +200,7 @@ static const struct {
     {W_1C, 28, W_71A, F(4)},                                            /* AVX_VNNI */
     {W_7B, 5, W_7B, F(16)},                                             /* AVX2: AVX512F */
     {W_7B, 5, W_71A, F(4)},
+    {W_7B, 31, W_7B, F(16)},                                            /* AVX512F without VL (Knights Landing): interp's stubs need both */
     {W_7B, 16, W_7B, F(17) | F(21) | F(28) | F(30) | F(31)},            /* AVX512F: DQ IFMA CD BW VL */
     {W_7B, 16, W_7C, F(1) | F(6) | F(11) | F(12) | F(14)},              /* VBMI VBMI2 VNNI BITALG VPOPCNTDQ */
     {W_7B, 16, W_7D, F(8) | F(23)},                                     /* VP2INTERSECT FP16 */
