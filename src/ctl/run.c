@@ -260,7 +260,7 @@ static int make_cmdline(struct run *run)
 static int find_guest(struct run *run)
 {
     const struct run_options *o = &run->options;
-    return o->kernel && !o->command ? 0 : guest_find_or_build(&run->guest, o->quiet);
+    return (o->kernel || o->firmware) && !o->command ? 0 : guest_find_or_build(&run->guest, o->quiet);
 }
 
 static int open_trace(struct run *run)
@@ -291,8 +291,9 @@ static int open_vm(struct run *run, const struct engine *engine)
     const struct run_options *o = &run->options;
     struct vm_config config = {
         .engine = engine, .vcpus = o->cpus, .memory_bytes = o->memory_bytes,
-        .kernel = o->kernel ? o->kernel : run->guest.kernel,
-        .initrd = o->initrd ? o->initrd : o->kernel ? NULL : run->guest.initrd,
+        .kernel = o->kernel ? o->kernel : o->firmware ? NULL : run->guest.kernel,
+        .firmware = o->firmware,
+        .initrd = o->initrd ? o->initrd : o->kernel || o->firmware ? NULL : run->guest.initrd,
         .cmdline = run->cmdline, .disk = o->disk, .disks = o->disks, .serial = run->serial,
         .debug_exit = o->debug_exit,
         .no_reboot = o->no_reboot || o->command,                   /* a command is not run twice */
@@ -339,7 +340,7 @@ static int loop_and_machine(struct run *run)
     run->running_ns = run_now_ns();
     message(&run->messages, LOG_INFO, "the guest starts, %.2f s after doppel: %u vCPU, %llu MiB, kernel %s",
             (double)(run->running_ns - run->started_ns) / 1e9, run->options.cpus, (unsigned long long)(run->options.memory_bytes / MiB),
-            run->options.kernel ? run->options.kernel : run->guest.kernel);
+            run->options.kernel ? run->options.kernel : run->options.firmware ? run->options.firmware : run->guest.kernel);
     int r = signals_open(run->loop, on_signal, run);
     if (r < 0)
         return r;

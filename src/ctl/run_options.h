@@ -10,7 +10,7 @@ struct run_options {
     const char *engine;                                            /* "auto" or an engine's name */
     unsigned cpus;
     u64 memory_bytes;
-    const char *kernel, *initrd, *append;                          /* NULL: not given */
+    const char *firmware, *kernel, *initrd, *append;               /* NULL: not given */
     struct vm_disk disk[VM_DISKS_MAX];
     unsigned disks;
     enum console_kind console;

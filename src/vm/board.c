@@ -11,7 +11,8 @@
  *   0xe0000000  PCI configuration (ECAM), bus 0               0x02f8 0x03f8         ns16550 COM2, COM1
  *   0xfec00000  I/O APIC                                      0x03b0 to 0x03df      VGA registers
  *   0xfee00000  local APIC (each vCPU's own), MSI             0x0505                pvpanic
- *   0x100000000 the rest of RAM                               0x0600 to 0x063f      ACPI power management
+ *   below 4 GiB firmware, if any                              0x0600 to 0x063f      ACPI power management
+ *   0x100000000 the rest of RAM
  *                                                             0x0cf8 0x0cfc 0x0cf9  PCI configuration, reset control
  *                                                             0xc000 to 0xffff      PCI I/O window
  *
@@ -47,6 +48,7 @@
 #include "dev/virtio_console.h"
 #include "dev/virtio_rng.h"
 #include "io/virtio_pci.h"
+#include "vm/boot.h"
 
 #define RAM_LOW_TOP   0xc0000000ull    /* 3 GiB */
 #define RAM_HIGH_BASE 0x100000000ull
@@ -141,17 +143,24 @@ static int attach_virtio(struct board *b, unsigned slot, void *device)
 
 /* ---- memory ---- */
 
-static int build_ram(struct board *b, u64 size)
+static int build_ram(struct board *b, u64 size, const char *firmware)
 {
-    static const struct e820_entry reserved[] = {
+    struct e820_entry reserved[] = {
         { EBDA_BASE, VIDEO_BASE - EBDA_BASE, E820_RESERVED },
         { VIDEO_BASE, VIDEO_END - VIDEO_BASE, E820_RESERVED },
         { ACPI_BASE, ACPI_SIZE, E820_RESERVED },
         { ECAM_BASE, ECAM_BUSES * PCI_ECAM_BUS_SIZE, E820_RESERVED },
+        { RAM_HIGH_BASE, 0, E820_RESERVED },                       /* firmware */
     };
-    u64 low = MIN(size, RAM_LOW_TOP);
+    u64 low = MIN(size, RAM_LOW_TOP), rom = 0;
     int r = ram_init(&b->ram);
 
+    if (r == 0 && firmware)
+        r = boot_firmware_size(firmware, &rom);
+    if (r == 0 && rom)
+        r = ram_add(&b->ram, RAM_HIGH_BASE - rom, rom);
+    reserved[ARRAY_SIZE(reserved) - 1].base -= rom;
+    reserved[ARRAY_SIZE(reserved) - 1].size = rom;
     if (r == 0)
         r = ram_add(&b->ram, 0, VIDEO_BASE);
     if (r == 0)
@@ -294,7 +303,7 @@ int board_new(const struct vm_config *config, struct machine *m, struct machine_
     b->m = m;
     pthread_mutex_init(&b->wire_lock, NULL);
     *out = b;                                                      /* freed by the caller, also when half built */
-    r = build_ram(b, config->memory_bytes);
+    r = build_ram(b, config->memory_bytes, config->firmware);
     m->ram = &b->ram;
     if (r == 0)
         r = bus_new(NULL, &m->pio);
@@ -385,7 +394,7 @@ void board_state(struct board *b, struct stream *s)
     }
 }
 
-int board_acpi(struct board *b, u64 *rsdp_gpa)
+int board_tables(struct board *b, u64 *rsdp_gpa)
 {
     struct acpi_config c = {
         .vcpus = b->m->vcpus,

@@ -237,10 +237,8 @@ static int unknown_kernel(struct boot_load *l)
         if (range_in(kind[i].offset, kind[i].len, f->size) && !boot_file_read(f, kind[i].offset, found, kind[i].len) &&
             !memcmp(found, kind[i].magic, kind[i].len))
             return err(-ENOEXEC, "kernel %s: %s", f->path, kind[i].what);
-    return err(-ENOEXEC,
-               "kernel %s: is neither a Linux kernel (bzImage) nor an ELF file with a PVH entry; is it the right file, "
-               "and whole?",
-               f->path);
+    return err(-ENOEXEC, "kernel %s: is neither a Linux kernel (bzImage), nor a multiboot kernel, nor an ELF file with a PVH entry, nor a "
+               "boot sector; is it the right file, and whole?", f->path);
 }
 
 int boot_place(struct boot_load *l)
@@ -248,7 +246,11 @@ int boot_place(struct boot_load *l)
     int rc = boot_linux(l);
 
     if (rc == BOOT_OTHER)
+        rc = boot_multiboot(l);
+    if (rc == BOOT_OTHER)
         rc = boot_elf(l);
+    if (rc == BOOT_OTHER)
+        rc = boot_sector(l);
     if (rc == BOOT_OTHER)
         rc = unknown_kernel(l);
     return rc;
@@ -256,9 +258,17 @@ int boot_place(struct boot_load *l)
 
 int boot_load(struct ram *ram, const struct boot_config *config, struct x86 *bsp)
 {
-    struct boot_load l = { .ram = ram, .config = config, .bsp = bsp, .kernel.fd = -1, .initrd.fd = -1 };
-    int rc = boot_file_open(&l.kernel, "kernel", config->kernel);
+    struct boot_load l = { .ram = ram, .config = config, .bsp = bsp, .kernel.fd = -1, .initrd.fd = -1, .firmware.fd = -1 };
+    int rc = 0;
 
+    if (config->firmware) {
+        rc = boot_file_open(&l.firmware, "firmware", config->firmware);
+        if (!rc)
+            rc = boot_firmware(&l);
+        boot_file_close(&l.firmware);
+        return rc;
+    }
+    rc = boot_file_open(&l.kernel, "kernel", config->kernel);
     if (!rc && config->initrd)
         rc = boot_file_open(&l.initrd, "initrd", config->initrd);
     if (!rc)

@@ -3,7 +3,10 @@
  * them.
  *
  *   Linux bzImage           64-bit boot protocol, else 32-bit (Documentation/arch/x86/boot.rst)           boot_linux.c
+ *   ELF and others          multiboot 1 and 2, by the header in the file's first 8 or 32 KiB             boot_multiboot.c
  *   ELF, 64 or 32 bit       PVH: XEN_ELFNOTE_PHYS32_ENTRY (Xen's docs/misc/pvh.pandoc)                    boot_elf.c
+ *   boot sector             real mode at 0x7c00, without a BIOS                                           boot_raw.c
+ *   firmware image          at the reset vector; then the kernel, if any, is the firmware's affair         boot_raw.c
  *
  * Files are untrusted: whatever they hold, the outcome is a booted guest (that may crash) or an error for the user;
  * nothing outside guest memory changes. vCPUs stand still meanwhile. A reset of the machine loads again.
@@ -11,7 +14,7 @@
  * Low memory as the kernel finds it (all usable RAM by the e820 map, the kernel takes it back when it has its own):
  *   0x00001000  GDT                                  BOOT_GDT
  *   0x00002000  PML4, PDPT, four page directories: the lowest 4 GiB identity-mapped by 2 MiB pages
- *   0x00008000  boot_params, or hvm_start_info       BOOT_INFO
+ *   0x00008000  boot_params, hvm_start_info, or multiboot's information, which may go up to BOOT_LOW_END       BOOT_INFO
  *   0x00009000  PVH: module list, memory map
  *   0x00010000  command line                         BOOT_CMDLINE, up to BOOT_CMDLINE_MAX bytes with its NUL
  *   0x00020000  stack top (the entry code of a kernel needs none; a debugger is glad of it)
@@ -30,9 +33,12 @@
 #define BOOT_CMDLINE_MAX 0x10000u
 #define BOOT_STACK       0x20000u
 #define BOOT_LOW_END     0x20000u
+#define BOOT_FIRMWARE_STEP (64 * KiB)
+#define BOOT_FIRMWARE_MAX  (16 * MiB)    /* below 4 GiB, above the interrupt controllers */
 #define BOOT_RAM_TOP     0xc0000000u /* kernels and initrds stay below it: 32-bit entry code reaches all of it */
 
 struct boot_config {
+    const char *firmware;                                          /* NULL: none; else it runs, and nothing else is loaded */
     const char *kernel;
     const char *initrd;                                            /* NULL: none */
     const char *cmdline;                                           /* NULL: "" */
@@ -44,6 +50,9 @@ struct boot_config {
 /* Loads, and sets *bsp to the state at the entry: from reset plus what the protocol asks. 0, or a negative errno with
  * err(). */
 int boot_load(struct ram *ram, const struct boot_config *config, struct x86 *bsp);
+
+/* How large a firmware image is, for which there must be RAM below 4 GiB. -EINVAL with err() for what cannot be one. */
+int boot_firmware_size(const char *path, u64 *size);
 
 /* ---- between the files of this module, and for tests ---- */
 
@@ -66,7 +75,7 @@ int boot_file_copy(const struct boot_file *f, u64 offset, struct ram *ram, u64 g
 struct boot_load {
     struct ram *ram;
     const struct boot_config *config;
-    struct boot_file kernel, initrd;                               /* initrd.path NULL: none */
+    struct boot_file kernel, initrd, firmware;                     /* path NULL: none */
     struct x86 *bsp;
 };
 
@@ -75,7 +84,10 @@ enum { BOOT_OTHER = 1 };                                           /* not this k
 /* boot_load() with files that are open already. */
 int boot_place(struct boot_load *l);
 int boot_linux(struct boot_load *l);                               /* BOOT_OTHER when the file is no bzImage */
+int boot_multiboot(struct boot_load *l);                           /* BOOT_OTHER when the file has no multiboot header */
 int boot_elf(struct boot_load *l);                                 /* BOOT_OTHER when it is no ELF file */
+int boot_sector(struct boot_load *l);                              /* BOOT_OTHER when the file does not begin with a boot sector */
+int boot_firmware(struct boot_load *l);
 
 /* Puts the initrd as high as may be below limit (exclusive) and above floor; 0 where there is none to load. */
 int boot_initrd(struct boot_load *l, u64 floor, u64 limit, u64 *gpa);

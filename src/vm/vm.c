@@ -124,7 +124,7 @@ static void on_vcpu_stopped(void *arg, struct vcpu *v, int why, const char *mess
 static int vm_boot(struct vm *vm)
 {
     struct boot_config boot = {
-        .kernel = vm->config.kernel, .initrd = vm->config.initrd, .cmdline = vm->config.cmdline, .map = board_map(vm->board),
+        .firmware = vm->config.firmware, .kernel = vm->config.kernel, .initrd = vm->config.initrd, .cmdline = vm->config.cmdline, .map = board_map(vm->board),
     };
     struct x86 *x;
     int r = 0;
@@ -135,7 +135,9 @@ static int vm_boot(struct vm *vm)
         return err(-ENOMEM, "out of memory");
     for (unsigned i = 0; r == 0 && i < vm->m.vcpus; i++) {
         x86_reset(x, i == 0);
-        if (i == 0 && (r = board_acpi(vm->board, &boot.rsdp_gpa)) == 0)
+        if (i == 0 && !boot.firmware)
+            r = board_tables(vm->board, &boot.rsdp_gpa);
+        if (i == 0 && r == 0)
             r = boot_load(vm->m.ram, &boot, x);
         if (r == 0)
             r = vcpu_set(vm->m.vcpu[i], x);

@@ -60,6 +60,7 @@ struct vm_config {
     const struct engine *also;
     unsigned vcpus;                                                /* 1..VM_VCPUS_MAX */
     u64 memory_bytes;                                              /* VM_MEMORY_MIN.., multiple of 1 MiB */
+    const char *firmware;                                          /* NULL: doppel loads the kernel itself */
     const char *kernel, *initrd, *cmdline;                         /* initrd and cmdline may be NULL */
     const struct vm_disk *disk;
     unsigned disks;                                                /* up to VM_DISKS_MAX */
