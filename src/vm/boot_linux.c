@@ -58,6 +58,9 @@ static int read_header(struct boot_load *l, struct image *im)
     im->size = im->h.syssize * 16ull;
     if (!im->size)
         return damaged(l, "its size");
+    /* Units of 16 bytes: what is not Linux itself (memtest86+) does not always fill the last one. */
+    if (im->offset < f->size && im->size > f->size - im->offset && im->size - (f->size - im->offset) < 16)
+        im->size = f->size - im->offset;
     if (!range_in(im->offset, im->size, f->size))
         return err(-EIO, "kernel %s: is truncated: %llu of %llu bytes are there; get it again", f->path,
                    (unsigned long long)f->size, (unsigned long long)(im->offset + im->size));

@@ -51,15 +51,18 @@ int boot_sector(struct boot_load *l)
 {
     const struct boot_file *f = &l->kernel;
     struct x86 *x = l->bsp;
-    u8 mark[2];
+    u8 mark[2], first[2];
     int rc;
 
     if (f->size < SECTOR || f->size % SECTOR)
         return BOOT_OTHER;
     rc = boot_file_read(f, SECTOR - sizeof mark, mark, sizeof mark);
+    if (!rc)
+        rc = boot_file_read(f, 0, first, sizeof first);
     if (rc)
         return rc;
-    if (mark[0] != 0x55 || mark[1] != 0xaa)
+    /* "MZ": the beginning of a Linux kernel or EFI program, which has the mark as well. */
+    if (mark[0] != 0x55 || mark[1] != 0xaa || (first[0] == 'M' && first[1] == 'Z'))
         return BOOT_OTHER;
     if (!e820_usable(l->config->map, SECTOR_GPA, f->size))
         return err(-EFBIG, "kernel %s: is a disk image with a boot sector, too large to be loaded whole, and there is no BIOS that would load the "

@@ -1,5 +1,7 @@
-/* The small chips: dev/i8042, rst_cnt, port92, port80, pvpanic, vga_mem. */
+/* The small chips: dev/i8042, rst_cnt, port92, port80, pvpanic, debug_exit, debugcon, vga_mem. */
 #include "dev/chip.h"
+#include "dev/debug_exit.h"
+#include "dev/debugcon.h"
 #include "dev/i8042.h"
 #include "dev/port80.h"
 #include "dev/port92.h"
@@ -342,11 +344,81 @@ static void video(void **state UNUSED)
 
 #define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
 
+/* ---- debug_exit, debugcon ---- */
+
+static void take_exit(void *arg, unsigned value)
+{
+    *(unsigned *)arg = value;
+}
+
+static void debug_exit_tells_the_value(void **state UNUSED)
+{
+    unsigned value = 0;
+    struct debug_exit *p;
+
+    assert_int_equal(debug_exit_new(bench.pio, DEBUG_EXIT_PORT, (struct machine_hook){ .exit = take_exit, .arg = &value }, &p), 0);
+    out8(&bench, DEBUG_EXIT_PORT, 0x12);
+    assert_int_equal(value, 0x12);
+    bus_write(bench.pio, DEBUG_EXIT_PORT, 0x3456, 2);
+    assert_int_equal(value, 0x3456);
+    bus_write(bench.pio, DEBUG_EXIT_PORT, 0x89abcdef, 4);
+    assert_int_equal(value, 0x89abcdef);
+    assert_int_equal(in8(&bench, DEBUG_EXIT_PORT), 0);
+    chip_free(p);
+    assert_int_equal(debug_exit_new(bench.pio, DEBUG_EXIT_PORT, (struct machine_hook){ 0 }, &p), 0);
+    out8(&bench, DEBUG_EXIT_PORT, 1);                               /* nobody listens */
+    chip_free(p);
+}
+
+/* A host end with room for so many bytes. */
+struct sink {
+    struct chardev c;
+    char text[16];
+    size_t len, room;
+};
+
+static size_t sink_write(struct chardev *c, const u8 *buf, size_t len)
+{
+    struct sink *s = (struct sink *)c;
+
+    len = MIN(len, s->room - s->len);
+    memcpy(s->text + s->len, buf, len);
+    s->len += len;
+    return len;
+}
+
+static void count_message(void *arg, enum log_level level UNUSED, const char *msg UNUSED)
+{
+    ++*(unsigned *)arg;
+}
+
+static void debug_console_writes_or_loses(void **state UNUSED)
+{
+    static const struct chardev_ops ops = { .write = sink_write };
+    struct sink s = { .c.ops = &ops, .room = 2 };
+    unsigned messages = 0;
+    struct log log = { count_message, &messages };
+    struct debugcon *p;
+
+    assert_int_equal(debugcon_new(bench.pio, DEBUGCON_PORT, &s.c, &log, &p), 0);
+    assert_int_equal(in8(&bench, DEBUGCON_PORT), 0xe9);
+    for (const char *t = "abcd"; *t; t++)
+        out8(&bench, DEBUGCON_PORT, (u8)*t);                        /* c waits in vain, d not at all */
+    assert_int_equal(messages, 1);
+    s.room = 3;
+    out8(&bench, DEBUGCON_PORT, 'e');
+    assert_string_equal(s.text, "abe");
+    chip_free(p);
+    assert_int_equal(debugcon_new(bench.pio, DEBUGCON_PORT, NULL, &log, &p), 0);
+    out8(&bench, DEBUGCON_PORT, 'x');
+    chip_free(p);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         T(the_controller_answers), T(the_keyboard_answers), T(the_mouse_answers), T(bytes_interrupt), T(unread_answers_are_bounded),
-        T(the_controller_resets_the_machine), T(its_state_can_be_moved), T(reset_control_register), T(fast_reset), T(delay_ports), T(panics_are_told),
+        T(the_controller_resets_the_machine), T(its_state_can_be_moved), T(reset_control_register), T(fast_reset), T(delay_ports), T(panics_are_told), T(debug_exit_tells_the_value), T(debug_console_writes_or_loses),
         T(video),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -1,8 +1,8 @@
 /*
  * Boot images: whatever a kernel file and an initrd hold, loading gives a guest or an error, and touches nothing else.
  *
- * The first four bytes choose: memory size, where the initrd begins, and whether the rest gets a valid magic number (so
- * that the fuzzer need not find it).
+ * The first four bytes choose: memory size, where the initrd begins, and whether the rest gets valid magic
+ * numbers (so that the fuzzer need not find them).
  */
 #include <string.h>
 
@@ -42,8 +42,20 @@ int LLVMFuzzerTestOneInput(const u8 *data, size_t size)
         memcpy(file, data[2] & 8 ? "\x7f" "ELF\x01\x01" : "\x7f" "ELF\x02\x01", 6);
         memcpy(file + 16, data[2] & 8 ? "\x02\0\x03" : "\x02\0\x3e", 4);
     }
-    if (ram_init(&ram) || ram_add(&ram, 0, 0xa0000) || ram_add(&ram, 0xc0000, memory - 0xc0000) ||
-        e820_build(&map, &ram, reserved, ARRAY_SIZE(reserved)))
+    u8 how = data[2] >> 4;
+    if (how & 1 && kernel_size > 64) {                             /* multiboot 1, with addresses or without */
+        u32 h[3] = { 0x1badb002, how & 2 ? 0x10003 : 3 };
+        h[2] = -(h[0] + h[1]);
+        memcpy(file + (kernel_size > 1024 ? 512 : 32), h, sizeof h);
+    }
+    if (how & 4 && kernel_size > 128) {
+        u32 h[4] = { 0xe85250d6, 0, how & 2 ? (u32)kernel_size - 64 : 64 };
+        h[3] = -(h[0] + h[2]);
+        memcpy(file + 64, h, sizeof h);
+    }
+    if (how & 8 && kernel_size > 0x200)
+        memcpy(file + 0x1fe, "\x55\xaa", 2);
+    if (ram_init(&ram) || ram_add(&ram, 0, 0xa0000) || ram_add(&ram, 0xc0000, memory - 0xc0000) || e820_build(&map, &ram, reserved, ARRAY_SIZE(reserved)))
         abort();
     struct boot_config config = {
         .kernel = "kernel", .cmdline = "quiet", .map = &map, .rsdp_gpa = 0xe0000, .phys_bits = data[3]

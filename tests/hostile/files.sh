@@ -82,6 +82,44 @@ timeout 10 "$DOPPEL" "${base[@]}" --disk busy.img </dev/null >out 2>err & first=
 refused "disk: twice in one machine" 1 twice.img "${base[@]}" --disk "$(truncate -s 1M twice.img; echo twice.img)" --disk twice.img
 kill $first 2>/dev/null; wait $first 2>/dev/null; exec 7>&-
 
+# Multiboot headers that make no sense, modules beyond memory, boot sectors, firmware of odd sizes.
+word() { printf "\\x$(printf %02x $(($1 & 255)))\\x$(printf %02x $(($1 >> 8 & 255)))\\x$(printf %02x $(($1 >> 16 & 255)))\\x$(printf %02x $(($1 >> 24 & 255)))"; }
+multiboot()                                         # flags, words that follow the checksum
+{
+    local flags=$1 w
+    shift
+    word 0x1badb002; word "$flags"; word $((-(0x1badb002 + flags)))
+    for w in "$@"; do word "$w"; done
+    head -c 2000 /dev/zero
+}
+multiboot 0x10 >mb-flags
+multiboot 3 >mb-no-elf
+multiboot 0x10003 0x100000 0x200000 0 0 0x100000 >mb-load-above-header
+multiboot 0x10003 0x100000 0x100000 0xffffffff 0 0x100000 >mb-beyond-file
+multiboot 0x10003 0x100000 0x100000 0 0xffff0000 0x100000 >mb-bss
+multiboot 0x10003 0xfffff000 0xfffff000 0 0 0xfffff000 >mb-top
+multiboot 0x10003 0 0 0 0 0 >mb-zero
+multiboot 0x10003 0x100000 0x100000 0 0 0x100000 >mb-good
+{ word 0xe85250d6; word 0; word 16; word $((-(0xe85250d6 + 16))); head -c 2000 /dev/zero | tr '\0' '\377'; } >mb2-no-end
+{ word 0xe85250d6; word 0; word 24; word $((-(0xe85250d6 + 24))); word 77; word 8; head -c 2000 /dev/zero; } >mb2-unknown-tag
+truncate -s 600M huge
+truncate -s 16M disk-with-sector; printf '\125\252' | dd of=disk-with-sector bs=1 seek=510 conv=notrunc 2>/dev/null
+for k in mb-flags mb-no-elf mb-load-above-header mb-beyond-file mb-bss mb-top mb-zero mb2-no-end mb2-unknown-tag disk-with-sector; do
+    refused "kernel: $k" 1 "$k" "${base[@]}" --kernel $k
+done
+refused "module beyond memory: multiboot" 1 huge "${base[@]}" --kernel mb-good --initrd huge
+refused "module beyond memory: bzImage" 1 huge "${base[@]}" --kernel "$guest/vmlinuz" --initrd huge
+for n in 1 511 65535 65537 100000; do
+    truncate -s $n "firmware-$n"
+    refused "firmware: $n bytes" 1 "firmware-$n" "${base[@]}" --firmware "firmware-$n"
+done
+for f in missing empty folder fifo huge; do
+    refused "firmware: $f" 1 "$f" "${base[@]}" --firmware $f
+done
+head -c 131072 /dev/urandom >firmware-random
+survives "firmware: random bytes" "${base[@]}" --firmware firmware-random --no-reboot
+refused "firmware and a command" 64 firmware "${base[@]}" --firmware firmware-random -- true
+
 for m in 0 1 1K -5 3M 99999999999999999999G 1000000G abc 512X "" 0x100; do
     refused "--memory '$m'" 64 --memory "${base[@]}" --memory "$m"
 done

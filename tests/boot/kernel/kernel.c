@@ -163,7 +163,7 @@ static void start_second(void)
     for (volatile int i = 0; i < 100000; i++)
         ;
     send_ipi(0x4608);                                              /* SIPI to 0x8000 */
-    for (volatile u64 i = 0; !second_runs && i < 500000000; i++)
+    for (volatile u64 i = 0; !second_runs && i < 20000000; i++)
         __asm__ volatile("pause");
     if (second_runs)
         line("second processor, APIC", second_runs - 1);
