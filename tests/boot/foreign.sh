@@ -17,7 +17,8 @@ i386_lists()
     [ -e "$tmp/apt/done" ] && return
     mkdir -p "$tmp/apt/lists/partial" "$tmp/apt/cache/archives/partial"
     : >"$tmp/apt/status"
-    apt-get "${i386[@]}" update >&2 && : >"$tmp/apt/done"
+    apt-get "${i386[@]}" update >&2                 # of several sources one may be out of order
+    : >"$tmp/apt/done"
 }
 fetch()                                             # file, package, apt options...
 {
