@@ -87,6 +87,23 @@ struct tlb_entry;
 struct block;
 struct icode;                      /* block cache: code.h */
 
+/*
+ * What a translator (cpu/bt) keeps beside the interpreter's state, for its generated code. run replaces the fast loop; forget is told of a block that may
+ * not be found any more and has a translation.
+ */
+struct icpu_bt {
+    struct icpu *self;
+    u64 page;                      /* of the code that runs: RIP without its low 12 bits */
+    struct bt_jump *jump;
+    u64 tmp;
+    u32 exit_offset, exit_patch;   /* the direct jump by which generated code was left: offset of its target in the page, place of its displacement */
+    const struct op *op;           /* whose result generated code was left with */
+    _Atomic u32 stop;              /* look at vcpu.events */
+    void (*run)(struct icpu *c);
+    void (*forget)(struct icpu *c, struct block *b);
+    struct bt *bt;
+};
+
 struct icpu {
     u64 r[18];                     /* 0..15 GPRs, REG_ZERO, REG_RIP */
     u64 rip;                       /* of the instruction that runs next, or that faults (handlers: op_rip()) */
@@ -112,6 +129,7 @@ struct icpu {
     bool ss_shadow;                /* single-stepping: the shadow is that of MOV SS or POP SS, which holds back debug exceptions, too */
     bool irq_wait;                 /* the local APIC had an interrupt when IF or the shadow forbade it: look again */
     void *fp;                      /* fp.c's: stub buffer, bounce buffer */
+    struct icpu_bt bt;
 };
 
 /* ---- flags ---- */
@@ -188,6 +206,13 @@ void tlb_views(struct icpu *c);                                    /* CPL, CR0, 
 void icpu_load(struct icpu *c);                                    /* v->x to the live copies; recomputes mode, cpl, stack size, TLB view */
 void icpu_store(struct icpu *c);                                   /* the live copies to v->x */
 void icpu_mode(struct icpu *c);                                    /* recomputes mode, cpl, stack_size, TLB view after segments or CR0/EFER/VM changed */
+
+/* ---- the loop, for a translator: interp.c ---- */
+/* What comes after an op that returned r, neither OP_NEAR nor OP_FALL: the result's work, and the trap that it left pending. */
+void icpu_end(struct icpu *c, const struct op *op, int r);
+void icpu_fetch_failed(struct icpu *c);                            /* code_find() returned NULL */
+void icpu_run_blocks(struct icpu *c);                              /* one after the other until something else has to be looked at */
+bool icpu_run_block(struct icpu *c, struct block *b);              /* one, found by code_find(); true: the next may follow at once */
 
 /* ---- traps: deliver.c ---- */
 /* Delivers an exception, interrupt or INT n through the IDT (real mode: IVT; task gates too), with double and triple faults. c->rip is the address to save.
