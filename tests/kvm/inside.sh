@@ -1,0 +1,47 @@
+# What boot/kvm.sh runs where /dev/kvm is real: on the host, or inside QEMU (then by busybox's sh). Prints TAP lines without numbers.
+#
+#   $DOPPEL $SWITCH $SYS_RUNNER   programs        $SYS_IMAGES   folder of sys programs        $DOPPEL_GUEST   the default guest
+cmdline=$(cat "$DOPPEL_GUEST/cmdline")
+
+is()                                                # name, got, wanted
+{
+    if [ "$2" = "$3" ]; then
+        echo "ok $1"
+    else
+        echo "not ok $1"
+        echo "# got: $(echo "$2" | tail -n 5 | tr '\n' '|'); wanted: $3"
+    fi
+}
+
+out=$(timeout 100 "$DOPPEL" run -- true 2>&1 | head -n 1 | cut -c1-12)
+is "auto takes kvm where it is real" "$out" "engine: kvm "
+
+for n in 1 2; do
+    out=$(timeout 100 "$DOPPEL" run --engine kvm --quiet --cpus $n -- sh -c 'uname -sm; nproc; exit 3' 2>&1)
+    status=$?
+    is "$n vCPU: output" "$(echo $out)" "Linux x86_64 $n"
+    is "$n vCPU: exit status" $status 3
+done
+
+dd if=/dev/urandom of=a.img bs=1M count=8 2>/dev/null
+dd if=/dev/zero of=b.img bs=1M count=8 2>/dev/null
+sum=$(sha256sum <a.img)
+out=$(timeout 100 "$DOPPEL" run --engine kvm --quiet --cpus 2 --disk a.img,readonly --disk b.img -- sh -c \
+    'sha256sum </dev/vda; dd if=/dev/vda of=/dev/vdb bs=64k 2>/dev/null; cat /sys/block/vda/ro' 2>&1)
+is "disk: read by the guest, read-only flag" "$(echo $out)" "$(echo $sum 1)"
+is "disk: written by the guest" "$(sha256sum <b.img)" "$sum"
+rm -f a.img b.img
+
+# The guest goes from engine to engine while it boots, and answers at last.
+move()                                              # first engine, second, vCPUs, milliseconds
+{
+    out=$(timeout 150 "$SWITCH" "$DOPPEL_GUEST/vmlinuz" "$DOPPEL_GUEST/initrd" "$cmdline" "$@" 2>&1)
+    is "moves from $1 to $2, $3 vCPU, every $4 ms: its command answers" "$(echo "$out" | tail -n 1 | sed 's/^[0-9]* //')" "moves: ok"
+}
+move kvm kvm 2 "${STEP_SHORT:-100}"
+move kvm interp 1 "${STEP_LONG:-700}"
+move interp kvm 2 "${STEP_LONG:-700}"
+
+for image in "$SYS_IMAGES"/*.bin; do
+    timeout 100 "$SYS_RUNNER" --engine kvm --timeout "${SYS_SECONDS:-60}" "$image" 2>&1 | sed -n 's/^\(not ok\|ok\) [0-9]* - /\1 sys: /p;/^#/p'
+done
