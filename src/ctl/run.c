@@ -1,8 +1,8 @@
 /*
  * The life of `doppel run`: options, engine, guest, machine, loop, and the way out.
  *
- * Ending has two halves: the machine stops (on_vm_ended), then what it said reaches the outside (check_finished), then the loop stops. Only somebody who wants to quit
- * at once does not wait for the second.
+ * Ending has two halves: the machine stops (on_vm_ended), then what it said reaches the outside (check_finished), then
+ * the loop stops. Only somebody who wants to quit at once does not wait for the second.
  */
 #define _GNU_SOURCE
 #include "ctl/run.h"
@@ -19,8 +19,8 @@
 #include "ctl/signals.h"
 #include "ctl/terminal.h"
 
-#define HANGUP_SECONDS 20                                          /* for the guest to shut down when its terminal has gone */
-#define INTERRUPTS_MAX 3                                           /* a command that ignores so many SIGINTs is ended with the guest */
+#define HANGUP_SECONDS 20   /* for the guest to shut down when its terminal has gone */
+#define INTERRUPTS_MAX 3    /* a command that ignores so many SIGINTs is ended with the guest */
 
 /* --- ending --- */
 
@@ -70,7 +70,8 @@ static void quit(struct run *run, int signo)
 static void on_command_started(void *arg)
 {
     struct run *run = arg;
-    message(&run->messages, LOG_INFO, "the command starts, %.2f s after the guest's power-on", (double)(run_now_ns() - run->running_ns) / 1e9);
+    message(&run->messages, LOG_INFO, "the command starts, %.2f s after the guest's power-on",
+            (double)(run_now_ns() - run->running_ns) / 1e9);
 }
 
 static void on_command_done(void *arg)
@@ -99,7 +100,8 @@ static void on_terminate(struct run *run, int signo, unsigned count)
         quit(run, signo);
         return;
     }
-    message(&run->messages, LOG_INFO, "%s: the power button was pressed; once more ends at once", signo == SIGTERM ? "SIGTERM" : "SIGINT");
+    message(&run->messages, LOG_INFO, "%s: the power button was pressed; once more ends at once",
+            signo == SIGTERM ? "SIGTERM" : "SIGINT");
     press_power_button(run);
 }
 
@@ -225,8 +227,9 @@ static int append(char **text, const char *fmt, ...)
 /* $TERM goes into the kernel's command line only if it is a plain word. */
 static const char *terminal_kind(void)
 {
+    static const char plain[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._+-";
     const char *term = getenv("TERM");
-    return term && *term && strlen(term) < 64 && strspn(term, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._+-") == strlen(term) ? term : NULL;
+    return term && *term && strlen(term) < 64 && !term[strspn(term, plain)] ? term : NULL;
 }
 
 /* For init of the default guest (guest/protocol.h). */
@@ -275,7 +278,8 @@ static int open_command(struct run *run)
 {
     struct chardev *console = run->options.command ? run->console : NULL;
     struct command_config config = {
-        .argv = run->options.command, .in = console ? console : run->in, .out = console ? console : run->out, .err = run->err,
+        .argv = run->options.command,
+        .in = console ? console : run->in, .out = console ? console : run->out, .err = run->err,
         .tty = console != NULL, .stdout_ends = !console, .term = terminal_kind(), .log = &run->log,
         .started = on_command_started, .done = on_command_done, .failed = on_command_failed, .arg = run,
     };
@@ -339,8 +343,10 @@ static int loop_and_machine(struct run *run)
 {
     run->running_ns = run_now_ns();
     message(&run->messages, LOG_INFO, "the guest starts, %.2f s after doppel: %u vCPU, %llu MiB, kernel %s",
-            (double)(run->running_ns - run->started_ns) / 1e9, run->options.cpus, (unsigned long long)(run->options.memory_bytes / MiB),
-            run->options.kernel ? run->options.kernel : run->options.firmware ? run->options.firmware : run->guest.kernel);
+            (double)(run->running_ns - run->started_ns) / 1e9, run->options.cpus,
+            (unsigned long long)(run->options.memory_bytes / MiB),
+            run->options.kernel ? run->options.kernel
+            : run->options.firmware ? run->options.firmware : run->guest.kernel);
     int r = signals_open(run->loop, on_signal, run);
     if (r < 0)
         return r;
@@ -356,8 +362,8 @@ static int loop_and_machine(struct run *run)
 static void say_speed(struct run *run)
 {
     u64 ns = run_now_ns() - run->running_ns, insns = vm_insns(run->vm);
-    message(&run->messages, LOG_INFO, "the guest ran for %.2f s: %llu million instructions, %.1f million a second", (double)ns / 1e9,
-            (unsigned long long)(insns / 1000000), (double)insns / (double)MAX(ns, 1) * 1e3);
+    message(&run->messages, LOG_INFO, "the guest ran for %.2f s: %llu million instructions, %.1f million a second",
+            (double)ns / 1e9, (unsigned long long)(insns / 1000000), (double)insns / (double)MAX(ns, 1) * 1e3);
 }
 
 static void release(struct run *run)

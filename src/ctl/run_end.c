@@ -1,4 +1,7 @@
-/* How a run ended: the exit status, whose fault it was, and what is said about it. The table of statuses is in run.h and, for users, in help.c. */
+/*
+ * How a run ended: the exit status, whose fault it was, and what is said about it. The table of statuses is in run.h
+ * and, for users, in help.c.
+ */
 #include <signal.h>
 #include <string.h>
 #include <time.h>
@@ -70,11 +73,13 @@ static void ended_in_order(struct run *run, struct status *s)
 {
     bool reset = run->end == VM_END_RESET;
     int status;
-    *s = (struct status){.end = reset ? "reset" : "poweroff", .failed = "none", .reason = reset ? "the guest reset itself" : "the guest powered off"};
+    *s = (struct status){.end = reset ? "reset" : "poweroff", .failed = "none"};
+    s->reason = reset ? "the guest reset itself" : "the guest powered off";
     if (!run->options.command)
         return;
     if (command_has_status(run->command, &status)) {
-        *s = (struct status){.status = status, .end = "exited", .failed = status ? "command" : "none", .reason = command_reason(run->command)};
+        *s = (struct status){.status = status, .end = "exited", .failed = status ? "command" : "none",
+                             .reason = command_reason(run->command)};
     } else if (run->quit_signal || run->terms) {
         if (!run->quit_signal)
             run->quit_signal = SIGTERM;
@@ -111,7 +116,8 @@ void run_end(struct run *run, struct status *s)
         guest_failed(run, s, EXIT_TRIPLE_FAULT, "triple-fault", "the guest's processor shut down after a triple fault");
         break;
     case VM_END_HOST_ERROR:
-        *s = (struct status){.status = EXIT_HOST_ERROR, .end = "host-error", .failed = "host", .reason = run->host_error};
+        *s = (struct status){.status = EXIT_HOST_ERROR, .end = "host-error", .failed = "host",
+                             .reason = run->host_error};
         message_error("%s", run->host_error);
         show_last_lines(run);
         break;

@@ -19,11 +19,15 @@ struct run_options {
     u32 trace_mask;
     const char *trace_file;                                        /* NULL: standard error */
     const char *status_file;
-    char **command;                                                /* NULL-terminated words behind "--"; NULL: a shell */
+    /* NULL-terminated words behind "--"; NULL: a shell */
+    char **command;
 };
 
 extern const struct option run_option_table[];
 extern const unsigned run_option_rows;
 
-/* Fills *o from the words behind `doppel run`, which are borrowed and may be cut up. After an error, what had been parsed by then is set (--status-file). */
+/*
+ * Fills *o from the words behind `doppel run`, which are borrowed and may be cut up. After an error, what had been
+ * parsed by then is set (--status-file).
+ */
 int run_options_parse(struct run_options *o, int argc, char **argv);

@@ -1,5 +1,6 @@
 /*
- * The parts of one run, shared by run.c (life cycle), run_io.c (who is connected to what) and run_end.c (how it ended). On the loop's thread.
+ * The parts of one run, shared by run.c (life cycle), run_io.c (who is connected to what) and run_end.c (how it ended).
+ * On the loop's thread.
  */
 #pragma once
 
@@ -28,9 +29,12 @@ struct run {
 
     /* run_io.c */
     bool tty;                                                      /* a terminal is the console's (or the command's) */
-    struct chardev *streams;                                       /* standard input and output as one, below `console` */
-    struct chardev *console;                                       /* with Ctrl-A; NULL: standard input and output are no console */
-    struct chardev *serial;                                        /* what COM1 is connected to: console, or one of the next two */
+    /* standard input and output as one, below `console` */
+    struct chardev *streams;
+    /* with Ctrl-A; NULL: standard input and output are no console */
+    struct chardev *console;
+    /* what COM1 is connected to: console, or one of the next two */
+    struct chardev *serial;
     struct chardev *serial_file;                                   /* FILE, unix:PATH, or standard error */
     struct chardev *serial_tail;                                   /* the last lines, for when the guest fails */
     struct chardev *in, *out, *err;                                /* a command's, without a terminal */

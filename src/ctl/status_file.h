@@ -6,7 +6,8 @@
  *   failed=WORD  whose fault it is: none, command (a status other than 0), guest, host, user (quit, usage)
  *   reason=TEXT  to the end of the line
  *
- * The file appears whole, by rename(2), when the run has ended; one left from before is removed at the start. A device or FIFO is written as it is.
+ * The file appears whole, by rename(2), when the run has ended; one left from before is removed at the start. A device
+ * or FIFO is written as it is.
  */
 #pragma once
 
@@ -17,5 +18,6 @@ struct status {
     const char *end, *failed, *reason;
 };
 
-int status_file_prepare(const char *path);                         /* can it be written at all? 0 or negative errno with err() */
+/* can it be written at all? 0 or negative errno with err() */
+int status_file_prepare(const char *path);
 int status_file_write(const char *path, const struct status *s);
