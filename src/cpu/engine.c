@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-static const struct engine *const engines[] = { &interp_engine, &kvm_engine };
+static const struct engine *const engines[] = { &interp_engine, &bt_engine, &kvm_engine };
 
 const struct engine *engine_find(const char *name)
 {
@@ -15,5 +15,5 @@ const struct engine *engine_find(const char *name)
 
 const char *engine_names(void)
 {
-    return "interp, kvm";
+    return "interp, bt, kvm";
 }

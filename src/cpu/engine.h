@@ -28,7 +28,7 @@ struct engine {
     const struct irqchip_ops *irqchip;                             /* its interrupt chips (their arg: the machine), or NULL: ours are used */
 };
 
-extern const struct engine interp_engine, kvm_engine;
+extern const struct engine interp_engine, bt_engine, kvm_engine;
 
 /* By name; NULL if there is none. engine_names() is for messages: "interp, kvm". */
 const struct engine *engine_find(const char *name);

@@ -85,6 +85,7 @@ static void code_flush(struct icpu *c)
         madvise(k->page_state, k->pages, MADV_DONTNEED);
     jump_clear(k);
     k->used = 0;
+    k->flushes++;
     k->flush_wanted = false;
     c->block = NULL;
     fp_flush_stubs(c);
@@ -148,12 +149,19 @@ static void unlink_page(struct icode *k, struct block *b)
         }
 }
 
+static void block_dead(struct icpu *c, struct block *b)
+{
+    b->gpa = BLOCK_DEAD;
+    if (b->code)
+        c->bt.forget(c, b);
+}
+
 /* Takes b out of the hash; the jump cache forgets everything. b's memory stays until the next flush: it may be running. */
 static void block_kill(struct icpu *c, struct block *b)
 {
     unlink_hash(c->code, b);
     unlink_page(c->code, b);
-    b->gpa = BLOCK_DEAD;
+    block_dead(c, b);
     c->tlb->generation++;
     code_retag(c);
 }
@@ -218,7 +226,7 @@ static void page_forget(struct icpu *c, u64 gpa)
         }
         *p = b->page_next;
         unlink_hash(k, b);
-        b->gpa = BLOCK_DEAD;
+        block_dead(c, b);
     }
     k->page_state[gpa >> PAGE_SHIFT] = 0;
     c->tlb->generation++;

@@ -1,0 +1,223 @@
+/*
+ * bt: the engine. Its run loop is the interpreter's (boundary, interrupts, single-stepping); only blocks run otherwise, here.
+ *
+ * Locking: none, as in interp. An event reaches running code through icpu.bt.stop: whoever raises it sets vcpu.events first and stop afterwards; bt_run() clears stop first and
+ * looks at the events afterwards, so none is lost. Backward jumps and look-ups poll it.
+ */
+#define _GNU_SOURCE
+#include "cpu/bt/bt.h"
+
+#include <asm/prctl.h>
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "base/err.h"
+#include "cpu/bt/emit.h"
+#include "cpu/interp/tlb.h"
+
+#define JUMP_BYTES (sizeof(struct bt_jump) << BT_JUMP_BITS)
+
+static void reset(struct icpu *c, struct bt *t)
+{
+    t->used = t->first;
+    t->flushes = c->code->flushes;
+    memset(t->jump, 0, JUMP_BYTES);                                /* tag 0 is never a valid one */
+}
+
+/*
+ * Relative branches are translated without a look at whether their target is canonical: no code where 2 GiB and an instruction further on it might not be.
+ * Position independence makes this a question for each entry, not for the translation.
+ */
+static bool room_around(u64 la)
+{
+    return tlb_canonical(la + 2 * GiB + PAGE_SIZE) && tlb_canonical(la - 2 * GiB - PAGE_SIZE);
+}
+
+static bool translatable(const struct block *b)
+{
+    return b->gpa != BLOCK_DEAD && b->gpa2 == BLOCK_DEAD;
+}
+
+static void jump_note(struct icpu *c, struct bt *t, const u8 *code)
+{
+    u64 la = c->rip;
+    t->jump[(la ^ la >> BT_JUMP_BITS) & ((1u << BT_JUMP_BITS) - 1)] = (struct bt_jump){ la, c->code_tag, code, 0 };
+}
+
+/* Translated code from c->rip on. True: the next block may follow at once. */
+static bool run_code(struct icpu *c, struct bt *t, struct block *b, u32 *patch)
+{
+    c->bt.page = c->rip & PAGE_MASK;
+    t->entered++;
+    int r = t->enter(b->code);
+    if (r == BT_EXIT_DIRECT) {
+        c->rip = c->bt.page + c->bt.exit_offset;
+        *patch = c->bt.exit_patch;
+        return true;
+    }
+    if (r >= OP_NEAR)
+        return true;
+    icpu_end(c, c->bt.op, r);
+    return false;
+}
+
+static void bt_run(struct icpu *c)
+{
+    struct bt *t = c->bt.bt;
+    u32 patch = 0;                                                 /* place of the jump by which translated code was just left */
+    if (c->mode != IMODE_LONG64 || c->v->m->debug.points || c->v->m->debug.watches) {
+        icpu_run_blocks(c);
+        return;
+    }
+    for (;;) {
+        atomic_store(&c->bt.stop, 0);
+        if (unlikely(atomic_load(&c->v->events)))
+            return;
+        struct block *b = code_find(c);
+        if (unlikely(!b)) {
+            icpu_fetch_failed(c);
+            return;
+        }
+        if (unlikely(t->flushes != c->code->flushes)) {
+            reset(c, t);
+            patch = 0;
+        }
+        if (!b->code && b->runs < BT_RUNS && ++b->runs == BT_RUNS && translatable(b)) {
+            bool full = false;
+            if (bt_translate(c, t, b, &full)) {
+                t->translated++;
+            } else if (full) {
+                code_flush_later(c);
+                c->tlb->generation++;                              /* so that the next look-up takes the long way */
+                code_retag(c);
+                b->runs = 0;
+            }
+        }
+        bool go_on;
+        if (b->code && room_around(c->rip)) {
+            jump_note(c, t, b->code);
+            if (patch) {
+                aim(t->rw + patch, t->rw + ((u8 *)b->code - t->rx));
+                t->linked++;
+            }
+            patch = 0;
+            go_on = run_code(c, t, b, &patch);
+        } else {
+            patch = 0;
+            go_on = icpu_run_block(c, b);
+        }
+        if (!go_on)
+            return;
+    }
+}
+
+int bt_run_op(struct icpu *c, const struct op *op, struct block *b)
+{
+    c->block = b;
+    c->r[REG_RIP] = c->bt.page | (b->gpa & ~PAGE_MASK);
+    int r = op->fn(c, op);
+    if (r == OP_NEXT && likely(b->op[0].fn != b->op[b->n].fn))
+        return OP_NEXT;
+    if (r == OP_NEXT) {                                            /* this block has been written to */
+        c->rip = op_next_rip(c, op);
+        return OP_FALL;
+    }
+    c->bt.op = op;
+    return r;
+}
+
+void bt_forget(struct icpu *c, struct block *b)
+{
+    struct bt *t = c->bt.bt;
+    struct emit e = { t->rw + ((u8 *)b->code - t->rx), NULL, false };
+    e.end = e.p + 16;
+    jump_to(&e, e.p - BT_STALE_BYTES);
+    b->code = NULL;
+}
+
+/* ---- the engine ---- */
+static void kick(struct vcpu *v)
+{
+    struct icpu *c = v->engine_data;
+    if (c)
+        atomic_store(&c->bt.stop, 1);
+}
+
+static enum run_exit run(struct vcpu *v)
+{
+    syscall(SYS_arch_prctl, ARCH_SET_GS, v->engine_data);
+    return interp_engine.run(v);
+}
+
+static void vcpu_close(struct vcpu *v)
+{
+    struct icpu *c = v->engine_data;
+    if (c && c->bt.bt) {
+        bt_arena_close(c->bt.bt);
+        if (c->bt.bt->jump)
+            munmap(c->bt.bt->jump, JUMP_BYTES);
+        free(c->bt.bt);
+    }
+    interp_engine.vcpu_close(v);
+}
+
+static int vcpu_open(struct vcpu *v)
+{
+    int e = interp_engine.vcpu_open(v);
+    if (e < 0)
+        return e;
+    struct icpu *c = v->engine_data;
+    struct bt *t = calloc(1, sizeof *t);
+    c->bt.bt = t;
+    c->bt.self = c;
+    if (t) {
+        t->jump = mmap(NULL, JUMP_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (t->jump == MAP_FAILED)
+            t->jump = NULL;
+    }
+    e = t && t->jump ? bt_arena_open(c, t) : err(-ENOMEM, "vCPU %u: out of host memory", v->id);
+    if (e < 0) {
+        vcpu_close(v);
+        return e;
+    }
+    c->bt.jump = t->jump;
+    c->bt.run = bt_run;
+    c->bt.forget = bt_forget;
+    reset(c, t);
+    return 0;
+}
+
+static int machine_open(struct machine *m)
+{
+    return interp_engine.machine_open(m);
+}
+
+static void machine_close(struct machine *m)
+{
+    interp_engine.machine_close(m);
+}
+
+static int get(struct vcpu *v, struct x86 *x)
+{
+    return interp_engine.get(v, x);
+}
+
+static int set(struct vcpu *v, const struct x86 *x)
+{
+    return interp_engine.set(v, x);
+}
+
+const struct engine bt_engine = {
+    .name = "bt",
+    .machine_open = machine_open,
+    .machine_close = machine_close,
+    .vcpu_open = vcpu_open,
+    .vcpu_close = vcpu_close,
+    .run = run,
+    .kick = kick,
+    .get = get,
+    .set = set,
+};
