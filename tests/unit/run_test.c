@@ -249,7 +249,7 @@ static const char *with_status_file(const char *line)
 static void powers_off(void **state UNUSED)
 {
     assert_int_equal(run(with_status_file("--kernel poweroff")), 0);
-    assert_memory_equal(child.text[1], "engine: interp (", 16);
+    assert_memory_equal(child.text[1], "engine: ", 8);             /* which one depends on the host */
     assert_int_equal(lines(child.text[1]), 1);
     assert_string_equal(status_file(), "status=0\nend=poweroff\nfailed=none\nreason=the guest powered off\n");
 }
