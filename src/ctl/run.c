@@ -15,6 +15,7 @@
 
 #include "ctl/console.h"
 #include "ctl/engine_choice.h"
+#include "ctl/gdb.h"
 #include "ctl/run_state.h"
 #include "ctl/signals.h"
 #include "ctl/terminal.h"
@@ -39,6 +40,17 @@ static void on_drained(void *arg)
         loop_post(run->loop, check_finished, run);
 }
 
+static int status_for_gdb(const struct vm_result *r)
+{
+    switch (r->end) {
+    case VM_END_DEBUG_EXIT: return (int)(r->value << 1 | 1);
+    case VM_END_PANIC: return EXIT_GUEST_PANIC;
+    case VM_END_TRIPLE_FAULT: return EXIT_TRIPLE_FAULT;
+    case VM_END_HOST_ERROR: return EXIT_HOST_ERROR;
+    default: return 0;
+    }
+}
+
 /* Posted behind whatever the devices had posted: the last output of the guest is on its way by now. */
 static void on_vm_ended(void *arg, const struct vm_result *r)
 {
@@ -52,6 +64,7 @@ static void on_vm_ended(void *arg, const struct vm_result *r)
     if (run->console)
         console_close_prompt(run->console);
     command_vm_ended(run->command);
+    gdb_vm_ended(run->gdb, status_for_gdb(r));
     loop_post(run->loop, check_finished, run);
 }
 
@@ -299,7 +312,7 @@ static int open_vm(struct run *run, const struct engine *engine)
         .firmware = o->firmware,
         .initrd = o->initrd ? o->initrd : o->kernel || o->firmware ? NULL : run->guest.initrd,
         .cmdline = run->cmdline, .disk = o->disk, .disks = o->disks, .serial = run->serial,
-        .debug_exit = o->debug_exit,
+        .debug_exit = o->debug_exit, .start_paused = o->gdb_wait,
         .no_reboot = o->no_reboot || o->command,                   /* a command is not run twice */
         .trace = {.mask = o->trace_mask, .file = run->trace_file ? run->trace_file : run->stderr_stream},
         .log = &run->log, .loop = run->loop, .ended = on_vm_ended, .ended_arg = run,
@@ -311,6 +324,23 @@ static int open_vm(struct run *run, const struct engine *engine)
     command_attach(run->command, run->vm);
     run->monitor.vm = run->vm;
     return 0;
+}
+
+static int open_gdb(struct run *run)
+{
+    const struct run_options *o = &run->options;
+    struct gdb_config config = {
+        .port = o->gdb_port, .path = o->gdb_path, .bits32 = o->gdb_i386, .vm = run->vm, .loop = run->loop,
+        .log = &run->log, .monitor = &run->monitor,
+    };
+    if (!o->gdb_port && !o->gdb_path)
+        return 0;
+    int r = gdb_new(&config, &run->gdb);
+    if (r == 0 && o->gdb_wait && o->gdb_path)
+        message(&run->messages, LOG_WARN, "the guest waits for gdb: target remote %s", o->gdb_path);
+    else if (r == 0 && o->gdb_wait)
+        message(&run->messages, LOG_WARN, "the guest waits for gdb: target remote :%u", o->gdb_port);
+    return r;
 }
 
 /* Everything up to the moment before the first instruction. */
@@ -336,6 +366,8 @@ static int prepare(struct run *run)
         r = make_cmdline(run);
     if (r == 0)
         r = open_vm(run, engine);
+    if (r == 0)
+        r = open_gdb(run);
     return r;
 }
 
@@ -368,6 +400,7 @@ static void say_speed(struct run *run)
 
 static void release(struct run *run)
 {
+    gdb_free(run->gdb);
     vm_free(run->vm);
     command_free(run->command);
     monitor_close(&run->monitor);

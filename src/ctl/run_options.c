@@ -164,6 +164,40 @@ static int set_debug_exit(void *target, const char *value UNUSED)
     return 0;
 }
 
+/* Cuts ",NAME" off the end of value. */
+static bool cut_attribute(char *value, const char *name)
+{
+    size_t len = strlen(value), n = strlen(name);
+    if (len <= n || value[len - n - 1] != ',' || strcmp(value + len - n, name))
+        return false;
+    value[len - n - 1] = '\0';
+    return true;
+}
+
+static int set_gdb(void *target, const char *value)
+{
+    static const char unix_prefix[] = "unix:";
+    struct run_options *o = target;
+    u64 port;
+    for (;;) {
+        if (cut_attribute((char *)value, "wait"))                  /* a word of argv: ours to cut */
+            o->gdb_wait = true;
+        else if (cut_attribute((char *)value, "i386"))
+            o->gdb_i386 = true;
+        else
+            break;
+    }
+    if (!strncmp(value, unix_prefix, strlen(unix_prefix))) {
+        o->gdb_path = value + strlen(unix_prefix);
+        return *o->gdb_path ? 0 : err(-EINVAL, "--gdb unix: the path is missing; write --gdb unix:PATH");
+    }
+    if (parse_unsigned(value, &port) < 0 || port < 1 || port > 65535)
+        return err(-EINVAL, "--gdb %.100s: neither a port from 1 to 65535 nor unix:PATH, with ,wait or ,i386 behind it; "
+                            "give for example --gdb 1234,wait", value);
+    o->gdb_port = (u16)port;
+    return 0;
+}
+
 static int set_quiet(void *target, const char *value UNUSED)
 {
     ((struct run_options *)target)->quiet = true;
@@ -204,6 +238,11 @@ const struct option run_option_table[] = {
     {"debug-exit", NULL, "For kernels under test: a write of V to port 0xf4 (1, 2 or 4 bytes) ends doppel with the exit "
      "status (V << 1) | 1, of which a process keeps the lowest 8 bits, and bytes written to port 0xe9 go where the serial "
      "console goes.", false, set_debug_exit},
+    {"gdb", "PORT|unix:PATH[,wait][,i386]",
+     "Takes a gdb, one at a time, at that port of 127.0.0.1 (where every user of this host can connect) or at a Unix "
+     "socket (where only you can): \"target remote :PORT\" or \"target remote PATH\". The guest stops while gdb looks "
+     "at it and goes on when gdb detaches or goes away. wait: the guest does not begin before gdb has let it. i386: "
+     "gdb sees a 32-bit processor, for 32-bit kernels.", false, set_gdb},
     {"trace", "LIST[,file=FILE]",
      "Writes a line for each event of the kinds in LIST: exits, faults, interrupts, msr, pio, mmio, cr3, insn, or all; "
      "with guest time and processor, to FILE or standard error.", false, set_trace},

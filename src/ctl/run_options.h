@@ -16,6 +16,9 @@ struct run_options {
     enum console_kind console;
     const char *console_path;                                      /* of CONSOLE_FILE and CONSOLE_UNIX */
     bool no_reboot, debug_exit, quiet, verbose;
+    u16 gdb_port;                                                  /* 0 with gdb_path, and without --gdb */
+    const char *gdb_path;
+    bool gdb_wait, gdb_i386;
     u32 trace_mask;
     const char *trace_file;                                        /* NULL: standard error */
     const char *status_file;

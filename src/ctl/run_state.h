@@ -26,6 +26,7 @@ struct run {
     struct vm *vm;
     struct monitor monitor;
     struct command *command;
+    struct gdb *gdb;                                               /* NULL without --gdb */
 
     /* run_io.c */
     bool tty;                                                      /* a terminal is the console's (or the command's) */

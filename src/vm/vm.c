@@ -115,6 +115,11 @@ static void on_vcpu_stopped(void *arg, struct vcpu *v, int why, const char *mess
         vm->result.vcpu = v->id;
     }
     pthread_mutex_unlock(&vm->lock);
+    if (vm->m.debug.attached) {                                    /* its user wants to look before all ends */
+        v->debug.stop = DEBUG_SHUTDOWN;
+        vm->m.debug.stopped(vm->m.debug.arg, v);
+        return;
+    }
     vm_post_end(vm, VM_END_TRIPLE_FAULT);
 }
 
@@ -276,7 +281,8 @@ int vm_start(struct vm *vm)
             return r;
     }
     vm->state = VM_PAUSED;
-    vm_resume(vm);
+    if (!vm->config.start_paused)
+        vm_resume(vm);
     return 0;
 }
 
@@ -478,6 +484,11 @@ struct trace *vm_trace(struct vm *vm)
 struct vport *vm_port(struct vm *vm, unsigned n)
 {
     return board_port(vm->board, n);
+}
+
+struct machine *vm_machine(struct vm *vm)
+{
+    return &vm->m;
 }
 
 struct clock *vm_clock(struct vm *vm)

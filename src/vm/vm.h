@@ -69,6 +69,7 @@ struct vm_config {
     /* of the virtio console; 0: the board has no virtio console */
     unsigned ports;
     bool no_reboot;
+    bool start_paused;                                             /* vm_start() leaves it VM_PAUSED */
     /* the board has a debug exit port and a debug console */
     bool debug_exit;
     struct trace trace;                                            /* clock is filled in by vm_new; mask may be 0 */
@@ -112,6 +113,7 @@ const char *vm_state_name(enum vm_state s);
 struct trace *vm_trace(struct vm *vm);                             /* the monitor prompt changes its mask and file */
 struct vport *vm_port(struct vm *vm, unsigned n);                  /* config.port[n]'s device end */
 struct clock *vm_clock(struct vm *vm);
+struct machine *vm_machine(struct vm *vm);                         /* for vm/debug.c */
 /* for the monitor prompt: state, memory, devices, vCPUs with registers */
 void vm_info(struct vm *vm, FILE *f);
 /* instructions retired by all vCPUs (engines that count them) */
