@@ -18,8 +18,11 @@ struct probe {
     char error[160];
 };
 
-/* Real hardware needs 1 to 2, hardware that is emulated itself up to 4; one that carries out instructions 50 and more. */
-#define PROBE_TIMES_MAX 10u
+/*
+ * Real hardware needs 1 to 2, hardware that is emulated itself 2 to 20; who carries out instructions one by one,
+ * thousands. The interpreter needs some 50.
+ */
+#define PROBE_TIMES_MAX 50u
 
-/* Takes at most about 300 ms. Any thread. Tests put functions of their own in its place. */
+/* Takes at most about 400 ms. Any thread. Tests put functions of their own in its place. */
 void kvm_probe(struct probe *p);

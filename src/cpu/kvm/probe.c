@@ -1,12 +1,12 @@
 /*
- * Measures whether /dev/kvm is hardware (probe.h): a loop in ring 0 of a small guest, with memory accesses and a privileged instruction, against the
- * same loop here.
+ * Measures whether /dev/kvm is hardware (probe.h): a loop in ring 0 of a small guest, with memory accesses and a
+ * privileged instruction, against the same loop here.
  *
- * Some hosts have a KVM without hardware behind it, which carries out a guest's kernel instruction by instruction. Everything works there and takes a
- * hundred times as long.
+ * Some hosts have a KVM without hardware behind it, which carries out a guest's kernel instruction by instruction.
+ * Everything works there and takes a hundred times as long.
  *
- * The guest runs on a thread of its own, which is given up if it does not come back: a KVM that hangs must not hang doppel. The thread then owns the
- * struct, and frees it if it ever ends.
+ * The guest runs on a thread of its own, which is given up if it does not come back: a KVM that hangs must not hang
+ * doppel. The thread then owns the struct, and frees it if it ever ends.
  */
 #define _GNU_SOURCE
 #include "cpu/probe.h"
@@ -23,8 +23,11 @@
 #include "cpu/kvm/kvm.h"
 
 #define ROUNDS 100000u
-#define TRIES 3
-#define LIMIT_NS 200000000u
+#define TRIES 5
+#define FEW_ROUNDS 1000u                                 /* enough to tell the slowest kind at once */
+#define FEW_TRIES 3
+#define FEW_NS_MAX 20000000u
+#define LIMIT_NS 300000000u
 #define GRACE_NS 100000000u
 #define GUEST_SIZE (8 * PAGE_SIZE)
 enum { PML4 = 0x1000, PDPT = 0x2000, PD = 0x3000, CODE = 0x4000, DATA = 0x5000 };
@@ -55,7 +58,8 @@ static u64 native_ns(void)
         u64 from = now_ns();
         u32 n = ROUNDS;
 
-        __asm__ volatile("1: mov (%1), %%rax; add %%rcx, %%rax; mov %%rax, (%1); dec %0; jnz 1b"
+        __asm__ volatile("1: mov (%1), %%rax; add %%rcx, %%rax; mov %%rax, (%1); "
+                         "test $15, %%cl; jnz 2f; nop; 2: dec %0; jnz 1b"
                          : "+c"(n)
                          : "r"(&cell)
                          : "rax", "memory", "cc");
@@ -70,9 +74,11 @@ static void guest_image(u8 *ram)
         0x48, 0x8b, 0x03,                                /* 1: mov rax, [rbx] */
         0x48, 0x01, 0xc8,                                /*    add rax, rcx */
         0x48, 0x89, 0x03,                                /*    mov [rbx], rax */
+        0xf6, 0xc1, 0x0f,                                /*    test cl, 15 */
+        0x75, 0x03,                                      /*    jnz 2f */
         0x0f, 0x20, 0xd2,                                /*    mov rdx, cr2 */
-        0xff, 0xc9,                                      /*    dec ecx */
-        0x75, 0xf0,                                      /*    jnz 1b */
+        0xff, 0xc9,                                      /* 2: dec ecx */
+        0x75, 0xeb,                                      /*    jnz 1b */
         0xf4,                                            /*    hlt */
     };
     const u64 entry[][2] = { { PML4, PDPT | 3 }, { PDPT, PD | 3 }, { PD, 0x83 } };
@@ -98,10 +104,11 @@ static int set_mode(int vcpu)
     return ioctl(vcpu, KVM_SET_SREGS, &s);
 }
 
-/* One run of the loop: its time; cut short, the time it would have taken, 0 if nothing was done; UINT64_MAX with errno. */
-static u64 guest_ns(struct job *j, int vcpu, struct kvm_run *run)
+/* One run of the loop: its time; cut short, the time it would have taken, 0 if nothing was done; UINT64_MAX with errno.
+   */
+static u64 guest_ns(struct job *j, int vcpu, struct kvm_run *run, u32 rounds)
 {
-    struct kvm_regs r = { .rip = CODE, .rbx = DATA, .rcx = ROUNDS, .rsp = DATA, .rflags = FLAG_1 };
+    struct kvm_regs r = { .rip = CODE, .rbx = DATA, .rcx = rounds, .rsp = DATA, .rflags = FLAG_1 };
     u64 from;
 
     if (ioctl(vcpu, KVM_SET_REGS, &r) < 0)
@@ -119,27 +126,41 @@ static u64 guest_ns(struct job *j, int vcpu, struct kvm_run *run)
     }
     u64 passed = now_ns() - from;
 
-    if (ioctl(vcpu, KVM_GET_REGS, &r) < 0 || r.rcx >= ROUNDS || r.rcx == 0)
+    if (ioctl(vcpu, KVM_GET_REGS, &r) < 0 || r.rcx >= rounds || r.rcx == 0)
         return 0;
-    return passed * ROUNDS / (ROUNDS - r.rcx);
+    return passed * rounds / (rounds - r.rcx);
 }
 
-static void judge(struct job *j, int vcpu, struct kvm_run *run)
+/* The best of a few runs, as if of ROUNDS; 0 if none was completed in time. False: a guest does not run. */
+static bool best_of(struct job *j, int vcpu, struct kvm_run *run, u32 rounds, int tries, u64 enough, u64 *best)
 {
-    u64 best = 0, native = native_ns();
-
-    for (int i = 0; i < TRIES; i++) {
-        u64 ns = guest_ns(j, vcpu, run);
+    *best = 0;
+    for (int i = 0; i < tries && (!*best || *best > enough); i++) {
+        u64 ns = guest_ns(j, vcpu, run, rounds);
 
         if (ns == UINT64_MAX) {
             snprintf(j->result.error, sizeof j->result.error, "a guest does not run: %s", strerror(errno));
-            return;
+            return false;
         }
-        if (ns && (!best || ns < best))
-            best = ns;
-        if (best && best / native > PROBE_TIMES_MAX)     /* a second try would only take as long again */
-            break;
+        ns *= ROUNDS / rounds;
+        if (ns && (!*best || ns < *best))
+            *best = ns;
     }
+    return true;
+}
+
+/* A few rounds tell the slowest kind; they take too little time to tell more. */
+static void judge(struct job *j, int vcpu, struct kvm_run *run)
+{
+    u64 few, best, native = native_ns(), hopeless = (u64)FEW_NS_MAX * (ROUNDS / FEW_ROUNDS);
+
+    if (!best_of(j, vcpu, run, FEW_ROUNDS, FEW_TRIES, hopeless, &few))
+        return;
+    best = few;
+    if (few && few <= hopeless && !best_of(j, vcpu, run, ROUNDS, TRIES, 2 * native, &best))
+        return;
+    if (!best)
+        best = few;
     j->result.verdict = PROBE_STUCK;
     if (!best)
         return;
