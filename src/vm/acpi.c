@@ -250,6 +250,8 @@ static void isa_devices(struct aml *a, const struct acpi_config *c)
         isa_device(a, "KBD", "PNP0303", 0x60, 1, 0x64, 1);
         isa_device(a, "MOU", "PNP0F13", 0, 0, 0, 12);
     }
+    if (c->fw_cfg_port)
+        isa_device(a, "FWCF", "QEMU0002", c->fw_cfg_port, 12, 0, -1);
     if (c->pvpanic_port)
         isa_device(a, "PEVT", "QEMU0001", c->pvpanic_port, 1, 0, -1);
 }

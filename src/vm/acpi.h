@@ -11,7 +11,7 @@
 #include "mem/ram.h"
 
 #define ACPI_BASE 0xe0000u                                         /* RSDP first; RAM must be there */
-#define ACPI_SIZE 0x20000u
+#define ACPI_SIZE 0x10000u
 
 struct acpi_window {
     u64 base, size;                                                /* size 0: none */
@@ -52,6 +52,7 @@ struct acpi_config {
     /* legacy devices */
     struct acpi_serial serial[2];
     u16 pvpanic_port;                                              /* 0x505; 0: none */
+    u16 fw_cfg_port;                                               /* 12 ports; 0: none */
     bool rtc, pit;
 };
 

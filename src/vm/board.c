@@ -10,7 +10,7 @@
  *                                                             0x00e9 0x00f4         debug console, debug exit
  *   0xe0000000  PCI configuration (ECAM), bus 0               0x02f8 0x03f8         ns16550 COM2, COM1
  *   0xfec00000  I/O APIC                                      0x03b0 to 0x03df      VGA registers
- *   0xfee00000  local APIC (each vCPU's own), MSI             0x0505                pvpanic
+ *   0xfee00000  local APIC (each vCPU's own), MSI             0x0505 0x0510         pvpanic, firmware configuration
  *   below 4 GiB firmware, if any                              0x0600 to 0x063f      ACPI power management
  *   0x100000000 the rest of RAM
  *                                                             0x0cf8 0x0cfc 0x0cf9  PCI configuration, reset control
@@ -31,6 +31,7 @@
 #include "dev/acpi_pm.h"
 #include "dev/debug_exit.h"
 #include "dev/debugcon.h"
+#include "dev/fw_cfg.h"
 #include "dev/i8042.h"
 #include "dev/i8254.h"
 #include "dev/i8259.h"
@@ -49,6 +50,8 @@
 #include "dev/virtio_rng.h"
 #include "io/virtio_pci.h"
 #include "vm/boot.h"
+#include "vm/fw_items.h"
+#include "vm/mptable.h"
 
 #define RAM_LOW_TOP   0xc0000000ull    /* 3 GiB */
 #define RAM_HIGH_BASE 0x100000000ull
@@ -148,7 +151,7 @@ static int build_ram(struct board *b, u64 size, const char *firmware)
     struct e820_entry reserved[] = {
         { EBDA_BASE, VIDEO_BASE - EBDA_BASE, E820_RESERVED },
         { VIDEO_BASE, VIDEO_END - VIDEO_BASE, E820_RESERVED },
-        { ACPI_BASE, ACPI_SIZE, E820_RESERVED },
+        { ACPI_BASE, MiB - ACPI_BASE, E820_RESERVED },              /* and the MP table */
         { ECAM_BASE, ECAM_BUSES * PCI_ECAM_BUS_SIZE, E820_RESERVED },
         { RAM_HIGH_BASE, 0, E820_RESERVED },                       /* firmware */
     };
@@ -236,6 +239,14 @@ static int build_debug(struct board *b, struct machine_hook hook)
     return 0;
 }
 
+static int build_fw_cfg(struct board *b)
+{
+    struct fw_cfg *f;
+
+    BUILD(f, fw_cfg_new(b->m->pio, &b->ram, &f));
+    return fw_items_add(f, b->config, &b->map);
+}
+
 static int build_pci(struct board *b, struct machine_hook hook)
 {
     struct pci_config cfg = { .pio = b->m->pio, .mmio = b->m->mmio, .msi = lapic_bus_msi(b->lapics),
@@ -315,6 +326,8 @@ int board_new(const struct vm_config *config, struct machine *m, struct machine_
         r = build_legacy(b, hook);
     if (r == 0)
         r = build_debug(b, hook);
+    if (r == 0)
+        r = build_fw_cfg(b);
     if (r == 0)
         r = build_pci(b, hook);
     if (r == 0)
@@ -420,6 +433,7 @@ int board_tables(struct board *b, u64 *rsdp_gpa)
         .pci_mem32 = { PCI_MEM_BASE, PCI_MEM_SIZE },
         .serial = { { COM1_PORT, IRQ_COM1 }, { COM2_PORT, IRQ_COM2 } },
         .pvpanic_port = PVPANIC_PORT,
+        .fw_cfg_port = FW_CFG_PORT,
         .rtc = true,
         .pit = true,
     };
@@ -428,7 +442,8 @@ int board_tables(struct board *b, u64 *rsdp_gpa)
         c.pci_gsi[i] = pci_gsi[i];
         c.pci_irq[i] = pci_isa[i];
     }
-    return acpi_write(&b->ram, &c, rsdp_gpa);
+    int r = acpi_write(&b->ram, &c, rsdp_gpa);
+    return r < 0 ? r : mptable_write(&b->ram, &c);
 }
 
 const struct e820 *board_map(const struct board *b)

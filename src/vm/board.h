@@ -28,7 +28,7 @@ void board_free(struct board *b);
 void board_reset(struct board *b);
 void board_quiesce(struct board *b);                               /* I/O in flight is finished; vCPUs stand still */
 void board_state(struct board *b, struct stream *s);               /* all devices' state, in the order of the table */
-int board_tables(struct board *b, u64 *rsdp_gpa);                  /* writes the ACPI tables, where there is no firmware */
+int board_tables(struct board *b, u64 *rsdp_gpa);                  /* ACPI and MP tables, where there is no firmware */
 const struct e820 *board_map(const struct board *b);
 void board_power_button(struct board *b);
 struct vport *board_port(struct board *b, unsigned n);
