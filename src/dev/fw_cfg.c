@@ -20,7 +20,7 @@
 #define KEY_ID        0x01
 #define KEY_DIRECTORY 0x19
 #define KEY_FILE      0x20
-#define KEY_MASK      0x3fff                                       /* bits 14 and 15: write, and architecture-local: there are none */
+#define KEY_MASK      0xbfff                                       /* without the bit that once meant a write */
 #define ITEMS_MAX     64
 #define NAME_SIZE     56
 #define ID_BITS       3u                                           /* traditional and DMA interface */

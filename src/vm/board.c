@@ -60,6 +60,7 @@
 #define EBDA_BASE     0x0009f000ull    /* reserved, as where an extended BIOS data area would be */
 #define PCI_MEM_BASE  0xc0000000ull
 #define PCI_MEM_SIZE  0x20000000ull
+#define PCI_MEM_END   0xfec00000ull    /* firmware puts BARs behind the window, too, down from here */
 #define ECAM_BASE     0xe0000000ull
 #define ECAM_BUSES    1
 #define PCI_IO_BASE   0xc000u
@@ -251,7 +252,7 @@ static int build_pci(struct board *b, struct machine_hook hook)
 {
     struct pci_config cfg = { .pio = b->m->pio, .mmio = b->m->mmio, .msi = lapic_bus_msi(b->lapics),
         .io = { PCI_IO_BASE, PCI_IO_SIZE },
-                              .mem = { PCI_MEM_BASE, PCI_MEM_SIZE } };
+                              .mem = { PCI_MEM_BASE, PCI_MEM_END - PCI_MEM_BASE } };
     struct pci_host *host;
     struct rst_cnt *rst;
     int r = pci_bus_new(&cfg, &b->pci);

@@ -1,7 +1,7 @@
 /*
  * What a real PC would run first: firmware images, and boot sectors without firmware.
  *
- * A firmware image ends at 4 GiB; its last 128 KiB are seen below 1 MiB as well, and the processor starts at the reset
+ * A firmware image ends at 4 GiB; its last 256 KiB are seen below 1 MiB as well, and the processor starts at the reset
  * vector as after power-on (SDM vol. 3A 10.1.4). Both places are RAM here, filled anew at each reset: firmware that
  * shadows itself finds nothing to unlock, and what writes to its ROM changes it until the next reset.
  *
@@ -17,7 +17,7 @@
 #define SECTOR         512u
 #define SECTOR_GPA     0x7c00u
 #define DRIVE_FIRST    0x80
-#define LOW_ROM        (128 * KiB)
+#define LOW_ROM        (256 * KiB)
 #define ATTR_REAL      (SEG_P | SEG_S | 0x3)
 
 int boot_firmware_size(const char *path, u64 *size)

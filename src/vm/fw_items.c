@@ -104,6 +104,8 @@ int fw_items_add(struct fw_cfg *f, const struct vm_config *c, const struct e820 
         r = fw_cfg_int(f, FW_CFG_MAX_CPUS, c->vcpus, 2);
     if (r == 0)
         r = add_map(f, map);
+    if (r == 0 && c->firmware)                                     /* SeaBIOS: there is no screen, the first serial line is it */
+        r = fw_cfg_file(f, "etc/sercon-port", (u8[]){ 0xf8, 0x03 }, 2);
     if (r == 0 && c->firmware && c->kernel)
         r = add_kernel(f, c->kernel);
     if (r == 0 && c->firmware && c->initrd)

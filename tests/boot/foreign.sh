@@ -1,7 +1,7 @@
 #!/bin/bash
 # Guests of other kinds, from Debian's packages: memtest86+ to its banner and through tests, the i386 kernels (by bzImage) to a
-# shell of an i386 busybox, Debian's installer to its first menu, SeaBIOS as far as it gets without a disk controller it
-# knows. Packages are kept beside the guest's (guest/build says where) and fetched once, by apt as an ordinary user.
+# shell of an i386 busybox, Debian's installer to its first menu, SeaBIOS with GRUB's rescue
+# image. Packages are kept beside the guest's (guest/build says where) and fetched once, by apt as an ordinary user.
 . "$(dirname "$0")/../lib/tap.sh"
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/doppel/packages
 mkdir -p "$cache"
@@ -106,6 +106,19 @@ if fetch installer.deb debian-installer-12-netboot-amd64 && unpack installer.deb
     rm -rf "$tmp/installer"
 else
     not_ok "Debian's installer: package"
+fi
+
+# --- firmware: SeaBIOS finds the disk by virtio and starts GRUB's rescue image from it, both on the serial line ---
+if fetch seabios.deb seabios && unpack seabios.deb seabios && fetch grub-rescue.deb grub-rescue-pc && unpack grub-rescue.deb grub; then
+    for rom in bios.bin bios-256k.bin; do
+        until_output 90 'GNU GRUB' "${run[@]}" --memory 128M --firmware "$tmp/seabios/usr/share/seabios/$rom" \
+            --disk "$tmp/grub/usr/lib/grub-rescue/grub-rescue-cdrom.iso,readonly"
+        like "SeaBIOS ($rom): banner" "$out" 'SeaBIOS \(version'
+        like "SeaBIOS ($rom): boots from the disk" "$out" 'Booting from Hard Disk'
+        like "GRUB: menu" "$out" 'GNU GRUB'
+    done
+else
+    not_ok "SeaBIOS, GRUB: packages"
 fi
 
 done_testing

@@ -356,7 +356,9 @@ static void debug_exit_tells_the_value(void **state UNUSED)
     unsigned value = 0;
     struct debug_exit *p;
 
-    assert_int_equal(debug_exit_new(bench.pio, DEBUG_EXIT_PORT, (struct machine_hook){ .exit = take_exit, .arg = &value }, &p), 0);
+    struct machine_hook h = { .exit = take_exit, .arg = &value };
+
+    assert_int_equal(debug_exit_new(bench.pio, DEBUG_EXIT_PORT, h, &p), 0);
     out8(&bench, DEBUG_EXIT_PORT, 0x12);
     assert_int_equal(value, 0x12);
     bus_write(bench.pio, DEBUG_EXIT_PORT, 0x3456, 2);
@@ -365,8 +367,8 @@ static void debug_exit_tells_the_value(void **state UNUSED)
     assert_int_equal(value, 0x89abcdef);
     assert_int_equal(in8(&bench, DEBUG_EXIT_PORT), 0);
     chip_free(p);
-    assert_int_equal(debug_exit_new(bench.pio, DEBUG_EXIT_PORT, (struct machine_hook){ 0 }, &p), 0);
-    out8(&bench, DEBUG_EXIT_PORT, 1);                               /* nobody listens */
+    assert_int_equal(debug_exit_new(bench.mmio, DEBUG_EXIT_PORT, (struct machine_hook){ 0 }, &p), 0);
+    bus_write(bench.mmio, DEBUG_EXIT_PORT, 1, 1);                               /* nobody listens */
     chip_free(p);
 }
 
@@ -409,8 +411,8 @@ static void debug_console_writes_or_loses(void **state UNUSED)
     out8(&bench, DEBUGCON_PORT, 'e');
     assert_string_equal(s.text, "abe");
     chip_free(p);
-    assert_int_equal(debugcon_new(bench.pio, DEBUGCON_PORT, NULL, &log, &p), 0);
-    out8(&bench, DEBUGCON_PORT, 'x');
+    assert_int_equal(debugcon_new(bench.mmio, DEBUGCON_PORT, NULL, &log, &p), 0);
+    bus_write(bench.mmio, DEBUGCON_PORT, 'x', 1);
     chip_free(p);
 }
 
