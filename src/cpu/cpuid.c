@@ -184,6 +184,8 @@ static const struct {
     [CPU_BMI1] = {W_7B, 3},          [CPU_BMI2] = {W_7B, 8},      [CPU_CLFLUSHOPT] = {W_7B, 23},
     [CPU_CLWB] = {W_7B, 24},         [CPU_WAITPKG] = {W_7C, 5},   [CPU_SYSCALL] = {W_E1D, 11},
     [CPU_LM] = {W_E1D, 29},
+    [CPU_AMD_IBPB] = {W_E8B, 12}, [CPU_AMD_IBRS] = {W_E8B, 14}, [CPU_AMD_STIBP] = {W_E8B, 15},
+    [CPU_AMD_SSBD] = {W_E8B, 24},
 };
 
 /* Without the first bit, the others make no sense. In an order in which one pass is enough. */

@@ -26,6 +26,8 @@ enum cpu_feature {
     CPU_XSAVE, CPU_XSAVEOPT, CPU_XSAVEC, CPU_XGETBV1, CPU_XSAVES, CPU_AVX, CPU_AVX2, CPU_AVX512F, CPU_RDTSCP, CPU_RDPID, CPU_MONITOR,
     CPU_X2APIC, CPU_TSC_DEADLINE, CPU_VME, CPU_DE, CPU_SEP, CPU_CX16, CPU_MOVBE, CPU_RDRAND, CPU_RDSEED, CPU_ADX, CPU_BMI1, CPU_BMI2, CPU_CLFLUSHOPT,
     CPU_CLWB, CPU_WAITPKG, CPU_SYSCALL, CPU_LM,
+    /* AMD's, which only engines on the bare processor show (cpuid_keep) */
+    CPU_AMD_IBPB, CPU_AMD_IBRS, CPU_AMD_STIBP, CPU_AMD_SSBD,
     CPU_FEATURES
 };
 bool cpuid_has(const struct cpuid_policy *p, enum cpu_feature f);

@@ -242,6 +242,13 @@ static bool has_tsc_aux(const struct vcpu *v)
     return cpuid_has(v->m->cpuid, CPU_RDTSCP) || cpuid_has(v->m->cpuid, CPU_RDPID);
 }
 
+/* A guest that comes from another engine may have been told of AMD's speculation control; here it does nothing. */
+static bool has_spec_ctrl(const struct vcpu *v)
+{
+    const struct cpuid_policy *p = v->m->cpuid;
+    return !cpuid_is_amd(p) || cpuid_has(p, CPU_AMD_IBRS) || cpuid_has(p, CPU_AMD_STIBP) || cpuid_has(p, CPU_AMD_SSBD);
+}
+
 /* Registers that a read gives as they are: where they live in struct x86, or NULL. */
 static u64 *plain_register(const struct vcpu *v, struct x86 *x, u32 msr)
 {
@@ -261,7 +268,7 @@ static u64 *plain_register(const struct vcpu *v, struct x86 *x, u32 msr)
     case MSR_MISC_ENABLE:
         return amd ? NULL : &x->misc_enable;
     case MSR_SPEC_CTRL:
-        return amd ? NULL : &x->spec_ctrl;
+        return has_spec_ctrl(v) ? &x->spec_ctrl : NULL;
     case MSR_DEBUGCTL:
         return &x->debugctl;
     case MSR_PAT:
@@ -390,7 +397,7 @@ static int write_msr(struct vcpu *v, struct x86 *x, u32 msr, u64 val)
     case MSR_BIOS_SIGN_ID:
         return 0;                          /* Intel: cleared before CPUID gives the revision; it stays */
     case MSR_PRED_CMD:
-        return cpuid_is_amd(v->m->cpuid) || val & ~1ull ? -1 : 0;
+        return (cpuid_is_amd(v->m->cpuid) && !cpuid_has(v->m->cpuid, CPU_AMD_IBPB)) || val & ~1ull ? -1 : 0;
     }
     if (plain_register(v, x, msr))
         return write_plain(v, x, msr, val);
