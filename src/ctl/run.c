@@ -351,6 +351,8 @@ static int prepare(struct run *run)
     if (!run->stderr_stream)
         return err(-ENOMEM, "no memory");
     int r = o->status_file ? status_file_prepare(o->status_file) : 0;
+    if (r < 0)
+        run->options.status_file = NULL;                           /* told once is enough */
     const struct engine *engine = r == 0 ? choose_engine(run) : NULL;
     if (r == 0)
         r = find_guest(run);

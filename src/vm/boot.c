@@ -136,19 +136,16 @@ int boot_initrd(struct boot_load *l, u64 floor, u64 limit, u64 *gpa)
 
 /* ---- the processor ---- */
 
-/* Write-back by default, the video memory and the PCI hole below 4 GiB uncacheable: as firmware does. Linux gives up on
- * PAT without it. */
-static void set_mtrrs(struct boot_load *l)
+void boot_mtrrs(const struct boot_config *config, struct x86 *x)
 {
     const u64 wb = 0x0606060606060606ull, hole = 4 * GiB - BOOT_RAM_TOP;
-    struct x86 *x = l->bsp;
 
     for (unsigned i = 0; i < ARRAY_SIZE(x->mtrr_fixed); i++)
         x->mtrr_fixed[i] = i == 2 ? 0 : wb;                        /* 2: 0xa0000..0xbffff */
     x->mtrr_def_type = 0xc06;                                      /* enabled, fixed ranges too, default write-back */
-    if (l->config->phys_bits > 32 && l->config->phys_bits <= 52) {
+    if (config->phys_bits > 32 && config->phys_bits <= 52) {
         x->mtrr_base[0] = BOOT_RAM_TOP;
-        x->mtrr_mask[0] = (BIT(l->config->phys_bits) - hole) | BIT(11);
+        x->mtrr_mask[0] = (BIT(config->phys_bits) - hole) | BIT(11);
     }
 }
 
@@ -169,7 +166,7 @@ static int enter(struct boot_load *l, u64 rip, u16 code)
     u64 gdt[4] = { 0, 0, descriptor(code), descriptor(ATTR_DATA) };
 
     x86_reset(x, true);
-    set_mtrrs(l);
+    boot_mtrrs(l->config, x);
     x->rip = rip;
     x->rflags = FLAG_1;
     x->gpr[RDX] = 0;

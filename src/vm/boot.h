@@ -51,6 +51,11 @@ struct boot_config {
  * err(). */
 int boot_load(struct ram *ram, const struct boot_config *config, struct x86 *bsp);
 
+/* Without firmware, what firmware leaves in the memory type registers of every processor: write-back by default, the video
+ * memory and the PCI hole below 4 GiB uncacheable. Linux gives up on PAT without it, and complains where processors
+ * differ. boot_load() has done it for *bsp. */
+void boot_mtrrs(const struct boot_config *config, struct x86 *x);
+
 /* How large a firmware image is, for which there must be RAM below 4 GiB. -EINVAL with err() for what cannot be one. */
 int boot_firmware_size(const char *path, u64 *size);
 

@@ -67,7 +67,8 @@ static int read_header(struct boot_load *l, struct image *im)
     return 0;
 }
 
-/* Where it wants to be; or, if it can be moved, the lowest place from 1 MiB up that is large enough. */
+/* Where it wants to be; or, if it can be moved, the lowest place above that is large enough. Not one below: the kernel
+ * would unpack itself at pref_address all the same (compressed/head_64.S: LOAD_PHYSICAL_ADDR), over whatever is there. */
 static int place_image(struct boot_load *l, struct image *im)
 {
     const struct e820 *map = l->config->map;
@@ -77,11 +78,13 @@ static int place_image(struct boot_load *l, struct image *im)
         return damaged(l, "its alignment");
     im->gpa = im->h.pref_address;
     if (im->gpa < MiB || !range_in(im->gpa, need, BOOT_RAM_TOP) || !e820_usable(map, im->gpa, need))
-        im->gpa = im->h.relocatable_kernel ? e820_place(map, MiB, BOOT_RAM_TOP, need, align, false) : 0;
+        im->gpa = im->h.relocatable_kernel
+            ? e820_place(map, MAX(MiB, im->h.pref_address), BOOT_RAM_TOP, need, align, false) : 0;
     if (!im->gpa)
         return err(-ENOMEM,
-                   "kernel %s: needs %llu MiB of memory below %llu MiB to unpack itself; use a larger --memory",
-                   l->kernel.path, (unsigned long long)(need >> 20) + 1, BOOT_RAM_TOP / MiB);
+                   "kernel %s: needs %llu MiB of memory between %llu MiB and %llu MiB to unpack itself; use a larger --memory",
+                   l->kernel.path, (unsigned long long)(need >> 20) + 1,
+                   (unsigned long long)(MAX(MiB, im->h.pref_address) >> 20), BOOT_RAM_TOP / MiB);
     im->end = im->gpa + need;
     return boot_file_copy(&l->kernel, im->offset, l->ram, im->gpa, im->size);
 }

@@ -144,6 +144,8 @@ static int vm_boot(struct vm *vm)
             r = board_tables(vm->board, &boot.rsdp_gpa);
         if (i == 0 && r == 0)
             r = boot_load(vm->m.ram, &boot, x);
+        if (i > 0 && !boot.firmware)
+            boot_mtrrs(&boot, x);
         if (r == 0)
             r = vcpu_set(vm->m.vcpu[i], x);
     }

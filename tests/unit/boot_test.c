@@ -267,19 +267,25 @@ static void test_bzimage32(void **state)
     test_free(b);
 }
 
-/* Where its favourite place is too small, it goes to the lowest that is not; if it cannot be moved, it does not boot.
- * */
+/* Without room where it wants to be it does not boot, also if it can be moved: below, it would unpack itself over the
+ * end of memory. */
 static void test_bzimage_small_memory(void **state)
 {
     struct world *w = world_of(20 * MiB);
     struct bz *b = make_bz();
     (void)state;
 
-    assert_int_equal(place(w, b, sizeof *b, NULL, 0), 0);
-    assert_int_equal(w->bsp.rip, 0x200200);
+    assert_refused(place(w, b, sizeof *b, NULL, 0), "9 MiB of memory between 16 MiB and");
     header(b)->relocatable_kernel = 0;
     assert_refused(place(w, b, sizeof *b, NULL, 0), "--memory");
     header(b)->relocatable_kernel = 1;
+    header(b)->init_size = 4 * MiB;
+    assert_int_equal(place(w, b, sizeof *b, NULL, 0), 0);
+    assert_int_equal(w->bsp.rip, 0x1000200);
+    header(b)->pref_address = 0;
+    assert_int_equal(place(w, b, sizeof *b, NULL, 0), 0);
+    assert_int_equal(w->bsp.rip, 0x200200);
+    header(b)->pref_address = 0x1000000;
     header(b)->init_size = 32 * MiB;
     assert_refused(place(w, b, sizeof *b, NULL, 0), "--memory");
     header(b)->init_size = 0xffffffff;

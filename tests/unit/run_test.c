@@ -289,6 +289,7 @@ static void host_failures(void **state UNUSED)
     has(status_file(), "failed=host\n");
     assert_int_equal(run("run --kernel poweroff --status-file /nonexistent/x"), 1);
     has(child.text[1], "--status-file /nonexistent/x");
+    assert_int_equal(lines(child.text[1]), 1);
     assert_int_equal(run("run --kernel poweroff --console /nonexistent/x"), 1);
     has(child.text[1], "/nonexistent/x");
     assert_int_equal(run("run --kernel poweroff --trace exits,file=/nonexistent/x"), 1);
