@@ -184,6 +184,24 @@ static void clearing_takes_dependents(void **state)
     assert_false(cpuid_cr4_mask(*state) & CR4_PCIDE);
 }
 
+/* An engine on the bare processor: what it lacks goes; what it says about speculation counts. */
+static void keeping_follows_the_engine(void **state)
+{
+    struct cpuid_regs all = {~0u, ~0u, ~0u, ~0u}, none = {0}, spec = {.ebx = 1u << 12 | 1u << 14};
+    u32 before = get(*state, 0, 1, 0).ecx;
+
+    cpuid_keep(*state, 1, 0, &all);
+    assert_int_equal(get(*state, 0, 1, 0).ecx, before);
+    cpuid_keep(*state, 0x80000008, 0, &spec);
+    assert_true(cpuid_has(*state, CPU_AMD_IBPB) && cpuid_has(*state, CPU_AMD_IBRS));
+    assert_false(cpuid_has(*state, CPU_AMD_STIBP));
+    cpuid_keep(*state, 0x40000001, 0, &none);
+    assert_int_equal(get(*state, 0, 0x40000001, 0).eax, 0);
+    cpuid_keep(*state, 1, 0, &none);
+    assert_false(cpuid_has(*state, CPU_XSAVE) || cpuid_has(*state, CPU_AVX) || cpuid_has(*state, CPU_PAE));
+    assert_true(get(*state, 0, 1, 0).ecx & 1u << 31);              /* it is a guest all the same */
+}
+
 static void out_of_range(void **state)
 {
     struct cpuid_regs r = get(*state, 0, 0x7fffffff, 0), top = get(*state, 0, get(*state, 0, 0, 0).eax, 0);
@@ -199,6 +217,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         T(vendor_is_the_hosts), T(hidden),        T(subset_of_host),            T(dynamic_bits), T(xsave_sizes), T(topology),
         T(kvm_leaves),          T(tsc_frequency), T(clearing_takes_dependents), T(out_of_range),
+        T(keeping_follows_the_engine),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
