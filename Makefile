@@ -28,7 +28,7 @@ help:
 	@echo 'make          build/doppel, its man page and the default guest; installs the packages that takes'
 	@echo 'make run      boots the default guest to a shell in this terminal (poweroff, or Ctrl-A X, ends it)'
 	@echo 'make test     all tests; T="boot dev/*" chooses some'
-	@echo 'make bench    measurements, beside QEMU where it is installed'
+	@echo 'make bench    measurements beside native, QEMU and UML; BENCH="--quick", or --rows, --systems, --repeat'
 	@echo 'make fuzz     fuzz targets for SECONDS each (default 600); F=NAME chooses one'
 	@echo 'make soak     the long forms of the tests: SOAK times all over (default 10), and fuzzing'
 	@echo 'make install  PREFIX=$(PREFIX) DESTDIR=$(DESTDIR)'
@@ -109,7 +109,7 @@ $(B)/bin/%: tests/fuzz/%.c $(B)/libdoppel.a
 
 asan-programs: $(B)/doppel $(ASAN_TESTS)
 fuzz-programs: $(FUZZERS)
-include $(wildcard tests/*/build.mk)
+include $(wildcard tests/*/build.mk) bench/build.mk
 
 # One after the other: each of them keeps all processors busy.
 test-programs: $(B)/doppel guest $(INSN_TESTS) $(if $(wildcard tests/sys/build.mk),sys) $(B)/kvm/switch | $(B)/setup-test
@@ -133,7 +133,7 @@ soak: $(B)/setup-test
 		echo "soak: round $$i of $(SOAK)"; tests/run --build $(B) --fuzz-seconds $(SECONDS) $(T) || exit 1; \
 	done
 
-bench: $(B)/setup-bench $(B)/doppel guest
+bench: $(B)/setup-bench $(B)/doppel $(B)/bench/rows guest
 	$(Q)bench/run $(BENCH) $(B)/doppel
 
 # ---- installation ----
