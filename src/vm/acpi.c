@@ -441,6 +441,22 @@ static u32 write_mcfg(struct area *ar, const struct acpi_config *c)
     return gpa;
 }
 
+/* IA-PC HPET specification 1.0a, 3.2.4. */
+static u32 write_hpet(struct area *ar, const struct acpi_config *c)
+{
+    struct gas base = { .width = 64, .address = c->hpet_base };
+    struct aml *a = &ar->out;
+    u32 gpa = table_begin(ar, "HPET", 1);
+
+    aml_u32(a, c->hpet_id);
+    aml_bytes(a, &base, sizeof base);
+    aml_u8(a, 0);                                                  /* number */
+    aml_u16(a, 128);                                               /* least ticks in periodic mode without losing interrupts */
+    aml_u8(a, 0);
+    table_end(ar, gpa);
+    return gpa;
+}
+
 /* ---- the roots ---- */
 
 static void write_rsdp(struct area *ar, u32 rsdt, u32 xsdt)
@@ -457,7 +473,7 @@ static void write_rsdp(struct area *ar, u32 rsdt, u32 xsdt)
 int acpi_write(struct ram *ram, const struct acpi_config *c, u64 *rsdp_gpa)
 {
     struct area *ar = calloc(1, sizeof *ar);
-    u32 table[3], tables = 0, rsdt, xsdt;
+    u32 table[4], tables = 0, rsdt, xsdt;
     int rc = 0;
 
     if (!ar)
@@ -469,6 +485,8 @@ int acpi_write(struct ram *ram, const struct acpi_config *c, u64 *rsdp_gpa)
     table[tables++] = write_madt(ar, c);
     if (c->ecam_base)
         table[tables++] = write_mcfg(ar, c);
+    if (c->hpet_base)
+        table[tables++] = write_hpet(ar, c);
     rsdt = table_begin(ar, "RSDT", 1);
     for (u32 i = 0; i < tables; i++)
         aml_u32(&ar->out, table[i]);

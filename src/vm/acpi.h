@@ -52,6 +52,7 @@ struct acpi_config {
     /* legacy devices */
     struct acpi_serial serial[2];
     u16 pvpanic_port;                                              /* 0x505; 0: none */
+    u32 hpet_base, hpet_id;                                        /* base 0: none; id: its capabilities, bits 31..0 */
     u16 fw_cfg_port;                                               /* 12 ports; 0: none */
     bool rtc, pit;
 };

@@ -10,6 +10,7 @@
  *                                                             0x00e9 0x00f4         debug console, debug exit
  *   0xe0000000  PCI configuration (ECAM), bus 0               0x02f8 0x03f8         ns16550 COM2, COM1
  *   0xfec00000  I/O APIC                                      0x03b0 to 0x03df      VGA registers
+ *   0xfed00000  HPET
  *   0xfee00000  local APIC (each vCPU's own), MSI             0x0505 0x0510         pvpanic, firmware configuration
  *   below 4 GiB firmware, if any                              0x0600 to 0x063f      ACPI power management
  *   0x100000000 the rest of RAM
@@ -17,6 +18,7 @@
  *                                                             0xc000 to 0xffff      PCI I/O window
  *
  *   interrupts  0 i8254 (I/O APIC pin 2)   1 keyboard   3 COM2   4 COM1   8 mc146818   9 ACPI   12 mouse
+ *               20 to 23 HPET, which also replaces i8254 and mc146818 at 0 and 8 if the guest wants so
  *               16 to 19 PCI INTA to INTD on the I/O APIC; in i8259 mode 10 (INTA, INTC) and 11 (INTB, INTD)
  *
  * Locking: the wires have a lock of their own, taken after a device's and before a chip's.
@@ -32,6 +34,7 @@
 #include "dev/debug_exit.h"
 #include "dev/debugcon.h"
 #include "dev/fw_cfg.h"
+#include "dev/hpet.h"
 #include "dev/i8042.h"
 #include "dev/i8254.h"
 #include "dev/i8259.h"
@@ -202,11 +205,22 @@ static int build_interrupts(struct board *b)
     return 0;
 }
 
+static int build_hpet(struct board *b, struct hpet **out)
+{
+    struct hpet_config c = { .clock = b->m->clock, .irq0 = isa_irq(b, IRQ_PIT), .irq8 = isa_irq(b, IRQ_RTC) };
+
+    for (int i = 0; i < (int)ARRAY_SIZE(c.pin); i++)
+        c.pin[i] = ioapic_irq(b->ioapic, HPET_FIRST_PIN + i);
+    BUILD(*out, hpet_new(b->m->mmio, &c, out));
+    return 0;
+}
+
 static int build_legacy(struct board *b, struct machine_hook hook)
 {
     struct bus *pio = b->m->pio;
     struct clock *clock = b->m->clock;
     u64 low = MIN(b->config->memory_bytes, RAM_LOW_TOP);
+    struct hpet *hpet;
     struct mc146818 *rtc;
     struct ns16550 *com1, *com2;
     struct i8042 *kbc;
@@ -215,8 +229,11 @@ static int build_legacy(struct board *b, struct machine_hook hook)
     struct pvpanic *panic;
     struct vga_mem *vga;
 
-    BUILD(b->pit, i8254_new(pio, clock, isa_irq(b, IRQ_PIT), &b->pit));
-    BUILD(rtc, mc146818_new(pio, clock, isa_irq(b, IRQ_RTC), low, b->config->memory_bytes - low, &rtc));
+    int r = build_hpet(b, &hpet);
+    if (r < 0)
+        return r;
+    BUILD(b->pit, i8254_new(pio, clock, hpet_i8254_line(hpet), &b->pit));
+    BUILD(rtc, mc146818_new(pio, clock, hpet_rtc_line(hpet), low, b->config->memory_bytes - low, &rtc));
     BUILD(com1, ns16550_new(pio, COM1_PORT, "com1", clock, isa_irq(b, IRQ_COM1), b->config->serial, &com1));
     BUILD(com2, ns16550_new(pio, COM2_PORT, "com2", clock, isa_irq(b, IRQ_COM2), NULL, &com2));
     BUILD(kbc, i8042_new(pio, isa_irq(b, IRQ_KEYBOARD), isa_irq(b, IRQ_MOUSE), hook, &kbc));
@@ -433,6 +450,8 @@ int board_tables(struct board *b, u64 *rsdp_gpa)
         .pci_io = { { PCI_IO_BASE, PCI_IO_SIZE } },
         .pci_mem32 = { PCI_MEM_BASE, PCI_MEM_SIZE },
         .serial = { { COM1_PORT, IRQ_COM1 }, { COM2_PORT, IRQ_COM2 } },
+        .hpet_base = HPET_BASE,
+        .hpet_id = HPET_ID,
         .pvpanic_port = PVPANIC_PORT,
         .fw_cfg_port = FW_CFG_PORT,
         .rtc = true,

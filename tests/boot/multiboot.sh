@@ -38,7 +38,7 @@ for k in one-64 one-32 one-raw two-64 two-32 two-raw two-relocatable; do
     is "$k: nothing else is said" "$err" ""
 done
 
-doppel "${run[@]}" --kernel one-64 --append "" </dev/null
+doppel "${run[@]}" --kernel one-64 --append x </dev/null
 like "one processor: the second does not come, and there is no module" "$out" $'loader [^\n]*\nusable.*second processor: none'
 
 # A boot sector that says which drive it was loaded from, and ends with a 4-byte value of which 7 bits count.
