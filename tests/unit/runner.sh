@@ -31,6 +31,10 @@ like "a broken plan fails" "$out" "planned 3 tests and ran 2"
 fake silent 'exit 0'
 run silent
 is "a test that says nothing fails" "$last" "0 passed, 1 failed, 0 skipped"
+fake unsteady "echo x >>'$tmp/runs'; [ \$(wc -l <'$tmp/runs') -gt 1 ] && echo 'ok 1 - a' || { echo 'not ok 1 - a'; exit 1; }"
+run unsteady
+is "failed once, passes alone" "$last" "1 passed, 0 failed, 0 skipped"
+like "failed once, passes alone: it is named" "$out" "Unsteady"$'[^\n]*\n'"  unit/fake_unsteady_test: a"
 run nonesuch
 is "nothing to run is an error" "$status" 64
 done_testing
