@@ -218,14 +218,18 @@ const struct option run_option_table[] = {
      "/dev/kvm.", false, set_engine},
     {"cpus", "N", "The number of the guest's processors, 1 to 64. Default: 1.", false, set_cpus},
     {"memory", "SIZE", "The guest's memory, with K, M or G behind the number. Default: 512M.", false, set_memory},
-    {"kernel", "FILE", "Boots this file instead of the default guest's kernel: a Linux bzImage, a multiboot kernel (1 or 2), an ELF "
-     "file with a PVH entry, or a boot sector (loaded whole at 0x7c00; there is no BIOS that it could call). Then there is no "
-     "initrd but that of --initrd, and the kernel's command line is that of --append alone (without it: console=ttyS0).", false,
-     set_kernel},
-    {"initrd", "FILE", "The initial RAM disk (initramfs), which for a multiboot kernel is its module. Default: the default guest's, "
+    {"kernel", "FILE",
+     "Boots this file instead of the default guest's kernel: a Linux bzImage, a multiboot kernel (1 or 2), an ELF "
+     "file with a PVH entry, or a boot sector (loaded whole at 0x7c00; there is no BIOS that it could call). Then "
+     "there is no initrd but that of --initrd, and the kernel's command line is that of --append alone (without it: "
+     "console=ttyS0).", false, set_kernel},
+    {"initrd", "FILE",
+     "The initial RAM disk (initramfs), which for a multiboot kernel is its module. Default: the default guest's, "
      "with the default guest's kernel.", false, set_initrd},
-    {"firmware", "FILE", "Boots this firmware image (a PC BIOS such as SeaBIOS, a multiple of 64 KiB), which ends at 4 GiB and is "
-     "entered at the reset vector. It finds kernel, initrd and command line, where they are given, by fw_cfg.", false, set_firmware},
+    {"firmware", "FILE",
+     "Boots this firmware image (a PC BIOS such as SeaBIOS, a multiple of 64 KiB), which ends at 4 GiB and is entered "
+     "at the reset vector. It finds kernel, initrd and command line, where they are given, by fw_cfg.",
+     false, set_firmware},
     {"append", "STRING", "Adds STRING to the kernel's command line.", false, set_append},
     {"disk", "FILE[,readonly]",
      "A raw disk image or block device, which the guest sees as /dev/vda; the next one as /dev/vdb, and so on, up to "
@@ -235,9 +239,10 @@ const struct option run_option_table[] = {
      "written there, and there is no input. unix:PATH: a socket that takes one client at a time. With a COMMAND the "
      "default is none, and the last lines are shown if the guest fails.", false, set_console},
     {"no-reboot", NULL, "Ends when the guest resets itself, instead of booting it again.", false, set_no_reboot},
-    {"debug-exit", NULL, "For kernels under test: a write of V to port 0xf4 (1, 2 or 4 bytes) ends doppel with the exit "
-     "status (V << 1) | 1, of which a process keeps the lowest 8 bits, and bytes written to port 0xe9 go where the serial "
-     "console goes.", false, set_debug_exit},
+    {"debug-exit", NULL,
+     "For kernels under test: a write of V to port 0xf4 (1, 2 or 4 bytes) ends doppel with the exit status (V << 1) | "
+     "1, of which a process keeps the lowest 8 bits, and bytes written to port 0xe9 go where the serial console goes.",
+     false, set_debug_exit},
     {"gdb", "PORT|unix:PATH[,wait][,i386]",
      "Takes a gdb, one at a time, at that port of 127.0.0.1 (where every user of this host can connect) or at a Unix "
      "socket (where only you can): \"target remote :PORT\" or \"target remote PATH\". The guest stops while gdb looks "
@@ -263,9 +268,11 @@ static int check_together(const struct run_options *o)
     if (o->command && !*o->command)
         return err(-EINVAL, "--: no command follows; name one, or leave \"--\" out for a shell");
     if (o->command && o->console == CONSOLE_STDIO)
-        return err(-EINVAL, "--console stdio: standard input and output belong to the command; leave it out, or name a file");
+        return err(-EINVAL, "--console stdio: standard input and output belong to the command; leave it out, or name a "
+                            "file");
     if (o->command && o->firmware)
-        return err(-EINVAL, "--firmware: the command runs in the default guest, which boots without firmware; leave one out");
+        return err(-EINVAL, "--firmware: the command runs in the default guest, which boots without firmware; leave "
+                            "one out");
     if (o->command && o->kernel && !o->initrd)
         return err(-EINVAL, "--kernel: the default guest's initrd, which runs the command, has no modules for another "
                             "kernel; give --initrd too (guest/build makes one), or leave the command out");

@@ -1,6 +1,7 @@
 /*
- * Debug exit port (QEMU's hw/misc "isa-debug-exit"; there is no other specification): four ports, of which a write of 1, 2 or 4 bytes ends the machine. What
- * becomes of the value is the receiver's affair. Reads give 0. It has no state. Locking: device.lock; the hook is called under it.
+ * Debug exit port (QEMU's hw/misc "isa-debug-exit"; there is no other specification): four ports, of which a write of
+ * 1, 2 or 4 bytes ends the machine. What becomes of the value is the receiver's affair. Reads give 0. It has no state.
+ * Locking: device.lock; the hook is called under it.
  */
 #include "dev/debug_exit.h"
 

@@ -1,8 +1,9 @@
 /*
  * Debug console port (see debugcon.h). A read gives 0xe9, by which guests find it.
  *
- * The port has no ready bit, so a guest cannot be told to wait: the vCPU that writes does, for a while, when the host end is full. A host end that takes
- * nothing for so long loses bytes, which is said once; after that nobody waits until it takes some again.
+ * The port has no ready bit, so a guest cannot be told to wait: the vCPU that writes does, for a while, when the host
+ * end is full. A host end that takes nothing for so long loses bytes, which is said once; after that nobody waits until
+ * it takes some again.
  *
  * Locking: the handlers lock nothing, so that whoever waits holds no device up; the two flags are atomic.
  */

@@ -1,5 +1,6 @@
 /*
- * Debug console at port 0xe9 (Bochs, QEMU's "isa-debugcon"): a byte written is a byte of output. For kernels that have no driver for a serial line yet.
+ * Debug console at port 0xe9 (Bochs, QEMU's "isa-debugcon"): a byte written is a byte of output. For kernels that
+ * have no driver for a serial line yet.
  *
  * A struct debugcon begins with its struct device.
  */

@@ -2,8 +2,8 @@
  * Firmware configuration device (see fw_cfg.h; QEMU's docs/specs/fw_cfg, sections "Register Locations", "Firmware
  * Configuration Items", "Guest-side DMA Interface"). Items are read-only and do not change after the board was built.
  *
- * Left out: writes to items (nobody needs them since QEMU 2.4; a DMA write is answered with an error), and architecture-local
- * keys but those of fw_cfg_key. What a host file no longer holds reads as zero, as bytes behind an item's end do.
+ * Left out: writes to items (nobody needs them since QEMU 2.4; a DMA write is answered with an error), and
+ * architecture-local keys. What a host file no longer holds reads as zero, as bytes behind an item's end do.
  * Locking: device.lock.
  */
 #include "dev/fw_cfg.h"

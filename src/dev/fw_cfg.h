@@ -25,5 +25,8 @@ int fw_cfg_new(struct bus *pio, struct ram *ram, struct fw_cfg **out);
 int fw_cfg_bytes(struct fw_cfg *f, enum fw_cfg_key key, const void *p, u32 len);
 int fw_cfg_int(struct fw_cfg *f, enum fw_cfg_key key, u64 value, unsigned len);
 int fw_cfg_file(struct fw_cfg *f, const char *name, const void *p, u32 len); /* name: up to 55 characters */
-/* Bytes [offset, offset + len) of a file of the host, read when the guest reads them; fd is borrowed no longer than the call. */
+/*
+ * Bytes [offset, offset + len) of a file of the host, read when the guest reads them; fd is borrowed no longer than
+ * the call.
+ */
 int fw_cfg_host_file(struct fw_cfg *f, enum fw_cfg_key key, int fd, u64 offset, u32 len);

@@ -40,7 +40,8 @@ struct hpet {
     struct device device;
     struct hpet_config c;
     u64 config, status;
-    u64 counter, start_ns;                                         /* the counter at start_ns; it stands while not enabled */
+    /* the counter at start_ns; it stands while not enabled */
+    u64 counter, start_ns;
     u64 seen;                                                      /* the counter at the last look */
     struct comparator comparator[TIMERS];
 

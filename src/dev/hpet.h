@@ -16,7 +16,8 @@
 
 struct hpet_config {
     struct clock *clock;
-    struct irq_line irq0, irq8;                                    /* where legacy replacement and the chips behind it go */
+    /* where legacy replacement and the chips behind it go */
+    struct irq_line irq0, irq8;
     struct irq_line pin[4];                                        /* I/O APIC inputs 20 to 23 */
 };
 #define HPET_FIRST_PIN 20

@@ -234,8 +234,9 @@ static int unknown_kernel(struct boot_load *l)
         if (range_in(kind[i].offset, kind[i].len, f->size) && !boot_file_read(f, kind[i].offset, found, kind[i].len) &&
             !memcmp(found, kind[i].magic, kind[i].len))
             return err(-ENOEXEC, "kernel %s: %s", f->path, kind[i].what);
-    return err(-ENOEXEC, "kernel %s: is neither a Linux kernel (bzImage), nor a multiboot kernel, nor an ELF file with a PVH entry, nor a "
-               "boot sector; is it the right file, and whole?", f->path);
+    return err(-ENOEXEC,
+               "kernel %s: is neither a Linux kernel (bzImage), nor a multiboot kernel, nor an ELF file with a PVH "
+               "entry, nor a boot sector; is it the right file, and whole?", f->path);
 }
 
 int boot_place(struct boot_load *l)

@@ -38,7 +38,8 @@
 #define BOOT_RAM_TOP     0xc0000000u /* kernels and initrds stay below it: 32-bit entry code reaches all of it */
 
 struct boot_config {
-    const char *firmware;                                          /* NULL: none; else it runs, and nothing else is loaded */
+    /* NULL: none; else it runs, and nothing else is loaded */
+    const char *firmware;
     const char *kernel;
     const char *initrd;                                            /* NULL: none */
     const char *cmdline;                                           /* NULL: "" */
@@ -89,9 +90,11 @@ enum { BOOT_OTHER = 1 };                                           /* not this k
 /* boot_load() with files that are open already. */
 int boot_place(struct boot_load *l);
 int boot_linux(struct boot_load *l);                               /* BOOT_OTHER when the file is no bzImage */
-int boot_multiboot(struct boot_load *l);                           /* BOOT_OTHER when the file has no multiboot header */
+/* BOOT_OTHER when the file has no multiboot header */
+int boot_multiboot(struct boot_load *l);
 int boot_elf(struct boot_load *l);                                 /* BOOT_OTHER when it is no ELF file */
-int boot_sector(struct boot_load *l);                              /* BOOT_OTHER when the file does not begin with a boot sector */
+/* BOOT_OTHER when the file does not begin with a boot sector */
+int boot_sector(struct boot_load *l);
 int boot_firmware(struct boot_load *l);
 
 /* Puts the initrd as high as may be below limit (exclusive) and above floor; 0 where there is none to load. */

@@ -3,7 +3,8 @@
  * structures as in xen/arch-x86/hvm/start_info.h. The note XEN_ELFNOTE_PHYS32_ENTRY gives the entry: 32-bit protected
  * mode, paging off, EBX = hvm_start_info.
  *
- * Segments go to their physical addresses. Nothing in the file is trusted: each number is checked before it is an address, a length or a count.
+ * Segments go to their physical addresses. Nothing in the file is trusted: each number is checked before it is an
+ * address, a length or a count.
  * Multiboot kernels are ELF files as well: boot_elf.h is what both ways share. Left out: relocation entries.
  */
 #include <elf.h>
@@ -115,7 +116,9 @@ int boot_zero(struct boot_load *l, u64 gpa, u64 len)
 int boot_room(const struct boot_load *l, u64 gpa, u64 len)
 {
     if (gpa < BOOT_LOW_END)
-        return err(-EINVAL, "kernel %s: wants to be at 0x%llx; addresses below 0x%x hold what the boot loader hands over: link it higher",
+        return err(-EINVAL,
+                   "kernel %s: wants to be at 0x%llx; addresses below 0x%x hold what the boot loader hands over: "
+                   "link it higher",
                    l->kernel.path, (unsigned long long)gpa, BOOT_LOW_END);
     if (!range_in(gpa, len, BOOT_RAM_TOP) || !e820_usable(l->config->map, gpa, len))
         return err(-ENOMEM, "kernel %s: wants %llu MiB at %llu MiB, where the guest has no memory; use a larger --memory", l->kernel.path,

@@ -17,14 +17,17 @@ struct boot_elf {
     /* boot_elf_range() */
     u64 start, end;                                                /* of all segments, by their physical addresses */
     u64 entry_gpa;                                                 /* the entry in its segment */
-    u64 shift;                                                     /* added to every physical address (modulo 2^64): relocation */
+    /* added to every physical address (modulo 2^64): relocation */
+    u64 shift;
 };
 
-int boot_elf_open(struct boot_load *l, struct boot_elf *e);        /* reads the header; BOOT_OTHER when this is no ELF file */
+/* reads the header; BOOT_OTHER when this is no ELF file */
+int boot_elf_open(struct boot_load *l, struct boot_elf *e);
 int boot_elf_phdr(const struct boot_elf *e, unsigned i, Elf64_Phdr *p); /* i < phnum; also of 32-bit files */
 int boot_elf_range(struct boot_elf *e);
 int boot_elf_segments(struct boot_elf *e);                         /* loads them */
-int boot_elf_bad(const struct boot_elf *e, const char *what);      /* -EINVAL with err() that names the file and the remedy */
+/* -EINVAL with err() that names the file and the remedy */
+int boot_elf_bad(const struct boot_elf *e, const char *what);
 
 /* Is [gpa, gpa + len) memory that a kernel may have? 0, or an error for the user. */
 int boot_room(const struct boot_load *l, u64 gpa, u64 len);

@@ -62,7 +62,8 @@ struct multiboot {
     u64 header;                                                    /* its offset in the file */
     bool addresses, has_entry, relocatable;
     u32 header_addr, load_addr, load_end, bss_end, entry;          /* addresses; then entry is set as well */
-    u32 place_min, place_max, place_align, place_how;              /* relocatable: 3.1.12; how: 0 any, 1 lowest, 2 highest */
+    /* relocatable: 3.1.12; how: 0 any, 1 lowest, 2 highest */
+    u32 place_min, place_max, place_align, place_how;
 
     bool is_elf;
     struct boot_elf elf;
@@ -160,7 +161,10 @@ static void section_set_addr(struct multiboot *m, unsigned i, u32 gpa)
         memcpy(p + offsetof(Elf32_Shdr, sh_addr), &gpa, sizeof gpa);
 }
 
-/* Section headers, and symbols behind the kernel. They are a convenience: what makes no sense or does not fit is left out. */
+/*
+ * Section headers, and symbols behind the kernel. They are a convenience: what makes no sense or does not fit is
+ * left out.
+ */
 static int load_sections(struct multiboot *m)
 {
     const struct boot_elf *e = &m->elf;
@@ -191,7 +195,10 @@ static int load_sections(struct multiboot *m)
 
 /* ---- loading ---- */
 
-/* Where a relocatable image (2: 3.1.12) of [start, end) goes: as it asks; without a wish where it is linked, if that is free. */
+/*
+ * Where a relocatable image (2: 3.1.12) of [start, end) goes: as it asks; without a wish where it is linked, if
+ * that is free.
+ */
 static int choose_place(struct multiboot *m, u64 start, u64 end, u64 *base)
 {
     const struct e820 *map = m->l->config->map;
@@ -207,7 +214,9 @@ static int choose_place(struct multiboot *m, u64 start, u64 end, u64 *base)
         return 0;
     *base = e820_place(map, floor, limit, end - start, align, m->place_how == 2);
     if (!*base)
-        return err(-ENOMEM, "kernel %s: %llu MiB do not fit into the guest's memory where it wants to be; use a larger --memory",
+        return err(-ENOMEM,
+                   "kernel %s: %llu MiB do not fit into the guest's memory where it wants to be; use a larger "
+                   "--memory",
                    m->l->kernel.path, (unsigned long long)((end - start) >> 20) + 1);
     return 0;
 }
@@ -229,7 +238,10 @@ static int load_elf(struct multiboot *m)
     return boot_elf_segments(e);
 }
 
-/* 1: 3.1.3, 2: 3.1.5. load_addr of all ones in version 2 means the file's beginning; ends of 0 mean the file's end, and no BSS. */
+/*
+ * 1: 3.1.3, 2: 3.1.5. load_addr of all ones in version 2 means the file's beginning; ends of 0 mean the file's end,
+ * and no BSS.
+ */
 static int load_addresses(struct multiboot *m)
 {
     const struct boot_file *f = &m->l->kernel;
@@ -269,7 +281,8 @@ static int load_module(struct multiboot *m)
         return 0;
     m->module = e820_place(m->l->config->map, MAX(m->end, MiB), BOOT_RAM_TOP, f->size, PAGE_SIZE, false);
     if (!m->module)
-        return err(-ENOMEM, "initrd %s: %llu MiB do not fit beside the kernel into the guest's memory; use a larger --memory "
+        return err(-ENOMEM,
+                   "initrd %s: %llu MiB do not fit beside the kernel into the guest's memory; use a larger --memory "
                    "or a smaller initrd", f->path, (unsigned long long)(f->size >> 20) + 1);
     return boot_file_copy(f, 0, m->l->ram, m->module, f->size);
 }
@@ -295,7 +308,9 @@ static int enter(struct multiboot *m, const struct info *in, u32 magic)
     int rc;
 
     if (in->full)
-        return err(-E2BIG, "kernel %s: its parameters and section headers are longer than %u KiB together; shorten --append, or strip it",
+        return err(-E2BIG,
+                   "kernel %s: its parameters and section headers are longer than %u KiB together; shorten "
+                   "--append, or strip it",
                    m->l->kernel.path, (unsigned)(sizeof in->buf / KiB));
     if (m->entry_gpa > UINT32_MAX)
         return refuse(m, "leads to an entry above 4 GiB");

@@ -30,7 +30,9 @@ int boot_firmware_size(const char *path, u64 *size)
     *size = f.size;
     boot_file_close(&f);
     if (*size % BOOT_FIRMWARE_STEP || *size > BOOT_FIRMWARE_MAX)
-        return err(-EINVAL, "firmware %s: has %llu bytes; an image is a whole number of %llu KiB and up to %llu MiB long: is it the right file?",
+        return err(-EINVAL,
+                   "firmware %s: has %llu bytes; an image is a whole number of %llu KiB and up to %llu MiB long: is "
+                   "it the right file?",
                    path, (unsigned long long)*size, BOOT_FIRMWARE_STEP / KiB, BOOT_FIRMWARE_MAX / MiB);
     return 0;
 }
@@ -65,8 +67,9 @@ int boot_sector(struct boot_load *l)
     if (mark[0] != 0x55 || mark[1] != 0xaa || (first[0] == 'M' && first[1] == 'Z'))
         return BOOT_OTHER;
     if (!e820_usable(l->config->map, SECTOR_GPA, f->size))
-        return err(-EFBIG, "kernel %s: is a disk image with a boot sector, too large to be loaded whole, and there is no BIOS that would load the "
-                   "rest; give a kernel, or --firmware FILE with the image as --disk", f->path);
+        return err(-EFBIG,
+                   "kernel %s: is a disk image with a boot sector, too large to be loaded whole, and there is no "
+                   "BIOS that would load the rest; give a kernel, or --firmware FILE with the image as --disk", f->path);
     rc = boot_file_copy(f, 0, l->ram, SECTOR_GPA, f->size);
     x86_reset(x, true);
     x->cr0 = CR0_ET;                                               /* caches on */

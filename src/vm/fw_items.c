@@ -1,7 +1,7 @@
 /*
- * The items of the firmware configuration device (fw_items.h; QEMU's docs/specs/fw_cfg and docs/specs/ for "etc/e820"). A
- * kernel, which the firmware is to start, is cut into setup and payload as Linux's boot protocol has them; other files are
- * all payload. Kernel and initrd are told of only if there is firmware: else they are in memory already.
+ * The items of the firmware configuration device (fw_items.h; QEMU's docs/specs/fw_cfg). A kernel, which the firmware is
+ * to start, is cut into setup and payload as Linux's boot protocol has them; other files are all payload. Kernel and
+ * initrd are told of only if there is firmware: else they are in memory already.
  */
 #include "vm/fw_items.h"
 

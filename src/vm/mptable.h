@@ -1,6 +1,7 @@
 /*
- * The Intel MultiProcessor Specification 1.4 table: processors, the I/O APIC and its inputs, for systems without an ACPI
- * interpreter. It says the same as the ACPI tables, from the same struct acpi_config. Called while vCPUs stand still.
+ * The Intel MultiProcessor Specification 1.4 table: processors, the I/O APIC and its inputs, for systems without an
+ * ACPI interpreter. It says the same as the ACPI tables, from the same struct acpi_config. Called while vCPUs stand
+ * still.
  */
 #pragma once
 

@@ -1,4 +1,7 @@
-/* Firmware configuration (dev/fw_cfg) after QEMU's docs/specs/fw_cfg: items, directory, DMA with every kind of bad request. */
+/*
+ * Firmware configuration (dev/fw_cfg) after QEMU's docs/specs/fw_cfg: items, directory, DMA with every kind of bad
+ * request.
+ */
 #include "dev/chip.h"
 
 #include <endian.h>

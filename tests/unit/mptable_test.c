@@ -1,4 +1,7 @@
-/* The MP table (vm/mptable) read as an operating system does: found by signature, checksums, entries counted by kind. */
+/*
+ * The MP table (vm/mptable) read as an operating system does: found by signature, checksums, entries counted by
+ * kind.
+ */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
