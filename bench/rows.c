@@ -12,8 +12,8 @@
  *   row NAME skip WHY | row NAME limit SECONDS | row NAME failed WHY
  *   bench: end NS
  *
- * It is also process 1 of the bench's guests: then the arguments are the words of the kernel parameter bench=, separated
- * by commas, /proc, /dev and /tmp are mounted first, and the machine is powered off at the end.
+ * It is also process 1 of the bench's guests: then the arguments are the words of the kernel parameter bench=,
+ * separated by commas, /proc, /dev and /tmp are mounted first, and the machine is powered off at the end.
  */
 #define _GNU_SOURCE
 #include "rows.h"
@@ -305,7 +305,7 @@ static int as_init(void)
     char line[8192], *words[100];
     int n;
 
-    open_console();                                                /* the kernel's initramfs has it, usually */
+    open_console();                                                /* the kernel's own initramfs has it, usually */
     printf("bench: init\n");
     fflush(stdout);
     mount_one("proc", "/proc");

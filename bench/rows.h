@@ -15,7 +15,7 @@
 /* What a row is given; one per process. */
 struct bench {
     const char *self;                                              /* this program, for exec */
-    const char *data;                                              /* folder with the data of rows that start programs */
+    const char *data;                                              /* folder of the rows that start programs */
     int cpu[2];                                                    /* processors to be pinned to; -1: there is none */
     char skip[200];                                                /* set by a setup that returns NULL: why */
 };

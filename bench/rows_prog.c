@@ -34,7 +34,8 @@ struct program {
 };
 
 static const struct program zstd = {
-    { "zstd", "-q", "-f", "-3", "--single-thread", "text", "-o", "out/text.zst" }, "out/text.zst", false, "text.zst", 0 };
+    { "zstd", "-q", "-f", "-3", "--single-thread", "text", "-o", "out/text.zst" },
+    "out/text.zst", false, "text.zst", 0 };
 static const struct program sha256 = { { "sha256sum", "text" }, "out/text.sha256", true, "text.sha256", 0 };
 static const struct program gcc = {
     { "gcc", "-O2", "-c", "compiled.c", "-o", "out/compiled.o" }, "out/compiled.o", false, "compiled.o", 0 };

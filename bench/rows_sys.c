@@ -196,7 +196,7 @@ static void *setup_pair(struct bench *b, bool pipes, bool two)
     if (pipe(p->to) || pipe(p->from) || (pid = fork()) < 0)
         die("pipe, fork: %s", strerror(errno));
     if (!pin(b->cpu[two && pid == 0]) && two)
-        die("sched_setaffinity: %s", strerror(errno));             /* without SMP in the kernel there is nothing to do */
+        die("sched_setaffinity: %s", strerror(errno));             /* a kernel without SMP: nothing to do */
     if (pid == 0)
         partner(p, pipes);
     return p;
