@@ -111,8 +111,6 @@ const struct cpuid_regs *cpuid_host(u32 leaf, u32 subleaf)
 
 enum word { W_1C, W_1D, W_7B, W_7C, W_7D, W_71A, W_D1A, W_E1C, W_E1D, W_E7D, W_E8B, W_E21A, W_E21C, WORDS };
 enum { EAX, EBX, ECX, EDX };
-#define PV_FEATURES \
-    (F(KVM_FEATURE_CLOCKSOURCE2) | F(KVM_FEATURE_NOP_IO_DELAY) | F(KVM_FEATURE_CLOCKSOURCE_STABLE_BIT))
 #define F(n) (1u << (n))
 
 /*
@@ -169,23 +167,45 @@ static const struct {
 
 static const struct {
     u8 word, bit;
+    const char *name;                      /* of --cpuid; as in Linux' /proc/cpuinfo */
 } feature[CPU_FEATURES] = {
-    [CPU_PSE] = {W_1D, 3},           [CPU_PAE] = {W_1D, 6},       [CPU_PGE] = {W_1D, 13},
-    [CPU_PCID] = {W_1C, 17},         [CPU_INVPCID] = {W_7B, 10},  [CPU_SMEP] = {W_7B, 7},
-    [CPU_SMAP] = {W_7B, 20},         [CPU_UMIP] = {W_7C, 2},      [CPU_FSGSBASE] = {W_7B, 0},
-    [CPU_PKU] = {W_7C, 3},           [CPU_NX] = {W_E1D, 20},      [CPU_GBPAGES] = {W_E1D, 26},
-    [CPU_XSAVE] = {W_1C, 26},        [CPU_XSAVEOPT] = {W_D1A, 0}, [CPU_XSAVEC] = {W_D1A, 1},
-    [CPU_XGETBV1] = {W_D1A, 2},      [CPU_XSAVES] = {W_D1A, 3},   [CPU_AVX] = {W_1C, 28},
-    [CPU_AVX2] = {W_7B, 5},          [CPU_AVX512F] = {W_7B, 16},  [CPU_RDTSCP] = {W_E1D, 27},
-    [CPU_RDPID] = {W_7C, 22},        [CPU_MONITOR] = {W_1C, 3},   [CPU_X2APIC] = {W_1C, 21},
-    [CPU_TSC_DEADLINE] = {W_1C, 24}, [CPU_VME] = {W_1D, 1},       [CPU_DE] = {W_1D, 2},
-    [CPU_SEP] = {W_1D, 11},          [CPU_CX16] = {W_1C, 13},     [CPU_MOVBE] = {W_1C, 22},
-    [CPU_RDRAND] = {W_1C, 30},       [CPU_RDSEED] = {W_7B, 18},   [CPU_ADX] = {W_7B, 19},
-    [CPU_BMI1] = {W_7B, 3},          [CPU_BMI2] = {W_7B, 8},      [CPU_CLFLUSHOPT] = {W_7B, 23},
-    [CPU_CLWB] = {W_7B, 24},         [CPU_WAITPKG] = {W_7C, 5},   [CPU_SYSCALL] = {W_E1D, 11},
-    [CPU_LM] = {W_E1D, 29},
-    [CPU_AMD_IBPB] = {W_E8B, 12}, [CPU_AMD_IBRS] = {W_E8B, 14}, [CPU_AMD_STIBP] = {W_E8B, 15},
-    [CPU_AMD_SSBD] = {W_E8B, 24},
+    [CPU_PSE] = {W_1D, 3, "pse"},                          [CPU_PAE] = {W_1D, 6, "pae"},
+    [CPU_PGE] = {W_1D, 13, "pge"},                         [CPU_PCID] = {W_1C, 17, "pcid"},
+    [CPU_INVPCID] = {W_7B, 10, "invpcid"},                 [CPU_SMEP] = {W_7B, 7, "smep"},
+    [CPU_SMAP] = {W_7B, 20, "smap"},                       [CPU_UMIP] = {W_7C, 2, "umip"},
+    [CPU_FSGSBASE] = {W_7B, 0, "fsgsbase"},                [CPU_PKU] = {W_7C, 3, "pku"},
+    [CPU_NX] = {W_E1D, 20, "nx"},                          [CPU_GBPAGES] = {W_E1D, 26, "pdpe1gb"},
+    [CPU_XSAVE] = {W_1C, 26, "xsave"},                     [CPU_XSAVEOPT] = {W_D1A, 0, "xsaveopt"},
+    [CPU_XSAVEC] = {W_D1A, 1, "xsavec"},                   [CPU_XGETBV1] = {W_D1A, 2, "xgetbv1"},
+    [CPU_XSAVES] = {W_D1A, 3, "xsaves"},                   [CPU_AVX] = {W_1C, 28, "avx"},
+    [CPU_AVX2] = {W_7B, 5, "avx2"},                        [CPU_AVX512F] = {W_7B, 16, "avx512f"},
+    [CPU_RDTSCP] = {W_E1D, 27, "rdtscp"},                  [CPU_RDPID] = {W_7C, 22, "rdpid"},
+    [CPU_MONITOR] = {W_1C, 3, "monitor"},                  [CPU_X2APIC] = {W_1C, 21, "x2apic"},
+    [CPU_TSC_DEADLINE] = {W_1C, 24, "tsc_deadline_timer"}, [CPU_VME] = {W_1D, 1, "vme"},
+    [CPU_DE] = {W_1D, 2, "de"},                            [CPU_SEP] = {W_1D, 11, "sep"},
+    [CPU_CX16] = {W_1C, 13, "cx16"},                       [CPU_MOVBE] = {W_1C, 22, "movbe"},
+    [CPU_RDRAND] = {W_1C, 30, "rdrand"},                   [CPU_RDSEED] = {W_7B, 18, "rdseed"},
+    [CPU_ADX] = {W_7B, 19, "adx"},                         [CPU_BMI1] = {W_7B, 3, "bmi1"},
+    [CPU_BMI2] = {W_7B, 8, "bmi2"},                        [CPU_CLFLUSHOPT] = {W_7B, 23, "clflushopt"},
+    [CPU_CLWB] = {W_7B, 24, "clwb"},                       [CPU_WAITPKG] = {W_7C, 5, "waitpkg"},
+    [CPU_SYSCALL] = {W_E1D, 11, "syscall"},                [CPU_LM] = {W_E1D, 29, "lm"},
+    [CPU_AMD_IBPB] = {W_E8B, 12, "amd_ibpb"},              [CPU_AMD_IBRS] = {W_E8B, 14, "amd_ibrs"},
+    [CPU_AMD_STIBP] = {W_E8B, 15, "amd_stibp"},            [CPU_AMD_SSBD] = {W_E8B, 24, "amd_ssbd"},
+};
+
+/* KVM's paravirtual features that a guest is offered, where the engine has them (pv.h). */
+static const struct {
+    u8 bit;
+    const char *name;
+} pv_feature[] = {
+    {KVM_FEATURE_NOP_IO_DELAY, "nop-io-delay"},
+    {KVM_FEATURE_CLOCKSOURCE2, "kvmclock"},
+    {KVM_FEATURE_CLOCKSOURCE_STABLE_BIT, "kvmclock-stable"},
+    {KVM_FEATURE_STEAL_TIME, "steal-time"},
+    {KVM_FEATURE_PV_EOI, "pv-eoi"},
+    {KVM_FEATURE_PV_UNHALT, "pv-unhalt"},
+    {KVM_FEATURE_PV_TLB_FLUSH, "pv-tlb-flush"},
+    {KVM_FEATURE_PV_SEND_IPI, "pv-ipi"},
 };
 
 /* Without the first bit, the others make no sense. In an order in which one pass is enough. */
@@ -299,7 +319,8 @@ int cpuid_policy_new(unsigned vcpus, u64 tsc_khz, struct cpuid_policy **out)
         p->w[W_7B] &= ~F(16);
     if (!cpuid_host(0xd, 9)->eax)
         p->w[W_7C] &= ~F(3);
-    p->pv = PV_FEATURES;
+    for (unsigned i = 0; i < ARRAY_SIZE(pv_feature); i++)
+        p->pv |= F(pv_feature[i].bit);
     topology_features(p);
     follow_dependencies(p);
     unsigned phys = cpuid_host(0x80000008, 0)->eax & 0xff;
@@ -326,6 +347,45 @@ void cpuid_clear(struct cpuid_policy *p, enum cpu_feature f)
 {
     p->w[feature[f].word] &= ~F(feature[f].bit);
     follow_dependencies(p);
+}
+
+bool cpuid_pv(const struct cpuid_policy *p, unsigned bit)
+{
+    return p->pv & F(bit);
+}
+
+/* Takes the feature with this name of len characters away; false if there is none. p NULL: only looks. */
+static bool take_away(struct cpuid_policy *p, const char *name, size_t len)
+{
+    for (unsigned i = 0; i < ARRAY_SIZE(pv_feature); i++)
+        if (strlen(pv_feature[i].name) == len && !memcmp(pv_feature[i].name, name, len)) {
+            if (p)
+                p->pv &= ~F(pv_feature[i].bit);
+            return true;
+        }
+    for (unsigned i = 0; i < CPU_FEATURES; i++)
+        if (strlen(feature[i].name) == len && !memcmp(feature[i].name, name, len)) {
+            if (p)
+                cpuid_clear(p, (enum cpu_feature)i);
+            return true;
+        }
+    return false;
+}
+
+int cpuid_change(struct cpuid_policy *p, const char *list)
+{
+    for (const char *word = list;; word++) {
+        size_t len = strcspn(word, ",");
+        if (len < 2 || *word != '-')
+            return err(-EINVAL, "\"%.*s\": write -NAME for each feature that the guest is not to have, with commas between",
+                       (int)MIN(len, 100u), word);
+        if (!take_away(p, word + 1, len - 1))
+            return err(-EINVAL, "\"%.*s\": no feature that can be taken away; names are those of /proc/cpuinfo",
+                       (int)MIN(len - 1, 100u), word + 1);
+        word += len;
+        if (!*word)
+            return 0;
+    }
 }
 
 void cpuid_keep(struct cpuid_policy *p, u32 leaf, u32 subleaf, const struct cpuid_regs *r)

@@ -31,6 +31,9 @@ enum cpu_feature {
     CPU_FEATURES
 };
 bool cpuid_has(const struct cpuid_policy *p, enum cpu_feature f);
+bool cpuid_pv(const struct cpuid_policy *p, unsigned bit);         /* KVM_FEATURE_*: is it offered? */
+/* "-NAME,-NAME": takes features away that the user names, before the machine is open. p NULL: only checks. 0, or -EINVAL with err(). */
+int cpuid_change(struct cpuid_policy *p, const char *list);
 void cpuid_clear(struct cpuid_policy *p, enum cpu_feature f);       /* for engine->cpuid_limit */
 /*
  * For engine->cpuid_limit of one that runs the guest on the bare processor: of this leaf's features only those in *r are kept, and what the guest is told

@@ -40,8 +40,22 @@ enum vcpu_event {
     VCPU_EV_SIPI = 1 << 3,    /* likewise */
     VCPU_EV_KICK = 1 << 4,    /* likewise: pause, reset, quit, get/set of state */
     VCPU_EV_CLOCK = 1 << 5,   /* refresh the paravirtual clock page */
+    VCPU_EV_UNHALT = 1 << 6,  /* another vCPU ends this one's HLT, or its next one (KVM_HC_KICK_CPU) */
 };
 #define VCPU_EV_OUTSIDE (VCPU_EV_INIT | VCPU_EV_SIPI | VCPU_EV_KICK)
+
+/* What the engine had to do for the guest, counted. Those of the local APIC by MMIO and MSR alike. */
+enum vcpu_counted {
+    COUNT_APIC_EOI, COUNT_APIC_ICR, COUNT_APIC_TIMER, COUNT_APIC_OTHER, COUNT_PIO, COUNT_MMIO, COUNT_MSR, COUNT_CPUID, COUNT_HYPERCALL, COUNT_HLT,
+    COUNT_INTERRUPT,          /* taken by the guest */
+    COUNTS
+};
+
+/* Steal time that is not in the guest's record yet (pv.c). */
+struct vcpu_pv {
+    u64 since_ns;                                                  /* ran_ns is up to here */
+    u64 ran_ns, cpu_ns;                                            /* ran since the thread's own clock stood at cpu_ns; 0: not looked at yet */
+};
 
 struct vcpu {
     struct machine *m;
@@ -52,6 +66,8 @@ struct vcpu {
     _Atomic u32 events;
     _Atomic u8 sipi_vector;
     u64 insns;                                                     /* retired, for statistics; written by the vCPU's thread only */
+    u64 count[COUNTS];                                             /* likewise */
+    struct vcpu_pv pv;
     struct vcpu_debug debug;
     void *engine_data;                                             /* the engine's, per vCPU */
     void *thread;                                                  /* vcpu.c's */
@@ -60,6 +76,14 @@ struct vcpu {
 /* Sets event bits and makes the vCPU notice soon: wakes it from HLT, kicks the engine. Any thread, never blocks. Defined in vcpu.c. */
 void vcpu_raise(struct vcpu *v, u32 events);
 
-/* Port and MMIO accesses of a vCPU, traced; all engines use these. Size 1..8. */
+/* On the vCPU's thread. */
+static inline void vcpu_count(struct vcpu *v, enum vcpu_counted what)
+{
+    v->count[what]++;
+}
+const char *vcpu_count_name(enum vcpu_counted what);
+void vcpu_count_apic(struct vcpu *v, unsigned reg);                /* reg: offset / 16 = MSR - 0x800 */
+
+/* Port and MMIO accesses of a vCPU, traced and counted; all engines use these. Size 1..8. */
 void vcpu_pio(struct vcpu *v, u16 port, unsigned size, bool write, u64 *val);
 void vcpu_mmio(struct vcpu *v, u64 gpa, unsigned size, bool write, u64 *val);

@@ -11,6 +11,7 @@
 #include <asm/kvm_para.h>
 
 #include "cpu/cpuid.h"
+#include "cpu/pv.h"
 
 enum {
     MSR_P5_MC_ADDR = 0x0,
@@ -297,6 +298,8 @@ static u64 *plain_register(const struct vcpu *v, struct x86 *x, u32 msr)
         return &x->kvm_wall_clock;
     case MSR_KVM_SYSTEM_TIME: case MSR_KVM_SYSTEM_TIME_NEW:
         return &x->kvm_system_time;
+    case MSR_KVM_PV_EOI_EN: case MSR_KVM_STEAL_TIME:
+        return pv_register(v, x, msr);
     }
     return mtrr_register(v, x, msr, &valid);
 }
@@ -371,6 +374,8 @@ static int write_plain(struct vcpu *v, struct x86 *x, u32 msr, u64 val)
         return -1;
     if (msr == MSR_EFER)
         return write_efer(v, x, val);
+    if (msr == MSR_KVM_PV_EOI_EN || msr == MSR_KVM_STEAL_TIME)
+        return pv_write(v, x, msr, val);
     if (msr == MSR_MISC_ENABLE)
         val = (val & ~(u64)MISC_ENABLE_READ_ONLY) | (x->misc_enable & MISC_ENABLE_READ_ONLY);
     if (msr == MSR_SFMASK)
@@ -405,8 +410,17 @@ static int write_msr(struct vcpu *v, struct x86 *x, u32 msr, u64 val)
     return f && f->access != READ_ONLY ? 0 : -1;
 }
 
+static void count(struct vcpu *v, u32 msr)
+{
+    if (msr >= MSR_X2APIC_FIRST && msr <= MSR_X2APIC_LAST)
+        vcpu_count_apic(v, msr - MSR_X2APIC_FIRST);
+    else
+        vcpu_count(v, msr == MSR_TSC_DEADLINE ? COUNT_APIC_TIMER : COUNT_MSR);
+}
+
 int msr_read(struct vcpu *v, struct x86 *x, u32 msr, u64 *val)
 {
+    count(v, msr);
     int r = read_msr(v, x, msr, val);
     if (r)
         trace(v->m->trace, TRACE_MSR, (int)v->id, "rdmsr 0x%x: #GP", msr);
@@ -417,6 +431,7 @@ int msr_read(struct vcpu *v, struct x86 *x, u32 msr, u64 *val)
 
 int msr_write(struct vcpu *v, struct x86 *x, u32 msr, u64 val)
 {
+    count(v, msr);
     int r = write_msr(v, x, msr, val);
     trace(v->m->trace, TRACE_MSR, (int)v->id, "wrmsr 0x%x <- 0x%llx%s", msr, (unsigned long long)val, r ? ": #GP" : "");
     return r;

@@ -15,6 +15,9 @@
 #include <unistd.h>
 
 #include "cpu/engine.h"
+#include "cpu/pv.h"
+
+#define APIC_PAGE 0xfee00000u          /* where it is after reset; a guest that moves it is counted as using MMIO */
 
 struct vcpu_thread {
     pthread_t thread;
@@ -59,6 +62,11 @@ void vcpu_signal(void *vcpu, enum cpu_signal what, u8 vector)
     }
 }
 
+struct cpu_port vcpu_port(struct vcpu *v)
+{
+    return (struct cpu_port){ .signal = vcpu_signal, .vcpu = v, .eoi_offer = pv_eoi_offer, .eoi_done = pv_eoi_done };
+}
+
 /* Sleeps until one of the events in mask is set. */
 static void wait_events(struct vcpu *v, u32 mask)
 {
@@ -84,7 +92,7 @@ static void handle_init_sipi(struct vcpu *v)
         v->x.activity = v->id ? X86_WAIT_SIPI : X86_RUNNING;
         if (v->intc.ops)
             v->intc.ops->init(v->intc.chip);
-        atomic_fetch_and(&v->events, ~(u32)VCPU_EV_NMI);
+        atomic_fetch_and(&v->events, ~(u32)(VCPU_EV_NMI | VCPU_EV_UNHALT));
     }
     if ((ev & VCPU_EV_SIPI) && v->x.activity == X86_WAIT_SIPI)
         x86_sipi(&v->x, atomic_load(&v->sipi_vector));
@@ -286,6 +294,11 @@ int vcpu_get(struct vcpu *v, struct x86 *x)
 void vcpu_settle(struct vcpu *v)
 {
     handle_init_sipi(v);
+    if (!(atomic_fetch_and(&v->events, ~(u32)VCPU_EV_UNHALT) & VCPU_EV_UNHALT))
+        return;
+    v->m->engine->get(v, &v->x);
+    v->x.kvm_unhalted = true;
+    v->m->engine->set(v, &v->x);
 }
 
 int vcpu_set(struct vcpu *v, const struct x86 *x)
@@ -299,8 +312,31 @@ int vcpu_set(struct vcpu *v, const struct x86 *x)
     return v->m->engine->set(v, x);
 }
 
+const char *vcpu_count_name(enum vcpu_counted what)
+{
+    static const char *const name[COUNTS] = {
+        [COUNT_APIC_EOI] = "apic-eoi", [COUNT_APIC_ICR] = "apic-icr", [COUNT_APIC_TIMER] = "apic-timer", [COUNT_APIC_OTHER] = "apic-other",
+        [COUNT_PIO] = "pio", [COUNT_MMIO] = "mmio", [COUNT_MSR] = "msr", [COUNT_CPUID] = "cpuid", [COUNT_HYPERCALL] = "hypercall",
+        [COUNT_HLT] = "hlt", [COUNT_INTERRUPT] = "interrupts",
+    };
+
+    return name[what];
+}
+
+/* SDM vol. 3A table 11-6. */
+void vcpu_count_apic(struct vcpu *v, unsigned reg)
+{
+    switch (reg) {
+    case 0x0b: vcpu_count(v, COUNT_APIC_EOI); break;
+    case 0x30: case 0x31: case 0x3f: vcpu_count(v, COUNT_APIC_ICR); break;
+    case 0x32: case 0x38: case 0x39: case 0x3e: vcpu_count(v, COUNT_APIC_TIMER); break;
+    default: vcpu_count(v, COUNT_APIC_OTHER); break;
+    }
+}
+
 void vcpu_pio(struct vcpu *v, u16 port, unsigned size, bool write, u64 *val)
 {
+    vcpu_count(v, COUNT_PIO);
     bus_access(v->m->pio, port, size, write, val);
     trace(v->m->trace, TRACE_PIO, (int)v->id, "%s 0x%x %s 0x%llx (%u)", write ? "out" : "in", port, write ? "<-" : "->",
           (unsigned long long)*val, size);
@@ -308,6 +344,10 @@ void vcpu_pio(struct vcpu *v, u16 port, unsigned size, bool write, u64 *val)
 
 void vcpu_mmio(struct vcpu *v, u64 gpa, unsigned size, bool write, u64 *val)
 {
+    if ((gpa & PAGE_MASK) == APIC_PAGE)
+        vcpu_count_apic(v, (unsigned)(gpa - APIC_PAGE) >> 4);
+    else
+        vcpu_count(v, COUNT_MMIO);
     bus_access(v->mmio, gpa, size, write, val);
     trace(v->m->trace, TRACE_MMIO, (int)v->id, "%s 0x%llx %s 0x%llx (%u)", write ? "write" : "read", (unsigned long long)gpa,
           write ? "<-" : "->", (unsigned long long)*val, size);

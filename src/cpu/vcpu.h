@@ -30,8 +30,9 @@ void vcpus_release(struct machine *m);                             /* caller has
 /* Replaces the state of a held vCPU. */
 int vcpu_set(struct vcpu *v, const struct x86 *x);
 int vcpu_get(struct vcpu *v, struct x86 *x);
-/* INIT and start-up IPIs that a held vCPU has not looked at yet become part of its state: before it is saved. */
+/* INIT, start-up IPIs and kicks that a held vCPU has not looked at yet become part of its state: before it is saved. */
 void vcpu_settle(struct vcpu *v);
 
-/* What a local APIC calls (struct cpu_port.signal; vcpu is the struct vcpu). */
+/* What a local APIC calls; vcpu is the struct vcpu. */
 void vcpu_signal(void *vcpu, enum cpu_signal what, u8 vector);
+struct cpu_port vcpu_port(struct vcpu *v);

@@ -52,7 +52,8 @@ static void reset_core(struct x86 *x)
     x->dr7 = DR7_RESET;
     x->efer = 0;
     x->debugctl = 0;
-    x->shadow = x->nmi_blocked = x->nmi_pending = false;
+    x->shadow = x->nmi_blocked = x->nmi_pending = x->kvm_unhalted = false;
+    x->kvm_pv_eoi = x->kvm_steal_time = 0; /* they point into memory that may have another use afterwards */
 }
 
 void x86_reset(struct x86 *x, bool bsp)
@@ -182,6 +183,7 @@ static void activity_state(struct x86 *x, struct stream *s)
     stream_bool(s, &x->shadow);
     stream_bool(s, &x->nmi_blocked);
     stream_bool(s, &x->nmi_pending);
+    stream_bool(s, &x->kvm_unhalted);
 }
 
 void x86_state(struct x86 *x, struct stream *s)
@@ -224,6 +226,8 @@ void x86_state(struct x86 *x, struct stream *s)
         &x->mtrr_def_type,
         &x->kvm_wall_clock,
         &x->kvm_system_time,
+        &x->kvm_pv_eoi,
+        &x->kvm_steal_time,
     };
     for (unsigned i = 0; i < ARRAY_SIZE(scalars); i++)
         stream_u64(s, scalars[i]);

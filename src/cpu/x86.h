@@ -112,7 +112,9 @@ struct x86 {
     u64 mtrr_def_type, mtrr_fixed[11], mtrr_base[8], mtrr_mask[8];
     s64 tsc_adjust;                                                /* IA32_TSC_ADJUST; guest TSC = clock_tsc() + tsc_adjust */
     u64 kvm_wall_clock, kvm_system_time;                           /* KVM's paravirtual clock MSRs, as written */
+    u64 kvm_pv_eoi, kvm_steal_time;                                /* MSRs of KVM's PV EOI and steal time, as written */
     enum x86_activity activity;
+    bool kvm_unhalted;                                             /* another vCPU has ended the next HLT beforehand, or the one that it is in */
     bool shadow;                                                   /* interrupt shadow of STI or MOV SS is in force for the next instruction */
     bool nmi_blocked;                                              /* from an NMI's delivery to the next IRET */
     bool nmi_pending;

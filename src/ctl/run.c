@@ -309,7 +309,7 @@ static int open_vm(struct run *run, const struct engine *engine)
     struct vm_config config = {
         .engine = engine, .vcpus = o->cpus, .memory_bytes = o->memory_bytes,
         .kernel = o->kernel ? o->kernel : o->firmware ? NULL : run->guest.kernel,
-        .firmware = o->firmware,
+        .firmware = o->firmware, .cpuid = o->cpuid,
         .initrd = o->initrd ? o->initrd : o->kernel || o->firmware ? NULL : run->guest.initrd,
         .cmdline = run->cmdline, .disk = o->disk, .disks = o->disks, .serial = run->serial,
         .debug_exit = o->debug_exit, .start_paused = o->gdb_wait,
@@ -400,6 +400,17 @@ static void say_speed(struct run *run)
             (double)ns / 1e9, (unsigned long long)(insns / 1000000), (double)insns / (double)MAX(ns, 1) * 1e3);
 }
 
+static void say_counts(struct run *run)
+{
+    char line[512];
+    size_t len = 0;
+    const char *name;
+    u64 n;
+    for (unsigned i = 0; len < sizeof(line) && (name = vm_count(run->vm, i, &n)); i++)
+        len += (size_t)snprintf(line + len, sizeof(line) - len, "%s %s %llu", i ? "," : "", name, (unsigned long long)n);
+    message(&run->messages, LOG_INFO, "handled for the guest:%s", line);
+}
+
 static void release(struct run *run)
 {
     gdb_free(run->gdb);
@@ -456,6 +467,7 @@ static int run_guest(struct run *run)
     } else {
         run_end(run, &s);
         say_speed(run);
+        say_counts(run);
     }
     int status = write_status(run, &s);
     release(run);

@@ -114,6 +114,8 @@ static void refresh(struct lapic *l)
         v = -1;
     if (atomic_exchange(&l->deliverable, v) != v && v >= 0)
         l->cpu.signal(l->cpu.vcpu, CPU_INTR, 0);
+    else if (l->eoi_offered && highest(l->irr) >= 0)
+        l->cpu.signal(l->cpu.vcpu, CPU_INTR, 0); /* what holds it back may have ended already */
 
     if (lapic_hw_enabled(l))
         open = (!(lint0 & LVT_MASKED) && LVT_MODE(lint0) == APIC_EXTINT) || l->extint_message;
@@ -449,6 +451,35 @@ static void eoi(struct lapic *l)
         l->bus->eoi_sink.eoi(l->bus->eoi_sink.chip, (u8)v);
 }
 
+/* ---- PV EOI ---- */
+
+/*
+ * While the offer stands, nothing is requested (IRR is empty), and the in-service register may show a vector that the
+ * guest has ended in its own memory. Whatever arrives makes the vCPU look (refresh()), and its own accesses end the
+ * offer first, so that nobody acts upon that bit. Other processors see it in the priority that lowest-priority messages
+ * go by, where it is a hint. On the vCPU's thread.
+ */
+static void settle(struct lapic *l)
+{
+    int v;
+
+    if (likely(!l->eoi_offered))
+        return;
+    pthread_mutex_lock(&l->device.lock);
+    l->eoi_offered = false;
+    if (l->cpu.eoi_done(l->cpu.vcpu) && (v = highest(l->isr)) >= 0)
+        vector_set(l->isr, (u8)v, false);
+    refresh(l);
+    pthread_mutex_unlock(&l->device.lock);
+}
+
+/* The vector has just gone into service. Level-triggered ones need the EOI's message to the I/O APIC. Under the lock. */
+static void offer_eoi(struct lapic *l, u8 vector)
+{
+    if (l->cpu.eoi_offer && !vector_get(l->tmr, vector) && highest(l->irr) < 0)
+        l->eoi_offered = l->cpu.eoi_offer(l->cpu.vcpu);
+}
+
 /* ---- registers, table 11-1 and 11-6; under the lock ---- */
 
 static bool reg_read(struct lapic *l, unsigned reg, u64 *val)
@@ -543,6 +574,7 @@ static u64 mmio_read(void *dev, u64 off, unsigned size UNUSED)
 
     if (off & 15) /* registers are 16 bytes apart; what is between them is undefined */
         return 0;
+    settle(l);
     pthread_mutex_lock(&l->device.lock);
     if (!reg_read(l, (unsigned)(off >> 4), &val)) {
         error(l, ESR_REGISTER);
@@ -559,6 +591,7 @@ static void mmio_write(void *dev, u64 off, u64 val, unsigned size UNUSED)
 
     if (off & 15)
         return;
+    settle(l);
     switch (off >> 4) {
     case REG_EOI:
         eoi(l);
@@ -654,6 +687,7 @@ static void init_registers(struct lapic *l)
     memset(l->isr, 0, sizeof(l->isr));
     memset(l->tmr, 0, sizeof(l->tmr));
     l->extint_message = false;
+    l->eoi_offered = false;
     l->initial = 0;
     l->divide = 0;
     refresh(l);
@@ -792,6 +826,7 @@ static int intc_peek(void *intc)
     struct lapic *l = intc;
     int v;
 
+    settle(l);
     if (unlikely(extint_ready(l)) && (v = i8259_peek(l->bus->pic)) >= 0)
         return v;
     return atomic_load_explicit(&l->deliverable, memory_order_acquire);
@@ -803,6 +838,7 @@ static int intc_ack(void *intc)
     bool extint = extint_ready(l);
     int v;
 
+    settle(l);
     pthread_mutex_lock(&l->device.lock);
     if (extint) {
         l->extint_message = false;
@@ -815,6 +851,7 @@ static int intc_ack(void *intc)
         vector_set(l->irr, (u8)v, false);
         vector_set(l->isr, (u8)v, true);
         refresh(l);
+        offer_eoi(l, (u8)v);
     }
     pthread_mutex_unlock(&l->device.lock);
     return v;
@@ -834,6 +871,7 @@ static int intc_msr_read(void *intc, u32 msr, u64 *val)
         pthread_mutex_unlock(&l->device.lock);
         return 0;
     }
+    settle(l);
     if (msr >= MSR_X2APIC && msr < MSR_X2APIC + 0x100)
         return x2apic_read(l, msr - MSR_X2APIC, val);
     return -1;
@@ -843,6 +881,7 @@ static int intc_msr_write(void *intc, u32 msr, u64 val)
 {
     struct lapic *l = intc;
 
+    settle(l);
     if (msr == MSR_APIC_BASE)
         return base_write(l, val);
     if (msr == MSR_TSC_DEADLINE && l->bus->cfg.tsc_deadline) {
@@ -868,6 +907,7 @@ static void intc_tpr_set(void *intc, u8 cr8)
 {
     struct lapic *l = intc;
 
+    settle(l);
     pthread_mutex_lock(&l->device.lock);
     atomic_store(&l->tpr, (u8)(cr8 << 4)); /* 11.8.6: the sub-class becomes 0 */
     refresh(l);
@@ -879,10 +919,28 @@ static void intc_tsc_adjust(void *intc, s64 adjust)
     lapic_set_tsc_adjust(intc, adjust);
 }
 
+static void intc_settle(void *intc)
+{
+    settle(intc);
+}
+
+static bool intc_accept(void *intc, u8 mode, u8 vector)
+{
+    struct lapic *l = intc;
+    bool taken;
+
+    pthread_mutex_lock(&l->device.lock);
+    taken = lapic_hw_enabled(l) && (mode != APIC_FIXED || l->svr & SVR_ENABLE);
+    lapic_accept(l, mode, vector, false);
+    pthread_mutex_unlock(&l->device.lock);
+    return taken;
+}
+
 static void intc_init(void *intc)
 {
     struct lapic *l = intc;
 
+    settle(l);
     pthread_mutex_lock(&l->device.lock);
     init_registers(l);
     pthread_mutex_unlock(&l->device.lock);
@@ -896,6 +954,8 @@ static const struct intc_ops lapic_intc_ops = {
     .tpr_get = intc_tpr_get,
     .tpr_set = intc_tpr_set,
     .tsc_adjust = intc_tsc_adjust,
+    .settle = intc_settle,
+    .accept = intc_accept,
     .init = intc_init,
 };
 
@@ -989,6 +1049,7 @@ static void lapic_state(struct device *d, struct stream *s)
     atomic_store(&l->base, base);
     atomic_store(&l->tpr, tpr);
     l->tsc_adjust = (s64)adjust;
+    l->eoi_offered = false;
     map_registers(l);
     timer_disarm(&l->timer);
     if (l->armed)

@@ -33,6 +33,12 @@ enum cpu_signal { CPU_INTR, CPU_NMI, CPU_SMI, CPU_INIT, CPU_SIPI };
 struct cpu_port {
     void (*signal)(void *vcpu, enum cpu_signal what, u8 vector);   /* vector: of SIPI */
     void *vcpu;
+    /*
+     * PV EOI, on the vCPU's thread; both NULL: there is none. offer: the guest may end the interrupt that it is given
+     * now in a word of its own memory; false if it has no such word. done: the offer ends; true if the guest took it.
+     */
+    bool (*eoi_offer)(void *vcpu);
+    bool (*eoi_done)(void *vcpu);
 };
 
 /* What a vCPU asks of its local APIC (and, through it, of the i8259 for ExtINT). On the vCPU's thread. */
@@ -48,6 +54,10 @@ struct intc_ops {
     void (*tpr_set)(void *intc, u8 cr8);
     /* the vCPU's TSC moved against clock_tsc(): a TSC deadline moves with it; may be NULL */
     void (*tsc_adjust)(void *intc, s64 adjust);
+    /* before the vCPU stands still: what the guest has done in memory is carried out (PV EOI); may be NULL */
+    void (*settle)(void *intc);
+    /* a message for this local APIC alone, from any thread: whether it was taken; may be NULL */
+    bool (*accept)(void *intc, u8 mode, u8 vector);
     /* INIT: all but the ID is reset (SDM vol. 3A 11.4.7.3) */
     void (*init)(void *intc);
 };

@@ -359,7 +359,7 @@ int board_connect_cpus(struct board *b)
         struct vcpu *v = b->m->vcpu[i];
         struct lapic *l;
 
-        BUILD(l, lapic_new(b->lapics, v->mmio, v->id, i == 0, (struct cpu_port){ vcpu_signal, v }, &l));
+        BUILD(l, lapic_new(b->lapics, v->mmio, v->id, i == 0, vcpu_port(v), &l));
         v->intc = lapic_intc(l);
         if (i == 0)
             b->bsp = l;

@@ -209,6 +209,8 @@ static int vm_machine_open(struct vm *vm)
         c->engine->cpuid_limit(m->cpuid);
     if (c->also && c->also->cpuid_limit)
         c->also->cpuid_limit(m->cpuid);
+    if (c->cpuid && (r = cpuid_change(m->cpuid, c->cpuid)) < 0)
+        return r;
     r = board_new(c, m, (struct machine_hook){ .fn = on_machine_event, .arg = vm, .exit = on_debug_exit }, &vm->board);
     if (r < 0)
         return r;
@@ -507,6 +509,29 @@ u64 vm_insns(const struct vm *vm)
     return n;
 }
 
+static u64 count_of(const struct vcpu *v, unsigned what)
+{
+    return *(volatile const u64 *)&v->count[what];
+}
+
+const char *vm_count(const struct vm *vm, unsigned what, u64 *n)
+{
+    if (what >= COUNTS)
+        return NULL;
+    *n = 0;
+    for (unsigned i = 0; i < vm->m.vcpus; i++)
+        *n += count_of(vm->m.vcpu[i], what);
+    return vcpu_count_name(what);
+}
+
+static void counts_print(const struct vcpu *v, FILE *f)
+{
+    fprintf(f, "handled:");
+    for (unsigned i = 0; i < COUNTS; i++)
+        fprintf(f, "%s %s %llu", i ? "," : "", vcpu_count_name(i), (unsigned long long)count_of(v, i));
+    fputc('\n', f);
+}
+
 void vm_info(struct vm *vm, FILE *f)
 {
     bool running = vm->state == VM_RUNNING;
@@ -521,6 +546,7 @@ void vm_info(struct vm *vm, FILE *f)
         vcpus_hold(&vm->m);
     for (unsigned i = 0; x && i < vm->m.vcpus; i++) {
         fprintf(f, "vcpu %u:\n", i);
+        counts_print(vm->m.vcpu[i], f);
         if (vcpu_get(vm->m.vcpu[i], x) == 0)
             x86_print(x, f);
     }

@@ -59,6 +59,7 @@ struct vm_config {
     /* the guest's processor is one that this engine can carry, too; may be NULL */
     const struct engine *also;
     unsigned vcpus;                                                /* 1..VM_VCPUS_MAX */
+    const char *cpuid;                                             /* for cpuid_change(), or NULL */
     u64 memory_bytes;                                              /* VM_MEMORY_MIN.., multiple of 1 MiB */
     const char *firmware;                                          /* NULL: doppel loads the kernel itself */
     const char *kernel, *initrd, *cmdline;                         /* initrd and cmdline may be NULL */
@@ -118,6 +119,8 @@ struct machine *vm_machine(struct vm *vm);                         /* for vm/deb
 void vm_info(struct vm *vm, FILE *f);
 /* instructions retired by all vCPUs (engines that count them) */
 u64 vm_insns(const struct vm *vm);
+/* The name of what is counted (enum vcpu_counted), and how often it was, by all vCPUs. NULL: what is none. */
+const char *vm_count(const struct vm *vm, unsigned what, u64 *n);
 
 /* From any thread, device locks held or not: the vCPUs are told to stand still at once, the loop's thread does the
    rest. */

@@ -95,7 +95,7 @@ static int setup(void **state UNUSED)
     assert_int_equal(lapic_bus_new(&cfg, &lb), 0);
     for (int i = 0; i < CPUS; i++) {
         assert_int_equal(bus_new(bench.mmio, &cpu_bus[i]), 0);
-        ADD(lapic[i], lapic_new(lb, cpu_bus[i], (u32)i, i == 0, (struct cpu_port){ signal_cpu, NULL }, &lapic[i]));
+        ADD(lapic[i], lapic_new(lb, cpu_bus[i], (u32)i, i == 0, (struct cpu_port){ .signal = signal_cpu }, &lapic[i]));
     }
     ADD(pic, i8259_new(bench.pio, lapic_bus_pic_line(lb), &pic));
     lapic_bus_set_pic(lb, pic);

@@ -82,7 +82,7 @@ static void make_lapics(struct bench *b)
     memset(cpu, 0, sizeof(cpu));
     for (int i = 0; i < CPUS; i++) {
         assert_int_equal(bus_new(b->mmio, &cpu[i].bus), 0);
-        assert_int_equal(lapic_new(lb, cpu[i].bus, (u32)i, i == 0, (struct cpu_port){ signal_cpu, &cpu[i] }, &cpu[i].lapic), 0);
+        assert_int_equal(lapic_new(lb, cpu[i].bus, (u32)i, i == 0, (struct cpu_port){ .signal = signal_cpu, .vcpu = &cpu[i] }, &cpu[i].lapic), 0);
         cpu[i].intc = lapic_intc(cpu[i].lapic);
     }
 }

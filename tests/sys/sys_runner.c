@@ -241,7 +241,7 @@ static int machine_cpus(struct runner *r)
         if (rc < 0)
             return rc;
         m->vcpu[m->vcpus++] = v;
-        rc = lapic_new(r->lapics, v->mmio, i, i == 0, (struct cpu_port){ vcpu_signal, v }, &r->lapic[i]);
+        rc = lapic_new(r->lapics, v->mmio, i, i == 0, vcpu_port(v), &r->lapic[i]);
         if (rc < 0)
             return rc;
         device_of(r->lapic[i])->ops->reset(device_of(r->lapic[i]));

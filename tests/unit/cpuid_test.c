@@ -7,6 +7,8 @@
 
 #include <cmocka.h>
 
+#include <errno.h>
+
 #include "cpu/cpuid.h"
 
 static struct x86 x;
@@ -146,7 +148,7 @@ static void kvm_leaves(void **state)
     memcpy(name + 8, &r.edx, 4);
     assert_string_equal(name, "KVMKVMKVM");
     assert_int_equal(r.eax, 0x40000010);
-    assert_int_equal(get(*state, 0, 0x40000001, 0).eax, 1u << 1 | 1u << 3 | 1u << 24);
+    assert_int_equal(get(*state, 0, 0x40000001, 0).eax, 1u << 1 | 1u << 3 | 1u << 5 | 1u << 6 | 1u << 7 | 1u << 9 | 1u << 11 | 1u << 24);
     assert_int_equal(get(*state, 0, 0x40000010, 0).eax, 2596122);
     assert_int_equal(get(*state, 0, 0x40000010, 0).ebx, 1000000);
     assert_true(get(*state, 0, 1, 0).ecx >> 31);
@@ -202,6 +204,20 @@ static void keeping_follows_the_engine(void **state)
     assert_true(get(*state, 0, 1, 0).ecx & 1u << 31);              /* it is a guest all the same */
 }
 
+static void named_by_the_user(void **state)
+{
+    assert_int_equal(cpuid_change(NULL, "-pv-ipi,-avx"), 0);
+    assert_true(cpuid_pv(*state, 11));                             /* that was a check only */
+    assert_int_equal(cpuid_change(*state, "-pv-ipi,-avx,-x2apic"), 0);
+    assert_false(cpuid_pv(*state, 11) || cpuid_has(*state, CPU_AVX) || cpuid_has(*state, CPU_X2APIC));
+    assert_false(cpuid_has(*state, CPU_AVX2));                     /* needs AVX */
+    assert_true(cpuid_pv(*state, 6));
+    assert_int_equal(get(*state, 0, 1, 0).ecx & (1u << 21 | 1u << 28), 0);
+    static const char *const bad[] = {"", "-", "avx", "+avx", "-avx,", ",-avx", "-av", "-avxx", "-avx -fma", "-AVX"};
+    for (unsigned i = 0; i < ARRAY_SIZE(bad); i++)
+        assert_int_equal(cpuid_change(NULL, bad[i]), -EINVAL);
+}
+
 static void out_of_range(void **state)
 {
     struct cpuid_regs r = get(*state, 0, 0x7fffffff, 0), top = get(*state, 0, get(*state, 0, 0, 0).eax, 0);
@@ -217,7 +233,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         T(vendor_is_the_hosts), T(hidden),        T(subset_of_host),            T(dynamic_bits), T(xsave_sizes), T(topology),
         T(kvm_leaves),          T(tsc_frequency), T(clearing_takes_dependents), T(out_of_range),
-        T(keeping_follows_the_engine),
+        T(keeping_follows_the_engine), T(named_by_the_user),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -15,6 +15,7 @@
 #include "cpu/interp/sys.h"
 #include "cpu/interp/tlb.h"
 #include "cpu/msr.h"
+#include "cpu/pv.h"
 
 /* Pages of icpu.c's own: what the engine needs beyond the instructions' view of the processor. */
 struct interp {
@@ -141,6 +142,7 @@ static int finish(struct icpu *c, const struct op *op, int r)
     case OP_HALT:
         c->rip = op_next_rip(c, op) & c->rip_mask;
         c->x->activity = X86_HALTED;
+        vcpu_count(c->v, COUNT_HLT);
         break;
     case OP_TRAP:
         c->v->insns++;
@@ -327,6 +329,8 @@ static void take_events(struct icpu *c, u32 events)
         pvclock_update(v, c->x);
     if (events & VCPU_EV_NMI)
         c->x->nmi_pending = true;
+    if (events & VCPU_EV_UNHALT)
+        c->x->kvm_unhalted = true;
     if (events & VCPU_EV_INTR)
         c->irq_wait = true;
 }
@@ -339,6 +343,8 @@ static void take_interrupt(struct icpu *c)
         return;
     }
     c->x->activity = X86_RUNNING;
+    vcpu_count(c->v, COUNT_INTERRUPT);
+    pv_tick(c->v, c->x);
     if (deliver_interrupt(c, (unsigned)vector) == OP_SHUTDOWN)
         shutdown(c);
 }
@@ -374,6 +380,10 @@ static bool boundary(struct icpu *c, enum run_exit *exit)
             take_interrupt(c);
         }
     }
+    if (unlikely(x->kvm_unhalted) && x->activity == X86_HALTED) {
+        x->kvm_unhalted = false;
+        x->activity = X86_RUNNING;
+    }
     if (x->activity == X86_RUNNING)
         return true;
     *exit = x->activity == X86_SHUTDOWN ? RUN_SHUTDOWN : RUN_HALTED;
@@ -391,6 +401,8 @@ static enum run_exit run(struct vcpu *v)
     struct icpu *c = v->engine_data;
     enum run_exit exit = RUN_DEBUG;
     tlb_check_epoch(c);
+    if (pv_enter(v, c->x))
+        container_of(c, struct interp, c)->fresh = true;
     icpu_load(c);
     c->irq_wait = true;
     while (likely(!v->debug.stop) && boundary(c, &exit)) {
@@ -402,6 +414,7 @@ static enum run_exit run(struct vcpu *v)
             c->bt.run(c);
     }
     icpu_store(c);
+    pv_leave(v, c->x);
     return unlikely(v->debug.stop) && exit != RUN_SHUTDOWN ? debug_stopped(v) : exit;
 }
 

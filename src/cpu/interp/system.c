@@ -1,15 +1,15 @@
 /*
  * The other system instructions: HLT, cache and TLB control, MSRs, time, CPUID, hypercalls (SDM vol. 2).
  *
- * Caches are coherent and not modelled: INVD and WBINVD only check privilege. A hypercall finds no function
- * (KVM_ENOSYS).
+ * Caches are coherent and not modelled: INVD and WBINVD only check privilege. Hypercalls are pv.c's; VMCALL and VMMCALL
+ * are the same.
  */
 #include "cpu/interp/sys.h"
 
 #include <errno.h>
-#include <linux/kvm_para.h>
 
 #include "cpu/msr.h"
+#include "cpu/pv.h"
 
 #define MSR_APIC_BASE 0x1bu
 #define APIC_BASE_ENABLE BIT(11)
@@ -184,6 +184,7 @@ static int op_cpuid(struct icpu *c, const struct op *op)
     u64 base = APIC_BASE_ENABLE;
     u32 leaf = (u32)c->r[RAX];
     (void)op;
+    vcpu_count(c->v, COUNT_CPUID);
     if (leaf == 1 && intc->ops && intc->ops->msr_read(intc->chip, MSR_APIC_BASE, &base))
         base = APIC_BASE_ENABLE;
     cpuid_get(c->v->m->cpuid, c->v->id, c->x, base & APIC_BASE_ENABLE, leaf, (u32)c->r[RCX], &r);
@@ -196,9 +197,11 @@ static int op_cpuid(struct icpu *c, const struct op *op)
 
 static int op_vmcall(struct icpu *c, const struct op *op)
 {
-    s64 result = c->cpl ? -KVM_EPERM : -KVM_ENOSYS;
+    bool wide = in_64bit(c);
+    u64 mask = wide ? ~0ull : 0xffffffff;
+    const u64 arg[4] = {c->r[RBX] & mask, c->r[RCX] & mask, c->r[RDX] & mask, c->r[RSI] & mask};
     (void)op;
-    c->r[RAX] = in_64bit(c) ? (u64)result : (u32)result;
+    c->r[RAX] = (u64)pv_hypercall(c->v, c->x, c->r[RAX] & mask, arg, wide) & mask;
     return OP_NEXT;
 }
 

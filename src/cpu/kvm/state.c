@@ -36,7 +36,7 @@ static const struct msr_row rows[] = {
     ROW(0x205, mtrr_mask[2]), ROW(0x206, mtrr_base[3]), ROW(0x207, mtrr_mask[3]), ROW(0x208, mtrr_base[4]),
     ROW(0x209, mtrr_mask[4]), ROW(0x20a, mtrr_base[5]), ROW(0x20b, mtrr_mask[5]), ROW(0x20c, mtrr_base[6]),
     ROW(0x20d, mtrr_mask[6]), ROW(0x20e, mtrr_base[7]), ROW(0x20f, mtrr_mask[7]), ROW(0x4b564d00, kvm_wall_clock),
-    ROW(0x4b564d01, kvm_system_time),
+    ROW(0x4b564d01, kvm_system_time), ROW(0x4b564d03, kvm_steal_time), ROW(0x4b564d04, kvm_pv_eoi),
 };
 _Static_assert(ARRAY_SIZE(rows) <= KVM_MSRS_MAX, "rows fit the mask");
 
@@ -333,6 +333,7 @@ static int get_rest(struct vcpu *v, struct x86 *x)
     x->shadow = e.interrupt.shadow;
     x->nmi_blocked = e.nmi.masked && !e.nmi.injected;
     x->nmi_pending = e.nmi.pending || e.nmi.injected;
+    x->kvm_unhalted = false;                                       /* the kernel shows it only as an end of HLT */
     switch (mp.mp_state) {
     case KVM_MP_STATE_HALTED: x->activity = X86_HALTED; break;
     case KVM_MP_STATE_UNINITIALIZED:
@@ -359,7 +360,8 @@ static int set_rest(struct vcpu *v, const struct x86 *x)
         .nmi = { .pending = x->nmi_pending, .masked = x->nmi_blocked },
         .flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW,
     };
-    struct kvm_mp_state mp = { .mp_state = state[x->activity] };
+    bool kicked = x->activity == X86_HALTED && x->kvm_unhalted;
+    struct kvm_mp_state mp = { .mp_state = kicked ? KVM_MP_STATE_RUNNABLE : state[x->activity] };
 
     memcpy(d.db, x->dr, sizeof d.db);
     if (ioctl(fd, KVM_SET_DEBUGREGS, &d) < 0 || ioctl(fd, KVM_SET_VCPU_EVENTS, &e) < 0 || ioctl(fd, KVM_SET_MP_STATE,
