@@ -36,11 +36,13 @@
 #include <time.h>
 #include <unistd.h>
 
+#define RUNS 5                                                     /* whose median counts */
+
 static const struct row *const groups[] = { rows_cpu, rows_mem, rows_sys, rows_prog, NULL };
 static const char *const group_names[] = { "computation", "memory", "kernel", "programs" };
 
 struct config {
-    uint64_t min_ns;                                               /* a run that counts takes at least so long */
+    uint64_t min_ns;                                               /* for the runs that count together, at least */
     unsigned limit;                                                /* seconds for a row, all in all */
     struct bench bench;
 };
@@ -99,20 +101,35 @@ static uint64_t timed_run(const struct row *row, void *state, uint64_t count)
     return ns ? ns : 1;
 }
 
-/* The first run warms caches up and counts only if it was so long that a second one would reach the limit. */
+static int compare(const void *a, const void *b)
+{
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return (x > y) - (x < y);
+}
+
+/*
+ * Finds a count that takes long enough, and tells the median of several runs of it: on a busy machine some of them are
+ * interrupted. The first run of all warms caches up and counts only if it was so long that a second one would reach the
+ * limit; what takes longer than all the runs were to take is not repeated.
+ */
 static double measure(const struct row *row, const struct config *config, void *state)
 {
-    uint64_t count = row->at_least ? row->at_least : 1;
+    uint64_t count = row->at_least ? row->at_least : 1, enough = config->min_ns / RUNS, sum, took[RUNS];
     uint64_t ns = timed_run(row, state, count);
     bool warm = ns > config->limit * 1000000000ull / 8;
+    unsigned n;
 
-    while (ns < config->min_ns || !warm) {
-        double grow = 1.2 * config->min_ns / ns;
+    while (ns < enough || !warm) {
+        double grow = 1.2 * enough / ns;
         count *= grow > 16 ? 16 : grow > 1 ? grow + 0.5 : 1;
         ns = timed_run(row, state, count);
         warm = true;
     }
-    return ns / (count * row->per_run);
+    took[0] = sum = ns;
+    for (n = 1; n < RUNS && sum < config->min_ns; n++)
+        sum += took[n] = timed_run(row, state, count);
+    qsort(took, n, sizeof *took, compare);
+    return (took[(n - 1) / 2] + took[n / 2]) / 2.0 / (count * row->per_run);
 }
 
 static void run_row(const struct row *row, struct config *config)

@@ -1,7 +1,8 @@
 /*
  * The rows of `make bench`: small pieces of work, timed by one static program that runs on the host and in guests.
  *
- * A row is set up, run with growing counts until a run lasts long enough, and tells the time per unit of the last run.
+ * A row is set up, run with growing counts until a run lasts long enough, and tells the median time per unit of a few
+ * such runs.
  * Every run gives a result that is known beforehand, so that nothing can be left out by a compiler or done wrong by an
  * engine: a wrong result is reported instead of a time. Each row runs in a process (and process group) of its own, so
  * it takes nothing down when it is done, when it fails or when it is killed at the time limit.
