@@ -498,8 +498,10 @@ static void cmd_remove(struct gdb_stub *s, const char *p)
 
 static void go(struct gdb_stub *s)
 {
-    s->running = true;
-    vm_debug_go(s->d);
+    int r = vm_debug_go(s->d);
+    s->running = r == 0;
+    if (r < 0)
+        reply_error(s, r);
 }
 
 /* c, s: [ADDRESS]; C, S: SIGNAL[;ADDRESS]. A step is the processor's of Hc; the others go on. */

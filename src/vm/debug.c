@@ -169,13 +169,16 @@ static bool untold(const struct vm_debug *d, unsigned i)
     return untaken(d, i) && d->m->vcpu[i]->debug.stop != DEBUG_POINT;
 }
 
-void vm_debug_go(struct vm_debug *d)
+int vm_debug_go(struct vm_debug *d)
 {
+    for (unsigned i = 0; i < d->m->vcpus; i++)
+        if (d->cpu[i].action == VM_DEBUG_STEP && !d->m->engine->debug_points)
+            return -EOPNOTSUPP;
     for (unsigned i = 0; i < d->m->vcpus; i++)
         if (untold(d, i)) {
             if (!atomic_exchange(&d->posted, true))
                 loop_post(d->loop, service, d);
-            return;
+            return 0;
         }
     for (unsigned i = 0; i < d->m->vcpus; i++) {
         struct vcpu_debug *v = &d->m->vcpu[i]->debug;
@@ -191,6 +194,7 @@ void vm_debug_go(struct vm_debug *d)
         v->range_end = d->cpu[i].end;
     }
     vm_resume(d->vm);
+    return 0;
 }
 
 /* ---- state ---- */

@@ -29,7 +29,7 @@ void vm_debug_pause(struct vm_debug *d);
 enum vm_debug_action { VM_DEBUG_STAY, VM_DEBUG_GO, VM_DEBUG_STEP };
 /* What a processor is to do next; a step repeats itself while RIP is in [start, end). */
 void vm_debug_set_action(struct vm_debug *d, unsigned cpu, enum vm_debug_action a, u64 start, u64 end);
-void vm_debug_go(struct vm_debug *d);
+int vm_debug_go(struct vm_debug *d);                               /* 0, or -EOPNOTSUPP: this engine takes no steps */
 
 struct vm_debug_stop {
     unsigned cpu;

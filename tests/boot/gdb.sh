@@ -74,8 +74,8 @@ says "a control register, by its flags" 'registers:.\$[0-9]+ = \[ PE ET NE \]'
 says "a vector register can be written" '= 0x1234567890abcdef'
 says "memory by physical address" '0x100000:.0x464c457f'
 says "no memory is an error" 'Cannot access memory at address 0xfffffff0'
-kill "$pid"; finish
-is "gdb goes, the guest goes on" "$status" 143
+kill -QUIT "$pid"; finish
+is "gdb goes, and doppel obeys signals as before" "$status" 131
 
 start "${bare[@]}"
 debug "$tmp/bare.elf" <<END

@@ -17,7 +17,7 @@
 struct vm_debug {
     struct x86 x[FAKE_CPUS];
     u8 memory[FAKE_BYTES];
-    bool attached, running, full, have_stop;
+    bool attached, running, full, have_stop, no_steps;
     unsigned pauses, goes, points, watches, sets;
     u64 last_point;
     struct debug_watch last_watch;
@@ -60,11 +60,15 @@ void vm_debug_set_action(struct vm_debug *d, unsigned cpu, enum vm_debug_action 
     d->cpu[cpu].end = end;
 }
 
-void vm_debug_go(struct vm_debug *d)
+int vm_debug_go(struct vm_debug *d)
 {
     bug_on(d->running || !d->attached);
+    for (unsigned i = 0; i < FAKE_CPUS; i++)
+        if (d->no_steps && d->cpu[i].action == VM_DEBUG_STEP)
+            return -EOPNOTSUPP;
     d->running = true;
     d->goes++;
+    return 0;
 }
 
 bool vm_debug_next_stop(struct vm_debug *d, struct vm_debug_stop *stop)

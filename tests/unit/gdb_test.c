@@ -136,6 +136,7 @@ static void too_long(void **state)
 {
     struct client *c = *state;
     char *data = malloc(GDB_PACKET_MAX + 100);
+    assert_non_null(data);
     memset(data, 'm', GDB_PACKET_MAX + 100);
     send_packet(c, data, GDB_PACKET_MAX + 100);
     assert_string_equal(c->out, "+$E5a#db");
@@ -237,8 +238,10 @@ static void all_registers(void **state)
     assert_memory_equal(all, "5500000000000000", 16);
     assert_true(strlen(all) > 4900);
     char *cmd = malloc(strlen(all) + 2);
+    assert_non_null(cmd);
     all[0] = '7';
-    sprintf(cmd, "G%s", all);
+    cmd[0] = 'G';
+    memcpy(cmd + 1, all, strlen(all) + 1);
     answers(c, cmd, "OK");
     assert_int_equal(c->d->x[0].gpr[RAX], 0x75);
     cmd[strlen(cmd) - 1] = '\0';
@@ -369,6 +372,10 @@ static void goes_on(void **state)
     answers(c, "s", "(nothing)");
     assert_int_equal(c->d->cpu[0].action, VM_DEBUG_STEP);
     assert_int_equal(c->d->cpu[1].action, VM_DEBUG_GO);
+    feed(c, "\x03");
+    c->d->no_steps = true;                                         /* an engine that has none */
+    answers(c, "vCont;s", "E5f");
+    answers(c, "vCont;c", "(nothing)");
 }
 
 static void reasons(void **state)

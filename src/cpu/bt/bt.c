@@ -217,6 +217,7 @@ const struct engine bt_engine = {
     .vcpu_open = vcpu_open,
     .vcpu_close = vcpu_close,
     .run = run,
+    .debug_points = DEBUG_POINTS_MAX,
     .kick = kick,
     .get = get,
     .set = set,

@@ -410,6 +410,8 @@ static enum run_exit run(struct vcpu *v)
             break;
         if (unlikely(wants_step(c)))
             step(c);
+        else if (unlikely(v->m->debug.points || v->m->debug.watches))
+            icpu_run_blocks(c);                                    /* translations know nothing of them */
         else
             c->bt.run(c);
     }
