@@ -687,12 +687,23 @@ static void command_run(struct init *s, const char *payload, uint32_t len)
     free(list);
 }
 
+/* Never back: what is a little late on its way here is not worth a clock that jumps. */
+static void clock_forward(uint64_t ns)
+{
+    struct timespec now, t = { .tv_sec = ns / 1000000000, .tv_nsec = ns % 1000000000 };
+
+    clock_gettime(CLOCK_REALTIME, &now);
+    if (t.tv_sec > now.tv_sec || (t.tv_sec == now.tv_sec && t.tv_nsec > now.tv_nsec))
+        clock_settime(CLOCK_REALTIME, &t);
+}
+
 static void ctl_message(struct init *s, uint32_t type, const uint8_t *payload, uint32_t len)
 {
     struct command *c = &s->cmd;
     struct msg_count count;
     struct msg_winsize w;
     struct msg_signal sig;
+    struct msg_time now;
 
     switch (type) {
     case MSG_RUN:
@@ -722,6 +733,12 @@ static void ctl_message(struct init *s, uint32_t type, const uint8_t *payload, u
             memcpy(&sig, payload, sizeof sig);
             if (sig.signal >= 1 && sig.signal <= 64)
                 kill(-c->pid, sig.signal);
+        }
+        break;
+    case MSG_TIME:
+        if (len >= sizeof now) {
+            memcpy(&now, payload, sizeof now);
+            clock_forward(now.ns);
         }
         break;
     case MSG_DONE:

@@ -23,7 +23,7 @@
  *   guest                                    host
  *   READY                          ------>
  *                                  <------   RUN
- *                                  <------   WINSIZE, SIGNAL, STDIN_EOF, STDOUT_CLOSED, STDERR_CLOSED   as they happen
+ *                                  <------   WINSIZE, SIGNAL, TIME, STDIN_EOF, STDOUT_CLOSED, STDERR_CLOSED   as they happen
  *   STDOUT_EOF, STDERR_EOF, STDIN_CLOSED ->  as they happen
  *   EXITED                         ------>
  *                                  <------   DONE
@@ -59,6 +59,7 @@ enum msg_type {
     MSG_WINSIZE = 5,       /* struct msg_winsize */
     MSG_SIGNAL = 6,        /* struct msg_signal: to the command's process group */
     MSG_DONE = 7,          /* all output that EXITED counts has arrived; the last message */
+    MSG_TIME = 8,          /* struct msg_time: the guest stood still, and its clock is behind; at any time */
     /* guest to host */
     MSG_READY = 64,        /* struct msg_ready: RUN is awaited */
     MSG_STDOUT_EOF = 65,   /* struct msg_count: standard output ended after so many bytes, the command may still run */
@@ -87,6 +88,9 @@ struct msg_winsize {
 };
 struct msg_signal {
     uint32_t signal;                                               /* Linux x86-64 numbers, 1..64 */
+};
+struct msg_time {
+    uint64_t ns;                                                   /* since 1970, UTC */
 };
 struct msg_ready {
     uint32_t version;                                              /* PROTOCOL_VERSION */

@@ -28,6 +28,7 @@ struct chardev_fd {
     const struct log *log;
     bool end_wanted;                                               /* the guest has ended its output; under out.lock */
     bool may_close;                                                /* EPIPE is not spoken of */
+    int lost;                                                      /* chardev_fd_lost() */
 };
 
 static struct chardev_fd *fd_of(struct chardev *c)
@@ -100,6 +101,8 @@ static void fd_out_broken(void *arg, int error)
     if (error != EPIPE || !f->may_close)
         log_msg(f->log, LOG_ERROR, "%s: cannot write: %s; the guest runs on, what it says is dropped", f->name,
                 strerror(error));
+    if (error != EPIPE)
+        f->lost = error;
     chardev_front_event(&f->c, CHARDEV_BROKEN);
     chardev_front_writable(&f->c);
     chardev_tell_drained(&f->c);
@@ -178,6 +181,11 @@ int chardev_fd_new(struct loop *loop, int in, int out, const char *name, const s
 void chardev_fd_may_close(struct chardev *c)
 {
     fd_of(c)->may_close = true;
+}
+
+int chardev_fd_lost(struct chardev *c)
+{
+    return c ? fd_of(c)->lost : 0;
 }
 
 void chardev_fd_end_input(struct chardev *c)

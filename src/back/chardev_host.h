@@ -21,6 +21,8 @@
 int chardev_fd_new(struct loop *loop, int in, int out, const char *name, const struct log *log, struct chardev **c);
 /* That the reader of the output goes away is nothing to speak of (a command's pipe). */
 void chardev_fd_may_close(struct chardev *c);
+/* The errno for which output was lost, but that of a reader who has gone; 0: none was. NULL is fine. */
+int chardev_fd_lost(struct chardev *c);
 void chardev_fd_end_input(struct chardev *c);                      /* reads no more */
 
 /* Output to a file, made or emptied; a FIFO without a reader keeps the last bytes for the next one. Errors of opening:

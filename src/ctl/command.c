@@ -17,6 +17,7 @@
 
 #include "../../guest/protocol.h"
 #include "back/chardev_host.h"
+#include "base/clock.h"
 #include "dev/virtio_console.h"
 
 #define IN_BUFFER (64 * KiB)
@@ -510,6 +511,14 @@ void command_resize(struct command *c, u16 cols, u16 rows)
     bool listening = c->config.argv ? c->state == RUNNING && c->config.tty : c->ctl && vport_guest_open(c->ctl);
     if (listening)
         send_message(c, MSG_WINSIZE, &w, sizeof(w));
+}
+
+/* Not while an older one waits for the guest: it would come late as well. */
+void command_time(struct command *c)
+{
+    struct msg_time m = {.ns = clock_wall_ns()};
+    if (c->ctl && vport_guest_open(c->ctl) && !c->send_len)
+        send_message(c, MSG_TIME, &m, sizeof(m));
 }
 
 bool command_signal(struct command *c, int signo)

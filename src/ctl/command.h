@@ -41,6 +41,8 @@ const struct vm_port *command_ports(struct command *c, unsigned *n);
 void command_attach(struct command *c, struct vm *vm);
 
 void command_resize(struct command *c, u16 cols, u16 rows);
+/* The guest stood still for a while: its init sets its clock, if it has come so far. */
+void command_time(struct command *c);
 /* Passes a signal to the command; false when there is none that runs (yet, or any more). */
 bool command_signal(struct command *c, int signo);
 

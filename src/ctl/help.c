@@ -14,7 +14,9 @@ static const struct help_row exit_rows[] = {
     {"0", "The guest powered off, or reset itself with --no-reboot, or Ctrl-A X ended it."},
     {"N",
      "With a COMMAND: its exit status; 128+N after signal N; 127 when it was not found, 126 when it could not be run."},
-    {"1", "An error of the host, told on standard error; or the guest ended without the COMMAND's status."},
+    {"1",
+     "An error of the host, told on standard error (also when it could not write what a successful COMMAND said); or "
+     "the guest ended without the COMMAND's status."},
     {"64", "Wrong options."},
     {"70", "The guest's kernel panicked."},
     {"71", "The guest's processor shut down (triple fault); its state is printed."},

@@ -80,6 +80,13 @@ static void quit(struct run *run, int signo)
         vm_quit(run->vm);
 }
 
+static void on_vm_resumed(void *arg)
+{
+    struct run *run = arg;
+    if (run->vm)
+        command_time(run->command);
+}
+
 static void on_command_started(void *arg)
 {
     struct run *run = arg;
@@ -316,6 +323,7 @@ static int open_vm(struct run *run, const struct engine *engine)
         .no_reboot = o->no_reboot || o->command,                   /* a command is not run twice */
         .trace = {.mask = o->trace_mask, .file = run->trace_file ? run->trace_file : run->stderr_stream},
         .log = &run->log, .loop = run->loop, .ended = on_vm_ended, .ended_arg = run,
+        .resumed = on_vm_resumed,
     };
     config.port = command_ports(run->command, &config.ports);
     int r = vm_new(&config, &run->vm);

@@ -68,6 +68,14 @@ static void ended_by_request(struct run *run, struct status *s)
         message(&run->messages, LOG_WARN, "%s", s->reason);
 }
 
+/* A command whose output the host did not take has not succeeded, even if it believes so. It was told when it happened. */
+static void check_outputs(struct run *run, struct status *s)
+{
+    if (s->status == 0 && (chardev_fd_lost(run->out) || chardev_fd_lost(run->err)))
+        *s = (struct status){.status = EXIT_HOST_ERROR, .end = s->end, .failed = "host",
+                             .reason = "the host could not write the command's output"};
+}
+
 /* The guest ended in an orderly way: with a command, all depends on whether its status came. */
 static void ended_in_order(struct run *run, struct status *s)
 {
@@ -80,6 +88,7 @@ static void ended_in_order(struct run *run, struct status *s)
     if (command_has_status(run->command, &status)) {
         *s = (struct status){.status = status, .end = "exited", .failed = status ? "command" : "none",
                              .reason = command_reason(run->command)};
+        check_outputs(run, s);
     } else if (run->quit_signal || run->terms) {
         if (!run->quit_signal)
             run->quit_signal = SIGTERM;

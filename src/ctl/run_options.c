@@ -294,9 +294,22 @@ static int check_together(const struct run_options *o)
     return 0;
 }
 
+/* Whoever wants a status file is told there also of what is wrong before it on the line. */
+static void find_status_file(struct run_options *o, int argc, char **argv)
+{
+    static const char name[] = "--status-file";
+    for (int i = 0; i < argc && !o->status_file && strcmp(argv[i], "--"); i++)
+        if (!strncmp(argv[i], name, sizeof(name) - 1) && argv[i][sizeof(name) - 1] == '=')
+            o->status_file = argv[i] + sizeof(name);
+        else if (!strcmp(argv[i], name) && i + 1 < argc)
+            o->status_file = argv[i + 1];
+}
+
 int run_options_parse(struct run_options *o, int argc, char **argv)
 {
     *o = (struct run_options){.engine = "auto", .cpus = 1, .memory_bytes = 512 * MiB};
     int r = options_parse(run_option_table, run_option_rows, o, argc, argv, &o->command);
+    if (r < 0)
+        find_status_file(o, argc, argv);
     return r < 0 ? r : check_together(o);
 }

@@ -32,6 +32,6 @@ extern const unsigned run_option_rows;
 
 /*
  * Fills *o from the words behind `doppel run`, which are borrowed and may be cut up. After an error, what had been
- * parsed by then is set (--status-file).
+ * parsed by then is set, and --status-file wherever it stands.
  */
 int run_options_parse(struct run_options *o, int argc, char **argv);

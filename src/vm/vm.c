@@ -312,6 +312,8 @@ void vm_resume(struct vm *vm)
     for (unsigned i = 0; i < vm->m.vcpus; i++)
         vcpu_raise(vm->m.vcpu[i], VCPU_EV_CLOCK);
     vcpus_release(&vm->m);
+    if (vm->config.resumed)
+        vm->config.resumed(vm->config.ended_arg);
 }
 
 int vm_reset(struct vm *vm)

@@ -79,6 +79,7 @@ struct vm_config {
     /* loop's thread; all vCPUs stand still, disks are flushed */
     void (*ended)(void *arg, const struct vm_result *r);
     void *ended_arg;
+    void (*resumed)(void *arg);                                    /* loop's thread, after vm_resume(); with ended_arg */
 };
 
 #define VM_VCPUS_MAX 64

@@ -91,4 +91,11 @@ fi
 is "monitor: Ctrl-A X ends" $? 0
 like "monitor: info shows the processor" "$(tr -d '\r' <"$tmp/out")" $'state: running.*\nrip [0-9a-f]{16}'
 
+# A guest that stood still has the right time afterwards.
+(for _ in $(seq "$BOOT_SECONDS"); do grep -q '~# ' "$tmp/paused" && break; sleep 1; done
+    printf '\1cpause\n'; sleep 8; printf 'resume\n\n'; sleep 3; date +%s >"$tmp/sent"; printf 'echo at $(date +%%s)\npoweroff\n') 2>/dev/null |
+    timeout -k 10 "$BOOT_SECONDS" "$DOPPEL" "${run[@]}" >"$tmp/paused" 2>"$tmp/err"
+at=$(tr -d '\r' <"$tmp/paused" | sed -n 's/^at //p')
+is "pause: the guest's clock is right after it" "$((${at:-0} >= $(cat "$tmp/sent") - 2))" 1
+
 done_testing

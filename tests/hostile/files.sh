@@ -137,7 +137,7 @@ refused "console: a folder" 1 folder run --engine interp --quiet --console folde
 refused "console: a socket in a missing folder" 1 nowhere run --engine interp --quiet --console unix:nowhere/sock
 refused "status file: a missing folder" 1 nowhere run --engine interp --quiet --status-file nowhere/status -- true
 
-# Outputs that cannot be written: the guest is not harmed and still gives its status.
+# Outputs that cannot be written: the guest is not harmed and still gives its status (1 for a command that believes all went well).
 export BOOT_SECONDS=280
 timeout 280 "$DOPPEL" run --engine interp --quiet -- sh -c 'echo lost; exit 5' </dev/null >/dev/full 2>err
 status=$?

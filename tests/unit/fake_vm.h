@@ -15,6 +15,7 @@
 
 #include "../../guest/protocol.h"
 #include "back/chardev.h"
+#include "base/clock.h"
 #include "dev/virtio_console.h"
 #include "vm/vm.h"
 
@@ -299,6 +300,7 @@ static void ctl_message(struct vm *vm, const struct msg_head *head, const u8 *pa
     struct msg_signal s = {0};
     struct msg_count count = {0};
     struct msg_winsize w = {0};
+    struct msg_time time = {0};
     char text[64];
     switch (head->type) {
     case MSG_RUN:
@@ -326,6 +328,10 @@ static void ctl_message(struct vm *vm, const struct msg_head *head, const u8 *pa
             port_write(vm, FAKE_STDOUT, text, strlen(text));
         else
             serial_say(vm, text);
+        break;
+    case MSG_TIME:
+        memcpy(&time, payload, sizeof(time));
+        serial_say(vm, time.ns + 10000000000 > clock_wall_ns() && time.ns <= clock_wall_ns() ? "<time>" : "<wrong time>");
         break;
     case MSG_DONE:
         fake_end(vm, VM_END_POWEROFF);
@@ -472,6 +478,7 @@ void vm_resume(struct vm *vm)
         return;
     vm->state = VM_RUNNING;
     chardev_rx_ready(vm->c.serial);
+    vm->c.resumed(vm->c.ended_arg);
 }
 
 int vm_reset(struct vm *vm)
@@ -549,6 +556,11 @@ struct clock *vm_clock(struct vm *vm UNUSED)
 void vm_info(struct vm *vm, FILE *f)
 {
     fprintf(f, "state: %s\npresses %u resets %u\n", vm_state_name(vm->state), vm->presses, vm->resets);
+}
+
+struct machine *vm_machine(struct vm *vm UNUSED)
+{
+    return NULL;                                                   /* for the debugger, which no test here uses */
 }
 
 u64 vm_insns(const struct vm *vm UNUSED)

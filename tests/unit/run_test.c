@@ -303,6 +303,10 @@ static void usage(void **state UNUSED)
     has(child.text[1], "doppel: --cpus none: ");
     assert_true(lines(child.text[1]) <= 4);
     has(status_file(), "status=64\nend=usage\nfailed=user\nreason=--cpus none");
+    char late[160];
+    snprintf(late, sizeof(late), "run --cpus none --status-file=%s/status", scratch);
+    assert_int_equal(run(late), 64);
+    has(status_file(), "status=64\nend=usage\n");
     assert_int_equal(run("ran"), 64);
     assert_int_equal(run(""), 64);
     assert_int_equal(run("doctor now"), 64);
@@ -552,6 +556,9 @@ static void closed_streams(void **state UNUSED)
     start("run -- yes", -1, full);
     assert_int_equal(finish(), 128 + SIGPIPE);
     has(child.text[1], "standard output: cannot write: No space left");
+    start(with_status_file("-- flags"), -1, full);
+    assert_int_equal(finish(), 1);                                 /* the command itself ended with 0 */
+    has(status_file(), "status=1\nend=exited\nfailed=host\n");
     close(full);
 }
 
@@ -576,12 +583,12 @@ static void ends_are_passed_on(void **state UNUSED)
 
 static void signals_to_the_command(void **state UNUSED)
 {
-    start("run -- sleep", -1, -1);
-    usleep(300000);
+    start("run --verbose -- sleep", -1, -1);
+    expect(1, "the command starts");
     kill(child.pid, SIGINT);
     assert_int_equal(finish(), 128 + SIGINT);
-    start("run -- sleep", -1, -1);
-    usleep(300000);
+    start("run --verbose -- sleep", -1, -1);
+    expect(1, "the command starts");
     kill(child.pid, SIGTERM);                                      /* the power button: the guest ends its commands */
     assert_int_equal(finish(), 128 + SIGTERM);
 }
@@ -761,6 +768,7 @@ static void monitor_prompt(void **state UNUSED)
     expect(0, "reset; running");
     assert_null(memmem(child.text[0], child.len[0], "<reset>", 7)); /* the guest's output waits */
     type("\r");
+    expect(0, "<time>");                                           /* of "resume" */
     expect(0, "<reset>");
     type("c");
     expect(0, "<63>");
