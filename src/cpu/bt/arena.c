@@ -83,7 +83,7 @@ static void put_find(struct emit *e, const u8 *leave_rip)
     op_mem(e, true, X_CMP, R15, R14, NO_REG, 0, offsetof(struct bt_jump, la));
     jump_if_to(e, CC_NZ, leave_rip);
     op_mem(e, true, X_LOAD, R15, R14, NO_REG, 0, offsetof(struct bt_jump, tag));
-    op_gs(e, true, X_CMP, R15, OFF(code_tag));
+    op_gs(e, true, X_CMP, R15, OFF(bt.tag));
     op_mem(e, true, X_LOAD, R15, R14, NO_REG, 0, offsetof(struct bt_jump, la));
     jump_if_to(e, CC_NZ, leave_rip);
     alu_imm(e, true, 4, R15, -4096);
@@ -100,6 +100,9 @@ static void routines(struct bt *t)
     t->leave_rip = (u32)(e.p - t->rw);
     op_gs(&e, true, X_STORE, R15, OFF(rip));
     put_leave(&e, BT_EXIT_RIP);
+    t->leave_stale = (u32)(e.p - t->rw);
+    op_gs(&e, true, X_STORE, R15, OFF(rip));
+    put_leave(&e, BT_EXIT_STALE);
     t->leave_direct = (u32)(e.p - t->rw);
     put_leave(&e, BT_EXIT_DIRECT);
     t->find = (u32)(e.p - t->rw);

@@ -41,41 +41,116 @@ static bool translatable(const struct block *b)
     return b->gpa != BLOCK_DEAD && b->gpa2 == BLOCK_DEAD;
 }
 
+/* ---- jump targets ---- */
+static struct bt_jump *jump_slot(struct bt *t, u64 la)
+{
+    return &t->jump[(la ^ la >> BT_JUMP_BITS) & ((1u << BT_JUMP_BITS) - 1)];
+}
+
+/* Pages with jump targets, by hash: others can be dropped from the TLB without a consequence here. */
+static u64 *page_bits(struct bt *t, u64 la, u64 *bit)
+{
+    u64 h = (la >> PAGE_SHIFT ^ la >> 28) & (BT_PAGE_BITS - 1);
+    *bit = BIT(h & 63);
+    return &t->page[h >> 6];
+}
+
+/* Supervisor code outlives MOV CR3, so it is noted only where it is global. */
 static void jump_note(struct icpu *c, struct bt *t, const u8 *code)
 {
-    u64 la = c->rip;
-    t->jump[(la ^ la >> BT_JUMP_BITS) & ((1u << BT_JUMP_BITS) - 1)] = (struct bt_jump){ la, c->code_tag, code, 0 };
+    u64 la = c->rip, bit;
+    if (c->cpl != 3) {
+        enum tlb_view_id view = tlb_system_view(c);
+        u32 error;
+        if (!tlb_lookup(c, view, la, MMU_EXEC, &error) || !c->tlb->view[view].page[la >> PAGE_SHIFT & (TLB_SIZE - 1)].global)
+            return;
+    }
+    *jump_slot(t, la) = (struct bt_jump){ la, c->bt.tag, code, 0 };
+    u64 *w = page_bits(t, la, &bit);
+    *w |= bit;
+}
+
+static void flushed(struct icpu *c, enum tlb_flush what, u64 la)
+{
+    struct bt *t = c->bt.bt;
+    u64 bit;
+    c->bt.generation[1]++;
+    if (what == FLUSH_NONGLOBAL)
+        return;
+    if (what == FLUSH_PAGE && !(*page_bits(t, la, &bit) & bit)) {
+        c->bt.generation[1]--;
+        return;
+    }
+    c->bt.generation[0]++;
+    memset(t->page, 0, sizeof t->page);
+}
+
+/* Where it is known that this address leads to this code, the interpreter's tables need not be asked: the code looks at the guest's bytes itself. */
+static const u8 *jump_find(struct icpu *c, struct bt *t)
+{
+    const struct bt_jump *j = jump_slot(t, c->rip);
+    return j->la == c->rip && j->tag == c->bt.tag ? j->code : NULL;
 }
 
 /* Translated code from c->rip on. True: the next block may follow at once. */
-static bool run_code(struct icpu *c, struct bt *t, struct block *b, u32 *patch)
+static bool run_code(struct icpu *c, struct bt *t, const u8 *code, u32 *patch)
 {
+    if (*patch) {
+        aim(t->rw + *patch, t->rw + (code - t->rx));
+        t->linked++;
+        *patch = 0;
+    }
     c->bt.page = c->rip & PAGE_MASK;
     t->entered++;
-    int r = t->enter(b->code);
+    int r = t->enter(code);
     if (r == BT_EXIT_DIRECT) {
         c->rip = c->bt.page + c->bt.exit_offset;
         *patch = c->bt.exit_patch;
         return true;
     }
+    if (r == BT_EXIT_STALE)
+        jump_slot(t, c->rip)->tag = 0;
     if (r >= OP_NEAR)
         return true;
     icpu_end(c, c->bt.op, r);
     return false;
 }
 
+/* The block is interpreted a few times before it is worth a translation. */
+static void consider(struct icpu *c, struct bt *t, struct block *b)
+{
+    bool full = false;
+    if (b->code || b->runs >= BT_RUNS || ++b->runs < BT_RUNS || !translatable(b))
+        return;
+    if (bt_translate(c, t, b, &full)) {
+        t->translated++;
+    } else if (full) {
+        code_flush_later(c);
+        c->tlb->generation++;                                      /* so that the next look-up takes the long way */
+        code_retag(c);
+        b->runs = 0;
+    }
+}
+
 static void bt_run(struct icpu *c)
 {
     struct bt *t = c->bt.bt;
-    u32 patch = 0;                                                 /* place of the jump by which translated code was just left */
+    u32 patch = 0;                                                 /* the direct jump by which translated code was just left: its displacement, 0: none */
+    bool go_on;
     if (c->mode != IMODE_LONG64 || c->v->m->debug.points || c->v->m->debug.watches) {
         icpu_run_blocks(c);
         return;
     }
-    for (;;) {
-        atomic_store(&c->bt.stop, 0);
+    do {
+        atomic_store_explicit(&c->bt.stop, 0, memory_order_relaxed);
+        atomic_thread_fence(memory_order_seq_cst);
         if (unlikely(atomic_load(&c->v->events)))
             return;
+        const u8 *code = jump_find(c, t);
+        if (code && !patch) {
+            go_on = run_code(c, t, code, &patch);
+            continue;
+        }
         struct block *b = code_find(c);
         if (unlikely(!b)) {
             icpu_fetch_failed(c);
@@ -85,33 +160,15 @@ static void bt_run(struct icpu *c)
             reset(c, t);
             patch = 0;
         }
-        if (!b->code && b->runs < BT_RUNS && ++b->runs == BT_RUNS && translatable(b)) {
-            bool full = false;
-            if (bt_translate(c, t, b, &full)) {
-                t->translated++;
-            } else if (full) {
-                code_flush_later(c);
-                c->tlb->generation++;                              /* so that the next look-up takes the long way */
-                code_retag(c);
-                b->runs = 0;
-            }
-        }
-        bool go_on;
+        consider(c, t, b);
         if (b->code && room_around(c->rip)) {
             jump_note(c, t, b->code);
-            if (patch) {
-                aim(t->rw + patch, t->rw + ((u8 *)b->code - t->rx));
-                t->linked++;
-            }
-            patch = 0;
-            go_on = run_code(c, t, b, &patch);
+            go_on = run_code(c, t, b->code, &patch);
         } else {
             patch = 0;
             go_on = icpu_run_block(c, b);
         }
-        if (!go_on)
-            return;
-    }
+    } while (go_on);
 }
 
 int bt_run_op(struct icpu *c, const struct op *op, struct block *b)
@@ -186,6 +243,8 @@ static int vcpu_open(struct vcpu *v)
     c->bt.jump = t->jump;
     c->bt.run = bt_run;
     c->bt.forget = bt_forget;
+    c->bt.flushed = flushed;
+    c->bt.generation[0] = c->bt.generation[1] = 1;
     reset(c, t);
     return 0;
 }

@@ -17,8 +17,6 @@
  *
  * Memory operands go through the interpreter's TLB inline; what misses calls the instruction's handler for the whole instruction, as do instructions that have
  * no emitter. Translated code therefore never faults: faults are raised by handlers, which find the complete state in struct icpu.
- * An instruction that can fault need not leave icpu.fl up to date when the flags are overwritten further on in its block before anything reads them:
- * the only imprecision, in a frame's arithmetic flags that are dead.
  *
  * All of it belongs to the vCPU's thread, except icpu.bt.stop, which whoever raises an event sets.
  */
@@ -31,10 +29,11 @@
 #define BT_BLOCK_BYTES (24 * KiB)                                  /* the most that one block may become */
 #define BT_STALE_BYTES 32                                          /* in front of each translation stands what leaves it when it is not right any more */
 #define BT_JUMP_BITS 14
+#define BT_PAGE_BITS 65536u
 #define BT_RUNS 6                                                  /* interpreted so often before it is translated */
 
 /* What translated code was left with, besides an op's result. */
-enum { BT_EXIT_RIP = OP_FALL, BT_EXIT_DIRECT = OP_FALL + 1 };
+enum { BT_EXIT_RIP = OP_FALL, BT_EXIT_DIRECT = OP_FALL + 1, BT_EXIT_STALE };
 
 /* Where indirect branches and those into other pages look first: linear address and icpu.code_tag to translation. */
 struct bt_jump {
@@ -48,8 +47,9 @@ struct bt {
     size_t used, first;                                            /* bytes; first: behind the common routines */
     u64 flushes;                                                   /* icode.flushes when it was emptied last */
     struct bt_jump *jump;
+    u64 page[BT_PAGE_BITS / 64];                                   /* pages with jump targets */
     int (*enter)(const u8 *code);                                  /* runs translated code until it is left: result of an op, or BT_EXIT_* */
-    u32 handler, leave_rip, leave_direct, find;                    /* offsets of common routines */
+    u32 handler, leave_rip, leave_stale, leave_direct, find;                    /* offsets of common routines */
     u64 translated, entered, linked;                               /* statistics */
 };
 

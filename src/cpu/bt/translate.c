@@ -1,8 +1,8 @@
 /*
  * One block of guest code to host code. Register conventions and the life of a translation: bt.h; encodings: Intel SDM vol. 2.
  *
- * Where the guest's arithmetic flags are is known at each point of a translation: in the host's RFLAGS, in icpu.fl, in both, or (when nothing reads them before
- * they are overwritten) in neither.
+ * Where the guest's arithmetic flags are is known at each point of a translation: in the host's RFLAGS, in icpu.fl, or in both. They are saved before anything that
+ * may fault, so that a fault's frame shows them, and before inserted code destroys them.
  */
 #include <string.h>
 
@@ -22,9 +22,7 @@ enum kind { K_HELPER, K_PLAIN, K_NOTHING, K_LEA, K_JCC, K_JMP, K_CALL, K_RET, K_
 struct item {
     struct decoded d;
     u8 kind;
-    bool reads, kills;                                             /* arithmetic flags: wants them before, overwrites them all */
-    bool writes;
-    bool needed;                                                   /* what is in the flags before it will be read */
+    bool reads, writes;                                            /* arithmetic flags; what does not write all of them reads, too */
 };
 
 struct cold {
@@ -93,10 +91,9 @@ static void flags_want(struct tr *t)
 }
 
 /* Code that is about to be inserted destroys RFLAGS. */
-static void flags_lose(struct tr *t, bool needed)
+static void flags_lose(struct tr *t)
 {
-    if (needed)
-        flags_save(t);
+    flags_save(t);
     t->host = false;
 }
 
@@ -370,7 +367,7 @@ static bool put_plain(struct tr *t, const struct item *it, const struct op *op)
         return false;
     if (k.mem) {
         bool write = k.mem->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE;
-        flags_lose(t, it->needed);
+        flags_lose(t);
         cold = put_lookup(t, op, &ea, k.mem->size / 8, write ? MMU_WRITE : MMU_READ);
         place = put_place(e, &ea);
     }
@@ -446,7 +443,7 @@ static bool put_push(struct tr *t, const struct item *it, const struct op *op)
     const ZydisDecodedOperand *o = &it->d.opnd[0];
     if (op->size != 8 || o->type == ZYDIS_OPERAND_TYPE_MEMORY)
         return false;
-    flags_lose(t, it->needed);
+    flags_lose(t);
     struct cold *cold = put_lookup(t, op, &below_rsp, 8, MMU_WRITE);
     if (o->type == ZYDIS_OPERAND_TYPE_IMMEDIATE) {
         op_mem(e, true, 0xc7, 0, HOST_RSP, S1, 0, -8);
@@ -469,7 +466,7 @@ static bool put_pop(struct tr *t, const struct item *it, const struct op *op)
     if (op->size != 8 || o->type != ZYDIS_OPERAND_TYPE_REGISTER)
         return false;
     unsigned g = operand_gpr(o);
-    flags_lose(t, it->needed);
+    flags_lose(t);
     struct cold *cold = put_lookup(t, op, &at_rsp, 8, MMU_READ);
     op_mem(e, true, X_LOAD, resident(g) ? host_of(g) : S0, HOST_RSP, S1, 0, 0);
     if (!resident(g))
@@ -480,13 +477,13 @@ static bool put_pop(struct tr *t, const struct item *it, const struct op *op)
     return true;
 }
 
-static bool put_leave_insn(struct tr *t, const struct item *it, const struct op *op)
+static bool put_leave_insn(struct tr *t, const struct op *op)
 {
     static const struct ea at_rbp = { RBP, REG_ZERO, 0, SEG_SS, 0 };
     struct emit *e = &t->e;
     if (op->size != 8)
         return false;
-    flags_lose(t, it->needed);
+    flags_lose(t);
     struct cold *cold = put_lookup(t, op, &at_rbp, 8, MMU_READ);
     op_mem(e, true, X_LEA, HOST_RSP, RBP, NO_REG, 0, 8);
     op_mem(e, true, X_LOAD, RBP, RBP, S1, 0, 0);
@@ -693,14 +690,12 @@ static void flags_of(struct item *it)
     if (shift && (count->type != ZYDIS_OPERAND_TYPE_IMMEDIATE || !(count->imm.value.u & 31)))
         tested |= written;
     it->writes = written;
-    it->kills = written == FLAGS_ARITH && !tested;
-    it->reads = tested || (written && !it->kills);
+    it->reads = tested || (written && written != FLAGS_ARITH);
 }
 
-static bool analyse(struct tr *t)
+static void analyse(struct tr *t)
 {
     struct block *b = t->b;
-    bool needed = true;
     for (unsigned i = 0; i < b->n; i++) {
         struct item *it = &t->item[i];
         it->d.bytes = b->bytes + b->op[i].off;
@@ -713,16 +708,6 @@ static bool analyse(struct tr *t)
         it->kind = (u8)kind_of(&it->d, &b->op[i]);
         flags_of(it);
     }
-    for (unsigned i = b->n; i-- > 0;) {
-        struct item *it = &t->item[i];
-        bool through = it->kind == K_PLAIN || it->kind == K_NOTHING || it->kind == K_LEA || it->kind == K_PUSH || it->kind == K_POP || it->kind == K_LEAVE;
-        if (!through || it->reads)
-            needed = true;
-        else if (it->kind == K_PLAIN && it->kills)
-            needed = false;
-        it->needed = needed;
-    }
-    return true;
 }
 
 /* ---- the block ---- */
@@ -777,7 +762,7 @@ static bool put_item(struct tr *t, const struct item *it, const struct op *op)
     case K_RET: done = last = put_ret(t, op); break;
     case K_PUSH: done = put_push(t, it, op); break;
     case K_POP: done = put_pop(t, it, op); break;
-    case K_LEAVE: done = put_leave_insn(t, it, op); break;
+    case K_LEAVE: done = put_leave_insn(t, op); break;
     default: done = false; break;
     }
     if (!done)
@@ -796,7 +781,7 @@ bool bt_translate(struct icpu *c, struct bt *bt, struct block *b, bool *full)
     const u8 *stale = e->p;
     op_gs(e, true, X_LOAD, S1, OFF(bt.page));
     op_mem(e, true, X_LEA, S1, S1, NO_REG, 0, (s32)t.offset);
-    jump_to(e, bt->rw + bt->leave_rip);
+    jump_to(e, bt->rw + bt->leave_stale);
     bug_on(e->p > stale + BT_STALE_BYTES);
     e->p = (u8 *)stale + BT_STALE_BYTES;
     const u8 *entry = e->p;

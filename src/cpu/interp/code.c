@@ -116,7 +116,9 @@ int code_ram_changed(struct icpu *c)
 
 void code_retag(struct icpu *c)
 {
-    c->code_tag = (c->tlb->generation + 1) << 8 | (u64)c->mode << 1 | (c->cpl == 3);
+    u64 mode = (u64)c->mode << 1 | (c->cpl == 3);
+    c->code_tag = (c->tlb->generation + 1) << 8 | mode;
+    c->bt.tag = c->bt.generation[c->cpl == 3] << 8 | mode;
 }
 
 /* ---- blocks in the tables ---- */

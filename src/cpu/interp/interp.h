@@ -87,6 +87,8 @@ struct tlb_entry;
 struct block;
 struct icode;                      /* block cache: code.h */
 
+enum tlb_flush { FLUSH_ALL, FLUSH_NONGLOBAL, FLUSH_PAGE };
+
 /*
  * What a translator (cpu/bt) keeps beside the interpreter's state, for its generated code. run replaces the fast loop; forget is told of a block that may
  * not be found any more and has a translation.
@@ -101,6 +103,8 @@ struct icpu_bt {
     _Atomic u32 stop;              /* look at vcpu.events */
     void (*run)(struct icpu *c);
     void (*forget)(struct icpu *c, struct block *b);
+    void (*flushed)(struct icpu *c, enum tlb_flush what, u64 la); /* translations have been dropped; NULL: nobody asks */
+    u64 tag, generation[2];        /* what struct bt_jump must match: as icpu.code_tag, but by generations of supervisor and user code (flushed) */
     struct bt *bt;
 };
 

@@ -64,9 +64,11 @@ void tlb_close(struct icpu *c)
     c->tlb = NULL;
 }
 
-static void flushed(struct icpu *c)
+static void flushed(struct icpu *c, enum tlb_flush what, u64 la)
 {
     c->tlb->generation++;
+    if (c->bt.flushed)
+        c->bt.flushed(c, what, la);
     code_retag(c);
 }
 
@@ -74,7 +76,7 @@ void tlb_flush_all(struct icpu *c)
 {
     for (unsigned i = 0; i < VIEWS; i++)
         view_clear(&c->tlb->view[i]);
-    flushed(c);
+    flushed(c, FLUSH_ALL, 0);
 }
 
 void tlb_flush_nonglobal(struct icpu *c)
@@ -93,22 +95,24 @@ void tlb_flush_nonglobal(struct icpu *c)
         }
         v->n = kept;
     }
-    flushed(c);
+    flushed(c, FLUSH_NONGLOBAL, 0);
 }
 
 void tlb_flush_page(struct icpu *c, u64 la)
 {
     unsigned half = la >> 63;
+    bool large = false;
     for (unsigned i = 0; i < VIEWS; i++) {
         struct tlb_view *v = &c->tlb->view[i];
         entry_clear(tlb_slot(v->e, la));
         if (la < v->large_lo[half] || la > v->large_hi[half])
             continue;
+        large = true;
         for (unsigned j = 0; j < v->n; j++)                        /* pieces of large pages: all of them, sizes are not kept */
             if (v->page[v->used[j]].large)
                 entry_clear(&v->e[v->used[j]]);
     }
-    flushed(c);
+    flushed(c, large ? FLUSH_ALL : FLUSH_PAGE, la);
 }
 
 /* ---- data breakpoints: DR7 (SDM vol. 3B 17.2.4) ---- */
