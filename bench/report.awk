@@ -89,7 +89,7 @@ function markdown(    i, k, b, n, list, s, r, x, seen)
         for (i = 1; i <= n_systems; i++) {
             s = sysname[i]
             if (s in off) continue
-            put(" " (has(s, r) ? shown(r, median(s, r)) : ((s, r) in reason) ? mark(s, r) : "") " |")
+            put(" " (has(s, r) ? shown(r, median(s, r)) partly(s, r) : ((s, r) in reason) ? mark(s, r) : "") " |")
             n = split(bases(s), list, " ")
             for (b = 1; b <= n; b++) { x = ratio(s, list[b], r); put(" " (x ? number(x) : "") " |") }
         }
@@ -121,15 +121,25 @@ function markdown(    i, k, b, n, list, s, r, x, seen)
     }
     close(f)
 }
-# "limit", "skipped" or "failed", with the number of the note that says more; one note for each reason.
-function mark(s, r,    text, i)
+# The number of the note that says more; one note for each text.
+function noted(text,    i)
 {
-    text = reason[s, r]
-    if (text ~ /^over /) return text
     for (i = 1; i <= n_notes; i++)
         if (note[i] == text) break
     if (i > n_notes) note[++n_notes] = text
-    return (text ~ /^skip/ ? "skipped" : "failed") " (" i ")"
+    return " (" i ")"
+}
+# For a row without a time: "over N s", "skipped" or "failed".
+function mark(s, r,    text)
+{
+    text = reason[s, r]
+    if (text ~ /^over /) return text
+    return (text ~ /^skip/ ? "skipped" : "failed") noted(text)
+}
+# For a row that has a time, of rounds before one where there was none.
+function partly(s, r)
+{
+    return ((s, r) in reason) ? noted("the median of fewer rounds; in one it was " reason[s, r]) : ""
 }
 
 function put(text) { printf "%s", text >f }
