@@ -1026,7 +1026,7 @@ int main(void)
         set_winsize(s->console, -1, atoi(rows), atoi(cols));
     if (parameter("doppel.run", mode, sizeof mode) && !strcmp(mode, "1"))
         s->cmd.state = CMD_WAITING;
+    find_buttons(s);                                               /* first: the host may press once a port is open */
     find_ports(s);
-    find_buttons(s);
     run(s);
 }

@@ -8,7 +8,8 @@
  *   TERM=NAME                its kind
  *
  * Ports of the virtio console, found by name (/sys/class/virtio-ports/X/name). Each is open on the host's side from the
- * start; the host sends on a port only after the guest has opened it (Linux discards what comes earlier) and never
+ * start. Init opens doppel.ctl when it listens to the power button already: what was pressed before, the host presses
+ * again then. The host sends on a port only after the guest has opened it (Linux discards what comes earlier) and never
  * closes one.
  *   doppel.ctl      messages in both directions, as below; may be there in shell mode too (WINSIZE: the console)
  *   doppel.stdin    bytes to the command

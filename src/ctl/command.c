@@ -289,6 +289,7 @@ static void ctl_open(struct command *c, bool open)
         command_resize(c, c->config.cols, c->config.rows);
     else
         send_flush(c);
+    c->config.ready(c->config.arg);
 }
 
 /* --- standard input --- */

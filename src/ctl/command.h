@@ -28,6 +28,8 @@ struct command_config {
     void (*started)(void *arg);                                    /* the guest has been told to run it */
     /* the command has ended: the guest powers itself off now */
     void (*done)(void *arg);
+    /* the guest's init is there: what was pressed before, it has not seen */
+    void (*ready)(void *arg);
     /* the guest does not keep to the protocol: command_failure() */
     void (*failed)(void *arg);
     void *arg;

@@ -112,6 +112,15 @@ static void press_power_button(struct run *run)
 {
     vm_resume(run->vm);                                            /* a paused guest could not see it */
     vm_power_button(run->vm);
+    run->pressed = true;
+}
+
+/* A kernel that boots forgets what was pressed before its driver was there. */
+static void on_guest_ready(void *arg)
+{
+    struct run *run = arg;
+    if (run->pressed && !run->ended)
+        vm_power_button(run->vm);
 }
 
 static void on_terminate(struct run *run, int signo, unsigned count)
@@ -301,7 +310,8 @@ static int open_command(struct run *run)
         .argv = run->options.command,
         .in = console ? console : run->in, .out = console ? console : run->out, .err = run->err,
         .tty = console != NULL, .stdout_ends = !console, .term = terminal_kind(), .log = &run->log,
-        .started = on_command_started, .done = on_command_done, .failed = on_command_failed, .arg = run,
+        .started = on_command_started, .done = on_command_done, .ready = on_guest_ready,
+        .failed = on_command_failed, .arg = run,
     };
     if (run->console) {
         config.cols = run->console->cols;

@@ -42,6 +42,7 @@ struct run {
 
     /* Why it ends */
     unsigned terms, ints;                                          /* SIGTERMs, SIGINTs so far */
+    bool pressed;                                                  /* the power button was, by a signal */
     int quit_signal;                                               /* the signal that ended or is to end it; 0: none */
     bool quitting;                                                 /* at once: output is not waited for */
     bool ended;

@@ -71,6 +71,14 @@ wait $job
 is "SIGTERM: the power button ends the guest in order" $? 0
 like "SIGTERM: the guest powered itself off" "$(cat "$tmp/console")" 'Power down'
 
+# Pressed when nobody listens yet: it is pressed again.
+timeout -k 10 "$BOOT_SECONDS" "$DOPPEL" "${run[@]}" -- sleep 1000 </dev/null >"$tmp/out" 2>"$tmp/err" &
+job=$!
+sleep 1.5
+kill -TERM $job                                     # which timeout passes on
+wait $job
+is "SIGTERM while the guest boots: it is not lost" $? 143
+
 # --- console on a socket, and the monitor ---
 if command -v socat >/dev/null; then
     timeout -k 10 "$BOOT_SECONDS" "$DOPPEL" "${run[@]}" --console "unix:$tmp/socket" </dev/null >"$tmp/out" 2>"$tmp/err" &
