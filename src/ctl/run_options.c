@@ -223,11 +223,11 @@ static int set_verbose(void *target, const char *value UNUSED)
 }
 
 const struct option run_option_table[] = {
-    {"engine", "auto|interp|kvm",
+    {"engine", "auto|interp|bt|kvm",
      "What carries out the guest's instructions. auto (the default) takes the best engine that works on this host, and "
      "says so in the first line on standard error; \"doppel doctor\" explains the choice. interp is the reference: an "
-     "interpreter that needs nothing from the host. kvm uses the processor's virtualization extensions through "
-     "/dev/kvm.", false, set_engine},
+     "interpreter that needs nothing from the host. bt translates 64-bit code and needs nothing either. kvm uses the "
+     "processor's virtualization extensions through /dev/kvm.", false, set_engine},
     {"cpus", "N", "The number of the guest's processors, 1 to 64. Default: 1.", false, set_cpus},
     {"cpuid", "LIST", "Features that the guest's processors are not to have: -NAME,-NAME, for example -avx2,-pv-ipi. Names are those of "
      "/proc/cpuinfo as far as doppel knows them, and for KVM's paravirtual interface kvmclock, kvmclock-stable, "
