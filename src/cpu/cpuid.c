@@ -377,8 +377,8 @@ int cpuid_change(struct cpuid_policy *p, const char *list)
     for (const char *word = list;; word++) {
         size_t len = strcspn(word, ",");
         if (len < 2 || *word != '-')
-            return err(-EINVAL, "\"%.*s\": write -NAME for each feature that the guest is not to have, with commas between",
-                       (int)MIN(len, 100u), word);
+            return err(-EINVAL, "\"%.*s\": write -NAME for each feature that the guest is not to have, with commas "
+                                "between", (int)MIN(len, 100u), word);
         if (!take_away(p, word + 1, len - 1))
             return err(-EINVAL, "\"%.*s\": no feature that can be taken away; names are those of /proc/cpuinfo",
                        (int)MIN(len - 1, 100u), word + 1);

@@ -32,7 +32,10 @@ enum cpu_feature {
 };
 bool cpuid_has(const struct cpuid_policy *p, enum cpu_feature f);
 bool cpuid_pv(const struct cpuid_policy *p, unsigned bit);         /* KVM_FEATURE_*: is it offered? */
-/* "-NAME,-NAME": takes features away that the user names, before the machine is open. p NULL: only checks. 0, or -EINVAL with err(). */
+/*
+ * "-NAME,-NAME": takes features away that the user names, before the machine is open. p NULL: only checks. 0, or
+ * -EINVAL with err().
+ */
 int cpuid_change(struct cpuid_policy *p, const char *list);
 void cpuid_clear(struct cpuid_policy *p, enum cpu_feature f);       /* for engine->cpuid_limit */
 /*

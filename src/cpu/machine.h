@@ -46,7 +46,8 @@ enum vcpu_event {
 
 /* What the engine had to do for the guest, counted. Those of the local APIC by MMIO and MSR alike. */
 enum vcpu_counted {
-    COUNT_APIC_EOI, COUNT_APIC_ICR, COUNT_APIC_TIMER, COUNT_APIC_OTHER, COUNT_PIO, COUNT_MMIO, COUNT_MSR, COUNT_CPUID, COUNT_HYPERCALL, COUNT_HLT,
+    COUNT_APIC_EOI, COUNT_APIC_ICR, COUNT_APIC_TIMER, COUNT_APIC_OTHER, COUNT_PIO, COUNT_MMIO, COUNT_MSR, COUNT_CPUID,
+    COUNT_HYPERCALL, COUNT_HLT,
     COUNT_INTERRUPT,          /* taken by the guest */
     COUNTS
 };
@@ -54,7 +55,8 @@ enum vcpu_counted {
 /* Steal time that is not in the guest's record yet (pv.c). */
 struct vcpu_pv {
     u64 since_ns;                                                  /* ran_ns is up to here */
-    u64 ran_ns, cpu_ns;                                            /* ran since the thread's own clock stood at cpu_ns; 0: not looked at yet */
+    /* it ran that long since the thread's own clock stood at cpu_ns; 0: not looked at yet */
+    u64 ran_ns, cpu_ns;
 };
 
 struct vcpu {

@@ -315,9 +315,9 @@ int vcpu_set(struct vcpu *v, const struct x86 *x)
 const char *vcpu_count_name(enum vcpu_counted what)
 {
     static const char *const name[COUNTS] = {
-        [COUNT_APIC_EOI] = "apic-eoi", [COUNT_APIC_ICR] = "apic-icr", [COUNT_APIC_TIMER] = "apic-timer", [COUNT_APIC_OTHER] = "apic-other",
-        [COUNT_PIO] = "pio", [COUNT_MMIO] = "mmio", [COUNT_MSR] = "msr", [COUNT_CPUID] = "cpuid", [COUNT_HYPERCALL] = "hypercall",
-        [COUNT_HLT] = "hlt", [COUNT_INTERRUPT] = "interrupts",
+        [COUNT_APIC_EOI] = "apic-eoi", [COUNT_APIC_ICR] = "apic-icr", [COUNT_APIC_TIMER] = "apic-timer",
+        [COUNT_APIC_OTHER] = "apic-other", [COUNT_PIO] = "pio", [COUNT_MMIO] = "mmio", [COUNT_MSR] = "msr",
+        [COUNT_CPUID] = "cpuid", [COUNT_HYPERCALL] = "hypercall", [COUNT_HLT] = "hlt", [COUNT_INTERRUPT] = "interrupts",
     };
 
     return name[what];

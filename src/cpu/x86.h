@@ -114,7 +114,7 @@ struct x86 {
     u64 kvm_wall_clock, kvm_system_time;                           /* KVM's paravirtual clock MSRs, as written */
     u64 kvm_pv_eoi, kvm_steal_time;                                /* MSRs of KVM's PV EOI and steal time, as written */
     enum x86_activity activity;
-    bool kvm_unhalted;                                             /* another vCPU has ended the next HLT beforehand, or the one that it is in */
+    bool kvm_unhalted;                                             /* a kick has ended the HLT that it is in, or the next */
     bool shadow;                                                   /* interrupt shadow of STI or MOV SS is in force for the next instruction */
     bool nmi_blocked;                                              /* from an NMI's delivery to the next IRET */
     bool nmi_pending;

@@ -425,7 +425,8 @@ static void say_counts(struct run *run)
     const char *name;
     u64 n;
     for (unsigned i = 0; len < sizeof(line) && (name = vm_count(run->vm, i, &n)); i++)
-        len += (size_t)snprintf(line + len, sizeof(line) - len, "%s %s %llu", i ? "," : "", name, (unsigned long long)n);
+        len += (size_t)snprintf(line + len, sizeof(line) - len, "%s %s %llu", i ? "," : "", name,
+                                (unsigned long long)n);
     message(&run->messages, LOG_INFO, "handled for the guest:%s", line);
 }
 

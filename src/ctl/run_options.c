@@ -229,9 +229,9 @@ const struct option run_option_table[] = {
      "interpreter that needs nothing from the host. bt translates 64-bit code and needs nothing either. kvm uses the "
      "processor's virtualization extensions through /dev/kvm.", false, set_engine},
     {"cpus", "N", "The number of the guest's processors, 1 to 64. Default: 1.", false, set_cpus},
-    {"cpuid", "LIST", "Features that the guest's processors are not to have: -NAME,-NAME, for example -avx2,-pv-ipi. Names are those of "
-     "/proc/cpuinfo as far as doppel knows them, and for KVM's paravirtual interface kvmclock, kvmclock-stable, "
-     "nop-io-delay, steal-time, pv-eoi, pv-unhalt, pv-tlb-flush, pv-ipi.", false, set_cpuid},
+    {"cpuid", "LIST", "Features that the guest's processors are not to have: -NAME,-NAME, for example -avx2,-pv-ipi. "
+     "Names are those of /proc/cpuinfo as far as doppel knows them, and for KVM's paravirtual interface kvmclock, "
+     "kvmclock-stable, nop-io-delay, steal-time, pv-eoi, pv-unhalt, pv-tlb-flush, pv-ipi.", false, set_cpuid},
     {"memory", "SIZE", "The guest's memory, with K, M or G behind the number. Default: 512M.", false, set_memory},
     {"kernel", "FILE",
      "Boots this file instead of the default guest's kernel: a Linux bzImage, a multiboot kernel (1 or 2), an ELF "
@@ -271,7 +271,8 @@ const struct option run_option_table[] = {
      "poweroff, reset, quit, panic, triple-fault, debug-exit, host-error, usage), \"failed=\" (none, command, guest, "
      "host, user: which side did) and \"reason=\".", false, set_status_file},
     {"quiet", NULL, "Says nothing but errors on standard error.", false, set_quiet},
-    {"verbose", NULL, "Says more: how long booting took, what was done for the guest and, with a COMMAND, the kernel's messages.", false,
+    {"verbose", NULL, "Says more: how long booting took, what had to be done for the guest, how often, and, with a "
+     "COMMAND, the kernel's messages.", false,
      set_verbose},
 };
 const unsigned run_option_rows = ARRAY_SIZE(run_option_table);

@@ -473,7 +473,7 @@ static void settle(struct lapic *l)
     pthread_mutex_unlock(&l->device.lock);
 }
 
-/* The vector has just gone into service. Level-triggered ones need the EOI's message to the I/O APIC. Under the lock. */
+/* The vector has just gone into service. The I/O APIC must hear of the end of level-triggered ones. Under the lock. */
 static void offer_eoi(struct lapic *l, u8 vector)
 {
     if (l->cpu.eoi_offer && !vector_get(l->tmr, vector) && highest(l->irr) < 0)

@@ -42,7 +42,7 @@ struct lapic {
     u32 lvt[LVTS];
     u32 irr[8], isr[8], tmr[8];
     u8 lint;                                                       /* levels of LINT0 and LINT1, bits 0 and 1 */
-    bool eoi_offered;                                              /* the guest may have ended what is in service in its own memory */
+    bool eoi_offered;                                              /* PV EOI: what is in service may have ended */
     bool extint_message;                                           /* an ExtINT message waits for its INTA cycle */
 
     struct timer timer;

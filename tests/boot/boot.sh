@@ -21,6 +21,21 @@ command_output "cloud kernel, 2 vCPUs" "" 2
 command_output "standard kernel, 1 vCPU" "$standard" 1
 command_output "standard kernel, 2 vCPUs" "$standard" 2
 
+# KVM's paravirtual interface, as the guest's drivers see it; and without it, when it is taken away.
+pv_lines='dmesg | sed -n -E "s/.*(kvm-guest: .*)/\1/p" | sed "s/ [0-9a-f]{5,}//" | sort'
+doppel "${run[@]}" --cpus 2 -- sh -c "$pv_lines"
+like "paravirtual: TLB flush" "$out" 'setup PV remote TLB flush|KVM setup pv remote TLB flush'
+like "paravirtual: IPIs" "$out" 'setup PV IPIs'
+like "paravirtual: locks" "$out" 'PV spinlocks enabled'
+doppel "${run[@]}" --cpus 2 --cpuid -pv-eoi,-pv-ipi,-pv-tlb-flush,-pv-unhalt,-steal-time -- sh -c "$pv_lines; nproc"
+is "paravirtual: taken away" "$(grep -E 'TLB|IPIs|enabled' <<<"$out")" ""
+is "paravirtual: the guest runs without" "$(tail -n 1 <<<"$out")" 2
+doppel run --engine "$ENGINE" --cpus 2 --verbose -- sh -c 'i=0; while [ $i -lt 100 ]; do /bin/true; i=$((i+1)); done'
+if [ "$ENGINE" != kvm ] && ! grep -q 'engine: kvm' <<<"$err"; then
+    read -r eois irqs < <(sed -n -E 's/.*handled for the guest:.* apic-eoi ([0-9]+),.* interrupts ([0-9]+).*/\1 \2/p' <<<"$err")
+    is "paravirtual: most interrupts end without the local APIC ($eois of ${irqs:-?})" "$((${eois:-1} * 3 < ${irqs:-0}))" 1
+fi
+
 # A disk, written by the guest and read by the host, and the other way round; a second one read-only.
 head -c 16777216 /dev/urandom >"$tmp/a.img"
 truncate -s 16M "$tmp/b.img"

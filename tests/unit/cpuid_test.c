@@ -148,7 +148,8 @@ static void kvm_leaves(void **state)
     memcpy(name + 8, &r.edx, 4);
     assert_string_equal(name, "KVMKVMKVM");
     assert_int_equal(r.eax, 0x40000010);
-    assert_int_equal(get(*state, 0, 0x40000001, 0).eax, 1u << 1 | 1u << 3 | 1u << 5 | 1u << 6 | 1u << 7 | 1u << 9 | 1u << 11 | 1u << 24);
+    assert_int_equal(get(*state, 0, 0x40000001, 0).eax,
+                     1u << 1 | 1u << 3 | 1u << 5 | 1u << 6 | 1u << 7 | 1u << 9 | 1u << 11 | 1u << 24);
     assert_int_equal(get(*state, 0, 0x40000010, 0).eax, 2596122);
     assert_int_equal(get(*state, 0, 0x40000010, 0).ebx, 1000000);
     assert_true(get(*state, 0, 1, 0).ecx >> 31);

@@ -191,7 +191,7 @@ static void a_second_one_after_it(void **state)
     assert_true(looked_at());
     assert_int_equal(ack(), 0x52);
     assert_false(in_service(0x51));
-    assert_int_equal(word(), 0);                                   /* this test's look at the registers has ended the offer */
+    assert_int_equal(word(), 0);                                   /* this test's look at the registers ended the offer */
     eoi();
     assert_false(in_service(0x52));
 }
@@ -317,7 +317,7 @@ static void stolen(void **state)
     assert_in_range(record()->steal, before, before + 40000000);
 }
 
-/* A translation that was cached before is not used after the flush: 8086 code needs no page tables, so the loop has some. */
+/* A translation that was cached before is not used after the flush. */
 static void flush_reaches_the_tlb(void **state)
 {
     enum { PD = 0x10000, DATA = 0x20000, CODE = 0x1000 };
@@ -458,9 +458,9 @@ static void refused(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        T(registers), T(an_eoi_in_memory), T(an_eoi_by_register), T(a_second_one_after_it), T(a_second_one_before_it), T(nested), T(not_offered),
-        T(settled_before_it_stands_still), T(preempted), T(stolen), T(flush_reaches_the_tlb), T(ipis), T(ipis_of_32_bits), T(kicks),
-        T(clock_pairing), T(refused),
+        T(registers), T(an_eoi_in_memory), T(an_eoi_by_register), T(a_second_one_after_it), T(a_second_one_before_it),
+        T(nested), T(not_offered), T(settled_before_it_stands_still), T(preempted), T(stolen), T(flush_reaches_the_tlb),
+        T(ipis), T(ipis_of_32_bits), T(kicks), T(clock_pairing), T(refused),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
