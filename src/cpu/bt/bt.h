@@ -30,7 +30,9 @@
 #define BT_STALE_BYTES 32                                          /* in front of each translation stands what leaves it when it is not right any more */
 #define BT_JUMP_BITS 14
 #define BT_PAGE_BITS 65536u
-#define BT_RUNS 6                                                  /* interpreted so often before it is translated */
+#ifndef BT_RUNS
+#define BT_RUNS 6                                                   /* interpreted so often before it is translated; tests want 1 */
+#endif
 
 /* What translated code was left with, besides an op's result. */
 enum { BT_EXIT_RIP = OP_FALL, BT_EXIT_DIRECT = OP_FALL + 1, BT_EXIT_STALE };

@@ -378,11 +378,13 @@ static bool put_plain(struct tr *t, const struct item *it, const struct op *op)
     if (load_rm)
         op_gs(e, true, X_LOAD, S1, OFF_R(operand_gpr(k.rm)));
     if (implied_only(d, &k)) {
-        for (unsigned i = 0; i < d->insn.raw.prefix_count; i++) {  /* CBW and its like, operations on the accumulator with an immediate */
-            const u8 v = d->insn.raw.prefixes[i].value;
-            if ((v == 0x66 && d->insn.raw.prefixes[i].type != ZYDIS_PREFIX_TYPE_IGNORED) || (v & 0xf0) == 0x40)
-                put8(e, v);
-        }
+        for (unsigned i = 0; i < d->insn.raw.prefix_count; i++)   /* CBW and its like, operations on the accumulator with an immediate */
+            if (d->insn.raw.prefixes[i].value == 0x66 && d->insn.raw.prefixes[i].type != ZYDIS_PREFIX_TYPE_IGNORED) {
+                put8(e, 0x66);
+                break;
+            }
+        if (d->insn.raw.rex.W)
+            put8(e, 0x48);
         put_bytes(e, d->bytes + d->insn.raw.prefix_count, d->insn.length - d->insn.raw.prefix_count);
     } else {
         put_copy(e, d, reg, rm, k.mem ? &place : NULL, rex);
