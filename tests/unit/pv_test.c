@@ -390,11 +390,18 @@ static void ipis(void **state)
 /* 32 destinations per word for a caller that is not in 64-bit mode. */
 static void ipis_of_32_bits(void **state)
 {
-    const u64 arg[] = { 0, 2, 0xffffffe1u, 0x71 }, low[] = { 0, 1, 0, 0x71 };
+    const u64 arg[] = { 0, 1, 0, 0x71 }, wraps[] = { 0, 2, 0xffffffe1u, 0x71 };
+    struct vcpu *many[33] = { [32] = cpu[2] };
 
     (void)state;
-    assert_int_equal(pv_hypercall(cpu[0], &cpu[0]->x, KVM_HC_SEND_IPI, arg, false), 0);  /* does not wrap round to 2 */
-    assert_int_equal(pv_hypercall(cpu[0], &cpu[0]->x, KVM_HC_SEND_IPI, low, false), 0);
+    assert_int_equal(pv_hypercall(cpu[0], &cpu[0]->x, KVM_HC_SEND_IPI, wraps, false), 0); /* not round to 2 */
+    m.vcpu = many;
+    m.vcpus = ARRAY_SIZE(many);
+    assert_int_equal(pv_hypercall(cpu[0], &cpu[0]->x, KVM_HC_SEND_IPI, arg, true), 0);
+    assert_int_equal(pv_hypercall(cpu[0], &cpu[0]->x, KVM_HC_SEND_IPI, arg, false), 1);
+    m.vcpu = cpu;
+    m.vcpus = CPUS;
+    assert_true(requested(2, 0x71));
 }
 
 static void kicks(void **state)
