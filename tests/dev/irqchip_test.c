@@ -109,7 +109,7 @@ static int setup(void **state)
     assert_int_equal(i8259_new(f->pio, lapic_bus_pic_line(f->lapics), &f->pic), 0);
     lapic_bus_set_pic(f->lapics, f->pic);
     assert_int_equal(ioapic_new(f->mmio, IOAPIC_BASE, 1, f->lapics, &f->ioapic), 0);
-    assert_int_equal(lapic_new(f->lapics, f->cpu, 0, true, (struct cpu_port){ cpu_signal, &f->e }, &f->lapic), 0);
+    assert_int_equal(lapic_new(f->lapics, f->cpu, 0, true, (struct cpu_port){ .signal = cpu_signal, .vcpu = &f->e }, &f->lapic), 0);
     assert_int_equal(i8254_new(f->pio, f->clock, i8259_irq(f->pic, 0), &f->pit), 0);
     *state = f;
     return 0;
