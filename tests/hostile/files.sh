@@ -143,4 +143,18 @@ timeout 280 "$DOPPEL" run --engine interp --quiet -- sh -c 'echo lost; exit 5' <
 status=$?
 grep -qE 'Sanitizer|runtime error|bug:' err && status="sanitizer: $(head -n 5 err)"
 like "standard output is full: the end is told" "$status" '^(5|1|141)$'
+
+# The host's disk is full below a sparse image: the guest sees an I/O error, the user is told, and the guest goes on to its end.
+mkdir small
+if unshare -rm true 2>/dev/null; then
+    timeout 280 unshare -rm bash -c 'mount -t tmpfs -o size=2m none small && truncate -s 16M small/full.img &&
+        exec "$0" run --engine interp --quiet --disk small/full.img -- \
+            sh -c "dd if=/dev/zero of=/dev/vda bs=64k count=128 conv=fsync 2>/dev/null; echo \$?"' "$DOPPEL" </dev/null >out 2>err
+    is "full host disk: doppel's status" $? 0
+    is "full host disk: the guest's write fails" "$(cat out)" 1
+    like "full host disk: the user is told" "$(cat err)" 'full\.img.*No space left'
+    is "full host disk: no sanitizer speaks" "$(grep -cE 'Sanitizer|runtime error|bug:' err)" 0
+else
+    skip "full host disk" "user namespaces cannot be made here"
+fi
 done_testing
