@@ -1,0 +1,124 @@
+/*
+ * The translator's inside: one block on its way to host code, and what emitters have in common. Register conventions: bt.h.
+ *
+ * An emitter appends the host code of one guest instruction; false: it cannot (nothing may have been appended that matters: the driver rewinds) and the
+ * instruction becomes a call of interp's handler. What it appends
+ *   - leaves the arithmetic flags as the guest's instruction would, everything else with instructions that do not touch flags;
+ *   - changes guest state (registers, RSP, memory) only behind its last instruction that can fault: a fault anywhere in it rolls back to its beginning
+ *     and lets interp's handler do the instruction (and raise what is to be raised);
+ *   - never pushes anything that the guest does not push;
+ *   - may use S0 and S1.
+ */
+#pragma once
+
+#include "cpu/bt/bt.h"
+#include "cpu/bt/emit.h"
+
+#define OFF(field) offsetof(struct icpu, field)
+#define OFF_R(g) (OFF(r[0]) + 8u * (g))
+enum { S0 = 14, S1 = 15 };                                         /* scratch host registers; the guest's are in icpu.r[] */
+
+struct item {
+    struct decoded d;
+    u8 kind;                                                       /* translate.c's */
+};
+
+struct cold {
+    u8 *from;                                                      /* displacement of the jump that leads here */
+    u8 op;                                                         /* whose it is */
+    enum { COLD_HANDLER, COLD_LINK, COLD_OTHER } what;
+    bool swapped;                                                  /* RCX and reg are exchanged at the jump */
+    bool rcx_saved;                                                /* the guest's RCX is in icpu.bt.tmp[0] */
+    unsigned reg;
+    u32 link;                                                      /* COLD_LINK */
+    void (*put)(struct tr *t, const struct cold *k);               /* COLD_OTHER */
+    u64 arg;
+};
+
+struct tr {
+    struct emit e;
+    struct icpu *c;
+    struct bt *t;
+    struct tb *tb;
+    struct block *b;
+    unsigned view;                                                 /* enum tlb_view_id */
+    bool shadow;                                                   /* memory operands go through the windows, else through the software TLB */
+    unsigned i;                                                    /* the op that is being translated */
+    struct item item[BLOCK_OPS];
+    struct cold cold[8 * BLOCK_OPS];
+    unsigned colds;
+    struct tb_mark mark[BLOCK_OPS + 8 * BLOCK_OPS];
+    unsigned marks;
+};
+
+static inline const struct item *tr_item(const struct tr *t)
+{
+    return &t->item[t->i];
+}
+
+/* ---- registers ---- */
+static inline bool tr_resident(unsigned g)                         /* is the guest's register in the host's of that number? RSP is biased, so it is not */
+{
+    return g < 14 && g != RSP;
+}
+/* The host register that holds guest register g: its own, or scratch, loaded. Whole 64 bits. */
+unsigned tr_read(struct tr *t, unsigned g, unsigned scratch);
+/* Guest register g = scratch register (not resident ones). Uses both scratch registers when g is RSP. */
+void tr_write(struct tr *t, unsigned g, unsigned scratch);
+void tr_load(struct tr *t, unsigned g, unsigned host);             /* host register = guest register */
+
+/* Number of a GPR operand as encoded without REX: AH..BH are 4..7 then. */
+unsigned tr_gpr(const ZydisDecodedOperand *o);
+bool tr_is_high(const ZydisDecodedOperand *o);                     /* AH..BH */
+bool tr_needs_rex(const ZydisDecodedOperand *o);                   /* SPL BPL SIL DIL */
+
+/* ---- memory operands: emit_mem.c ---- */
+struct ea {
+    unsigned base, index, scale, seg;                              /* guest registers, REG_ZERO; REG_RIP: disp is the linear address */
+    s64 disp;
+};
+struct place {                                                     /* a host memory operand: base + index << scale + disp; NO_REG */
+    unsigned base, index, scale;
+    s32 disp;
+};
+enum { TR_NO_SCRATCH = 0, TR_SCRATCH = 1 };
+/* op's explicit memory operand; false: 32-bit addressing and other forms that have no emitter. */
+bool tr_ea(const struct tr *t, const struct op *op, struct ea *m);
+/*
+ * Makes m accessible: n bytes, for this access (a read-modify-write is a write). With TR_SCRATCH one scratch register is free afterwards: *scratch. Flags are
+ * kept. What is not plain RAM open to this access ends in the handler of the current op.
+ */
+bool tr_mem(struct tr *t, const struct ea *m, unsigned n, enum mmu_access access, unsigned want, struct place *p, unsigned *scratch);
+/* host register dst = effective (not yet segment's) or linear address of m; dst may be S0 or S1; uses the other. */
+void tr_address(struct tr *t, const struct ea *m, unsigned dst, bool linear);
+
+/* ---- RSP ---- */
+void tr_rsp_move(struct tr *t, s32 delta);                         /* small steps (up to 32 KiB) next to an access */
+void tr_rsp_get(struct tr *t, unsigned dst);                       /* dst = guest RSP */
+void tr_rsp_set(struct tr *t, unsigned src);                       /* guest RSP = src; uses S0 and S1; src is kept unless it is one of them */
+
+/* ---- copies with other registers and another address: emit_int.c ---- */
+/* The instruction's own bytes with ModRM.reg = reg and ModRM.rm = rm, or memory operand m. Legacy encodings. */
+void tr_copy(struct tr *t, const struct decoded *d, unsigned reg, unsigned rm, const struct place *m, bool rex_wanted);
+bool tr_plain(struct tr *t, const struct op *op);                  /* integer instructions that are copied */
+
+/* ---- ways out ---- */
+/* Ends the block: continues at the linear address target, with the current key, or with that of another view. */
+void tr_exit(struct tr *t, u64 target);
+void tr_exit_view(struct tr *t, u64 target, unsigned view);
+void tr_exit_if(struct tr *t, unsigned cc, u64 target);            /* conditional; the block goes on */
+void tr_exit_indirect(struct tr *t);                               /* target in S1 */
+/* Leaves the block for C with rip = target: boundary work is to be done (events, mode). */
+void tr_exit_boundary(struct tr *t, u64 target);
+void tr_handler(struct tr *t, const struct op *op);                /* interp's, for the current op */
+/* Calls a light C function of cpu/bt: int fn(struct icpu *, const struct op *), with the registers spilled as for a handler; result as a handler's. */
+struct cold *tr_cold(struct tr *t, u8 *from, int what);
+void tr_mark(struct tr *t, unsigned op, unsigned flags);
+void tr_call_light(struct tr *t, int (*fn)(struct icpu *c, const struct op *op));
+
+/* Emitters of other files: true if done; *last: the block ends here. */
+bool tr_branch(struct tr *t, const struct op *op, bool *last);     /* emit_branch.c */
+bool tr_stack(struct tr *t, const struct op *op);                  /* emit_stack.c: push, pop, leave */
+bool tr_vector(struct tr *t, const struct op *op);                 /* emit_vec.c */
+bool tr_string(struct tr *t, const struct op *op);                 /* emit_string.c */
+bool tr_system(struct tr *t, const struct op *op, bool *last);     /* emit_sys.c */
