@@ -3,6 +3,8 @@
 
 #include "cpu/machine.h"
 
+struct stats;
+
 enum run_exit {
     RUN_OUTSIDE,      /* an event of VCPU_EV_OUTSIDE is set */
     RUN_HALTED,       /* HLT with nothing deliverable: vcpu.x.activity is X86_HALTED; wait for an event */
@@ -24,7 +26,9 @@ struct engine {
     void (*cpuid_limit)(struct cpuid_policy *p);                   /* takes away the features that this engine cannot carry */
     void (*time_stop)(struct machine *m);                          /* before guest time stands still, and after it goes on; vCPUs are held. NULL: */
     void (*time_start)(struct machine *m);                         /* the engine has no clock of its own */
+    bool counts_insns;                                             /* vcpu.insns is right without machine_tools.insns, too */
     unsigned debug_points;                                         /* how many breakpoints and watchpoints of a debugger it can heed at once */
+    void (*stats)(const struct vcpu *v, struct stats *s);          /* what it knows besides counters, in groups of its own; any thread. NULL: nothing */
     const struct irqchip_ops *irqchip;                             /* its interrupt chips (their arg: the machine), or NULL: ours are used */
 };
 

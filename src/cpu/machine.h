@@ -17,6 +17,14 @@ struct engine;
 struct vcpu;
 struct cpuid_policy;
 
+/* What is to be observed; fixed before engines are opened. */
+struct machine_tools {
+    bool insns;                    /* retired instructions are counted, by engines that do so at a cost, too */
+    bool handlers;                 /* which instructions of the guest need a handler */
+    bool translate_at_once;        /* nothing is interpreted first: tests */
+    bool check;                    /* engines are compared (cpu/bt/check.c) */
+};
+
 struct machine {
     struct ram *ram;
     struct bus *pio, *mmio;
@@ -29,6 +37,7 @@ struct machine {
     struct vcpu **vcpu;
     pthread_mutex_t split_lock;                                    /* LOCK operations that cross a page or reach a device */
     struct debug debug;                                            /* a debugger's wishes */
+    struct machine_tools tools;
     void *engine_data;                                             /* the engine's, per machine */
 };
 
@@ -44,12 +53,36 @@ enum vcpu_event {
 };
 #define VCPU_EV_OUTSIDE (VCPU_EV_INIT | VCPU_EV_SIPI | VCPU_EV_KICK)
 
-/* What the engine had to do for the guest, counted. Those of the local APIC by MMIO and MSR alike. */
+/* What is counted of a vCPU (count.def), in groups. */
 enum vcpu_counted {
-    COUNT_APIC_EOI, COUNT_APIC_ICR, COUNT_APIC_TIMER, COUNT_APIC_OTHER, COUNT_PIO, COUNT_MMIO, COUNT_MSR, COUNT_CPUID,
-    COUNT_HYPERCALL, COUNT_HLT,
-    COUNT_INTERRUPT,          /* taken by the guest */
+#define COUNT(id, group, name) COUNT_##id,
+#include "cpu/count.def"
+#undef COUNT
     COUNTS
+};
+enum count_group { GROUP_HANDLED, GROUP_TRAPS, GROUP_MEMORY, GROUP_CODE, GROUP_EXITS, GROUPS };
+
+/*
+ * Where a vCPU's time goes: published by its thread, one store at each change, for whoever samples it (cpu/sample.h). Whoever enters a part puts back
+ * what was there before when it leaves.
+ */
+enum vcpu_where {
+    WHERE_HELD,               /* stands still, or has not begun */
+    WHERE_HALTED,
+    WHERE_BOUNDARY,           /* between blocks: events, interrupts */
+    WHERE_INTERP,
+    WHERE_TRANSLATED,
+    WHERE_GUEST,              /* on hardware */
+    WHERE_HANDLER,            /* interp's, called by translated code */
+    WHERE_FIND,               /* look-up of blocks and translations */
+    WHERE_DECODE,
+    WHERE_TRANSLATE,
+    WHERE_WALK,               /* guest page tables */
+    WHERE_SHADOW,
+    WHERE_DELIVER,            /* exceptions and interrupts on their way to the guest */
+    WHERE_DEVICE,
+    WHERE_CHECK,
+    WHERES
 };
 
 /* Steal time that is not in the guest's record yet (pv.c). */
@@ -69,6 +102,7 @@ struct vcpu {
     _Atomic u8 sipi_vector;
     u64 insns;                                                     /* retired, for statistics; written by the vCPU's thread only */
     u64 count[COUNTS];                                             /* likewise */
+    _Atomic u8 where;                                              /* enum vcpu_where; likewise */
     struct vcpu_pv pv;
     struct vcpu_debug debug;
     void *engine_data;                                             /* the engine's, per vCPU */
@@ -83,8 +117,23 @@ static inline void vcpu_count(struct vcpu *v, enum vcpu_counted what)
 {
     v->count[what]++;
 }
+static inline void vcpu_count_add(struct vcpu *v, enum vcpu_counted what, u64 n)
+{
+    v->count[what] += n;
+}
 const char *vcpu_count_name(enum vcpu_counted what);
+enum count_group vcpu_count_group(enum vcpu_counted what);
+const char *vcpu_where_name(enum vcpu_where w);
 void vcpu_count_apic(struct vcpu *v, unsigned reg);                /* reg: offset / 16 = MSR - 0x800 */
+
+/* Enters a part; returns the one that was left, to be put back. */
+static inline enum vcpu_where vcpu_where(struct vcpu *v, enum vcpu_where w)
+{
+    enum vcpu_where old = atomic_load_explicit(&v->where, memory_order_relaxed);
+
+    atomic_store_explicit(&v->where, w, memory_order_relaxed);
+    return old;
+}
 
 /* Port and MMIO accesses of a vCPU, traced and counted; all engines use these. Size 1..8. */
 void vcpu_pio(struct vcpu *v, u16 port, unsigned size, bool write, u64 *val);

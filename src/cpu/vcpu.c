@@ -73,10 +73,13 @@ static void wait_events(struct vcpu *v, u32 mask)
     struct vcpu_thread *t = thread_of(v);
     u32 seen;
 
+    enum vcpu_where was = vcpu_where(v, WHERE_HALTED);
+
     atomic_store(&t->asleep, true);
     while (!((seen = atomic_load(&v->events)) & mask))
         syscall(SYS_futex, &v->events, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
     atomic_store(&t->asleep, false);
+    vcpu_where(v, was);
 }
 
 static void handle_init_sipi(struct vcpu *v)
@@ -105,6 +108,7 @@ static bool obey_hold(struct vcpu *v)
     struct vcpu_thread *t = thread_of(v);
     bool go;
 
+    vcpu_where(v, WHERE_HELD);
     pthread_mutex_lock(&t->lock);
     atomic_fetch_and(&v->events, ~(u32)VCPU_EV_KICK);
     while ((t->hold || t->dead || v->debug.parked) && !t->quit) {
@@ -115,6 +119,7 @@ static bool obey_hold(struct vcpu *v)
     t->held = false;
     go = !t->quit;
     pthread_mutex_unlock(&t->lock);
+    vcpu_where(v, WHERE_BOUNDARY);
     return go;
 }
 
@@ -315,12 +320,35 @@ int vcpu_set(struct vcpu *v, const struct x86 *x)
 const char *vcpu_count_name(enum vcpu_counted what)
 {
     static const char *const name[COUNTS] = {
-        [COUNT_APIC_EOI] = "apic-eoi", [COUNT_APIC_ICR] = "apic-icr", [COUNT_APIC_TIMER] = "apic-timer",
-        [COUNT_APIC_OTHER] = "apic-other", [COUNT_PIO] = "pio", [COUNT_MMIO] = "mmio", [COUNT_MSR] = "msr",
-        [COUNT_CPUID] = "cpuid", [COUNT_HYPERCALL] = "hypercall", [COUNT_HLT] = "hlt", [COUNT_INTERRUPT] = "interrupts",
+#define COUNT(id, group, text) [COUNT_##id] = text,
+#include "cpu/count.def"
+#undef COUNT
     };
 
     return name[what];
+}
+
+enum count_group vcpu_count_group(enum vcpu_counted what)
+{
+    static const u8 group[COUNTS] = {
+#define COUNT(id, in, text) [COUNT_##id] = GROUP_##in,
+#include "cpu/count.def"
+#undef COUNT
+    };
+
+    return group[what];
+}
+
+const char *vcpu_where_name(enum vcpu_where w)
+{
+    static const char *const name[WHERES] = {
+        [WHERE_HELD] = "held", [WHERE_HALTED] = "halted", [WHERE_BOUNDARY] = "boundary", [WHERE_INTERP] = "interpreter",
+        [WHERE_TRANSLATED] = "translated", [WHERE_GUEST] = "guest", [WHERE_HANDLER] = "handlers", [WHERE_FIND] = "look-up", [WHERE_DECODE] = "decoder",
+        [WHERE_TRANSLATE] = "translator", [WHERE_WALK] = "page-walk", [WHERE_SHADOW] = "shadow", [WHERE_DELIVER] = "delivery",
+        [WHERE_DEVICE] = "devices", [WHERE_CHECK] = "check",
+    };
+
+    return name[w];
 }
 
 /* SDM vol. 3A table 11-6. */
@@ -336,19 +364,25 @@ void vcpu_count_apic(struct vcpu *v, unsigned reg)
 
 void vcpu_pio(struct vcpu *v, u16 port, unsigned size, bool write, u64 *val)
 {
+    enum vcpu_where was = vcpu_where(v, WHERE_DEVICE);
+
     vcpu_count(v, COUNT_PIO);
     bus_access(v->m->pio, port, size, write, val);
+    vcpu_where(v, was);
     trace(v->m->trace, TRACE_PIO, (int)v->id, "%s 0x%x %s 0x%llx (%u)", write ? "out" : "in", port, write ? "<-" : "->",
           (unsigned long long)*val, size);
 }
 
 void vcpu_mmio(struct vcpu *v, u64 gpa, unsigned size, bool write, u64 *val)
 {
+    enum vcpu_where was = vcpu_where(v, WHERE_DEVICE);
+
     if ((gpa & PAGE_MASK) == APIC_PAGE)
         vcpu_count_apic(v, (unsigned)(gpa - APIC_PAGE) >> 4);
     else
         vcpu_count(v, COUNT_MMIO);
     bus_access(v->mmio, gpa, size, write, val);
+    vcpu_where(v, was);
     trace(v->m->trace, TRACE_MMIO, (int)v->id, "%s 0x%llx %s 0x%llx (%u)", write ? "write" : "read", (unsigned long long)gpa,
           write ? "<-" : "->", (unsigned long long)*val, size);
 }

@@ -92,7 +92,7 @@ static void row(FILE *f, const char *term, const char *text, unsigned column)
 
 static void option_term(const struct option *o, char term[80])
 {
-    snprintf(term, 80, "--%s%s%s", o->name, o->arg ? " " : "", o->arg ? o->arg : "");
+    snprintf(term, 80, "--%s%s%s", o->name, o->arg && !option_optional(o) ? " " : "", o->arg ? o->arg : "");
 }
 
 static void monitor_term(const struct monitor_command *c, char term[80])

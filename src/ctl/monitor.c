@@ -25,6 +25,15 @@ static bool cmd_info(struct monitor *m, char *args UNUSED, FILE *out)
     return true;
 }
 
+static bool cmd_stats(struct monitor *m, char *args, FILE *out)
+{
+    if (*args && strcmp(args, "json"))
+        fprintf(out, "stats %s: no such form; say stats or stats json\n", args);
+    else
+        vm_stats(m->vm, out, *args);
+    return true;
+}
+
 static bool cmd_pause(struct monitor *m, char *args UNUSED, FILE *out)
 {
     vm_pause(m->vm);
@@ -105,6 +114,7 @@ static bool cmd_quit(struct monitor *m, char *args UNUSED, FILE *out UNUSED)
 const struct monitor_command monitor_commands[] = {
     {"help", "", "this list", cmd_help},
     {"info", "", "state, devices, and the registers of each processor", cmd_info},
+    {"stats", "[json]", "counters of each processor, as --stats", cmd_stats},
     {"pause", "", "the processors and guest time stand still", cmd_pause},
     {"resume", "", "they go on", cmd_resume},
     {"reset", "", "the reset button: the guest boots again", cmd_reset},

@@ -142,6 +142,8 @@ static int option_value(const struct option *o, int argc, char **argv, const cha
     *value = NULL;
     if (!o->arg)
         return inlined ? err(-EINVAL, "--%s: takes no value; write just --%s", o->name, o->name) : used;
+    if (option_optional(o) && !inlined)
+        return used;
     if (inlined) {
         *value = inlined + 1;
     } else if (argc > 1) {
@@ -151,7 +153,7 @@ static int option_value(const struct option *o, int argc, char **argv, const cha
         return err(-EINVAL, "--%s: its value is missing; write --%s %s", o->name, o->name, o->arg);
     }
     if (!**value)
-        return err(-EINVAL, "--%s: its value is empty; write --%s %s", o->name, o->name, o->arg);
+        return err(-EINVAL, "--%s: its value is empty; write --%s%s%s", o->name, o->name, option_optional(o) ? "" : " ", o->arg);
     return used;
 }
 

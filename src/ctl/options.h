@@ -10,7 +10,7 @@
 
 /*
  * A row of the table; set() gets the command's own struct, and returns 0 or -EINVAL with err(). Flags have no arg and
- * get NULL.
+ * get NULL. An arg in brackets, "[=...]", may be left out (NULL, too) and stands behind "=" only.
  */
 struct option {
     /* name without the dashes; text: sentences for help and man page */
@@ -18,6 +18,11 @@ struct option {
     bool many;
     int (*set)(void *target, const char *value);
 };
+
+static inline bool option_optional(const struct option *o)
+{
+    return o->arg && o->arg[0] == '[';
+}
 
 #define OPTIONS_MAX 64                                             /* rows of a table */
 

@@ -303,6 +303,14 @@ static int open_trace(struct run *run)
     return run->trace_file ? 0 : -EIO;
 }
 
+static int open_stats(struct run *run)
+{
+    if (!run->options.stats_file)
+        return 0;
+    run->stats_file = message_open(run->options.stats_file, "--stats");
+    return run->stats_file ? 0 : -EIO;
+}
+
 static int open_command(struct run *run)
 {
     struct chardev *console = run->options.command ? run->console : NULL;
@@ -332,6 +340,7 @@ static int open_vm(struct run *run, const struct engine *engine)
         .debug_exit = o->debug_exit, .start_paused = o->gdb_wait,
         .no_reboot = o->no_reboot || o->command,                   /* a command is not run twice */
         .trace = {.mask = o->trace_mask, .file = run->trace_file ? run->trace_file : run->stderr_stream},
+        .tools = {.insns = o->stats || o->verbose}, .sample = o->stats,
         .log = &run->log, .loop = run->loop, .ended = on_vm_ended, .ended_arg = run,
         .resumed = on_vm_resumed,
     };
@@ -376,6 +385,8 @@ static int prepare(struct run *run)
         r = find_guest(run);
     if (r == 0)
         r = open_trace(run);
+    if (r == 0)
+        r = open_stats(run);
     if (r == 0)
         r = loop_new(&run->loop);
     if (r == 0)
@@ -430,6 +441,12 @@ static void say_counts(struct run *run)
     message(&run->messages, LOG_INFO, "handled for the guest:%s", line);
 }
 
+static void say_stats(struct run *run)
+{
+    if (run->options.stats)
+        vm_stats(run->vm, run->stats_file ? run->stats_file : run->stderr_stream, run->options.stats_json);
+}
+
 static void release(struct run *run)
 {
     gdb_free(run->gdb);
@@ -443,6 +460,8 @@ static void release(struct run *run)
     }
     if (run->trace_file)
         fclose(run->trace_file);
+    if (run->stats_file)
+        fclose(run->stats_file);
     if (run->stderr_stream)
         fclose(run->stderr_stream);
     free(run->cmdline);
@@ -487,6 +506,7 @@ static int run_guest(struct run *run)
         run_end(run, &s);
         say_speed(run);
         say_counts(run);
+        say_stats(run);
     }
     int status = write_status(run, &s);
     release(run);

@@ -158,6 +158,25 @@ static int set_trace(void *target, const char *value)
     return parse_trace((char *)value, &o->trace_mask, &o->trace_file);
 }
 
+/* "text", "json", each with ",file=FILE" behind it, or that alone. */
+static int set_stats(void *target, const char *value)
+{
+    static const char key[] = "file=";
+    struct run_options *o = target;
+    o->stats = true;
+    if (!value)
+        return 0;
+    size_t len = strncmp(value, key, strlen(key)) ? strcspn(value, ",") : 0;
+    const char *file = value + len + (value[len] == ',');
+    o->stats_json = len == 4 && !memcmp(value, "json", len);
+    bool form = !len || o->stats_json || (len == 4 && !memcmp(value, "text", len));
+    if (!form || (value[len] && (strncmp(file, key, strlen(key)) || !file[strlen(key)])))
+        return err(-EINVAL, "--stats=%.100s: neither text nor json, with ,file=FILE behind it; give for example "
+                            "--stats=json,file=stats.json", value);
+    o->stats_file = value[len] ? file + strlen(key) : NULL;
+    return 0;
+}
+
 static int set_status_file(void *target, const char *value)
 {
     ((struct run_options *)target)->status_file = value;
@@ -266,6 +285,9 @@ const struct option run_option_table[] = {
     {"trace", "LIST[,file=FILE]",
      "Writes a line for each event of the kinds in LIST: exits, faults, interrupts, msr, pio, mmio, cr3, insn, or all; "
      "with guest time and processor, to FILE or standard error.", false, set_trace},
+    {"stats", "[=text|json][,file=FILE]",
+     "When the run has ended, writes to FILE or standard error what each processor did: how often what was handled for "
+     "the guest, what became of its code, why translated code was left, and where the time went.", false, set_stats},
     {"status-file", "FILE",
      "Writes how the run ended to FILE, when it has ended: lines \"status=N\" (the exit status), \"end=\" (exited, "
      "poweroff, reset, quit, panic, triple-fault, debug-exit, host-error, usage), \"failed=\" (none, command, guest, "

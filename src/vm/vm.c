@@ -9,6 +9,8 @@
 #include <string.h>
 
 #include "cpu/cpuid.h"
+#include "cpu/sample.h"
+#include "cpu/stats.h"
 #include "cpu/vcpu.h"
 #include "vm/board.h"
 #include "vm/boot.h"
@@ -18,6 +20,7 @@ struct vm {
     struct machine m;
     struct trace trace;
     struct board *board;
+    struct sampler *sampler;                                       /* NULL: nobody samples */
     enum vm_state state;
 
     pthread_mutex_t lock;                                          /* guards the requests below */
@@ -195,6 +198,7 @@ static int vm_machine_open(struct vm *vm)
     m->engine = c->engine;
     m->log = c->log;
     m->trace = &vm->trace;
+    m->tools = c->tools;
     pthread_mutex_init(&m->split_lock, NULL);
     r = clock_new(c->loop, &m->clock);
     if (r < 0)
@@ -226,7 +230,8 @@ static int vm_machine_open(struct vm *vm)
             return r;
         m->vcpus = i + 1;
     }
-    return board_connect_cpus(vm->board);
+    r = board_connect_cpus(vm->board);
+    return r < 0 || !c->sample ? r : sampler_new(m, &vm->sampler);
 }
 
 int vm_new(const struct vm_config *config, struct vm **out)
@@ -263,6 +268,7 @@ void vm_free(struct vm *vm)
         vcpus_hold(m);
         board_quiesce(vm->board);
     }
+    sampler_free(vm->sampler);
     board_free(vm->board);                                         /* devices first: they signal vCPUs */
     for (unsigned i = 0; i < m->vcpus; i++)
         vcpu_free(m->vcpu[i]);
@@ -518,7 +524,7 @@ static u64 count_of(const struct vcpu *v, unsigned what)
 
 const char *vm_count(const struct vm *vm, unsigned what, u64 *n)
 {
-    if (what >= COUNTS)
+    if (what >= COUNTS || vcpu_count_group(what) != GROUP_HANDLED)
         return NULL;
     *n = 0;
     for (unsigned i = 0; i < vm->m.vcpus; i++)
@@ -529,9 +535,29 @@ const char *vm_count(const struct vm *vm, unsigned what, u64 *n)
 static void counts_print(const struct vcpu *v, FILE *f)
 {
     fprintf(f, "handled:");
-    for (unsigned i = 0; i < COUNTS; i++)
+    for (unsigned i = 0; i < COUNTS && vcpu_count_group(i) == GROUP_HANDLED; i++)
         fprintf(f, "%s %s %llu", i ? "," : "", vcpu_count_name(i), (unsigned long long)count_of(v, i));
     fputc('\n', f);
+}
+
+void vm_stats(struct vm *vm, FILE *f, bool json)
+{
+    const struct machine *m = &vm->m;
+    struct stats s;
+    u64 ns = clock_ns(m->clock);
+
+    stats_open(&s, f, json);
+    if (json) {
+        fprintf(f, "\"engine\":\"%s\",\"guest-seconds\":%.3f,\"memory-bytes\":%llu", m->engine->name, (double)ns / 1e9, (unsigned long long)m->ram->size);
+        s.more = true;
+    } else {
+        fprintf(f, "engine %s, %u vCPU%s, %.3f s of guest time\n", m->engine->name, m->vcpus, m->vcpus == 1 ? "" : "s", (double)ns / 1e9);
+    }
+    stats_vcpus(&s);
+    for (unsigned i = 0; i < m->vcpus; i++)
+        stats_vcpu(&s, m->vcpu[i], vm->sampler);
+    stats_vcpus_end(&s);
+    stats_close(&s);
 }
 
 void vm_info(struct vm *vm, FILE *f)
@@ -540,9 +566,12 @@ void vm_info(struct vm *vm, FILE *f)
     struct x86 *x = aligned_alloc(64, ALIGN_UP(sizeof *x, 64));
     u64 ns = clock_ns(vm->m.clock);
 
-    fprintf(f, "state: %s, engine %s, %u vCPU%s, %llu MiB, guest time %llu.%03llu s, %llu million instructions\n", vm_state_name(vm->state),
+    fprintf(f, "state: %s, engine %s, %u vCPU%s, %llu MiB, guest time %llu.%03llu s", vm_state_name(vm->state),
             vm->m.engine->name, vm->m.vcpus, vm->m.vcpus == 1 ? "" : "s", (unsigned long long)(vm->m.ram->size / MiB),
-            (unsigned long long)(ns / 1000000000), (unsigned long long)(ns / 1000000 % 1000), (unsigned long long)(vm_insns(vm) / 1000000));
+            (unsigned long long)(ns / 1000000000), (unsigned long long)(ns / 1000000 % 1000));
+    if (vm->m.engine->counts_insns || vm->m.tools.insns)
+        fprintf(f, ", %llu million instructions", (unsigned long long)(vm_insns(vm) / 1000000));
+    fputc('\n', f);
     board_info(vm->board, f);
     if (running)
         vcpus_hold(&vm->m);

@@ -73,6 +73,8 @@ struct vm_config {
     bool start_paused;                                             /* vm_start() leaves it VM_PAUSED */
     /* the board has a debug exit port and a debug console */
     bool debug_exit;
+    struct machine_tools tools;
+    bool sample;                                                   /* statistics tell where time goes */
     struct trace trace;                                            /* clock is filled in by vm_new; mask may be 0 */
     const struct log *log;
     struct loop *loop;
@@ -120,8 +122,10 @@ struct machine *vm_machine(struct vm *vm);                         /* for vm/deb
 void vm_info(struct vm *vm, FILE *f);
 /* instructions retired by all vCPUs (engines that count them) */
 u64 vm_insns(const struct vm *vm);
-/* The name of what is counted (enum vcpu_counted), and how often it was, by all vCPUs. NULL: what is none. */
+/* The name of what is handled for the guest, and how often it was, by all vCPUs. NULL: what is none. */
 const char *vm_count(const struct vm *vm, unsigned what, u64 *n);
+/* All statistics, as text or JSON. */
+void vm_stats(struct vm *vm, FILE *f, bool json);
 
 /* From any thread, device locks held or not: the vCPUs are told to stand still at once, the loop's thread does the
    rest. */

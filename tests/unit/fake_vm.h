@@ -568,6 +568,11 @@ u64 vm_insns(const struct vm *vm UNUSED)
     return 1000000;
 }
 
+void vm_stats(struct vm *vm UNUSED, FILE *f, bool json)
+{
+    fputs(json ? "{}\n" : "figures of things\n", f);
+}
+
 const char *vm_count(const struct vm *vm UNUSED, unsigned what, u64 *n)
 {
     *n = 42;

@@ -167,6 +167,31 @@ static void traces(void **state UNUSED)
     rejects("--trace ,", "--trace");
 }
 
+static void statistics(void **state UNUSED)
+{
+    struct run_options o;
+    accepts(&o, "");
+    assert_false(o.stats);
+    accepts(&o, "--stats --cpus 2");                               /* what follows is not its value */
+    assert_true(o.stats && !o.stats_json && !o.stats_file && o.cpus == 2);
+    accepts(&o, "--stats=json");
+    assert_true(o.stats && o.stats_json && !o.stats_file);
+    accepts(&o, "--stats=text,file=a,b");
+    assert_true(o.stats && !o.stats_json);
+    assert_string_equal(o.stats_file, "a,b");
+    accepts(&o, "--stats=json,file=j");
+    assert_true(o.stats_json);
+    assert_string_equal(o.stats_file, "j");
+    accepts(&o, "--stats=file=json");
+    assert_true(!o.stats_json);
+    assert_string_equal(o.stats_file, "json");
+    rejects("--stats=yaml", "neither text nor json");
+    rejects("--stats=json,file=", "--stats=json,file=");
+    rejects("--stats=json,x", "--stats=json,x");
+    rejects("--stats=jso", "neither");
+    rejects("--stats=", "empty");
+}
+
 static void commands(void **state UNUSED)
 {
     struct run_options o;
@@ -243,7 +268,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(sizes), cmocka_unit_test(defaults), cmocka_unit_test(all_options),
-        cmocka_unit_test(too_many_disks), cmocka_unit_test(consoles), cmocka_unit_test(traces),
+        cmocka_unit_test(too_many_disks), cmocka_unit_test(consoles), cmocka_unit_test(traces), cmocka_unit_test(statistics),
         cmocka_unit_test(commands), cmocka_unit_test(wrong_values), cmocka_unit_test(unknown_options),
         cmocka_unit_test(long_words), cmocka_unit_test(disks),
     };

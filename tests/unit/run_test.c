@@ -264,6 +264,25 @@ static void quiet_and_explicit_engine(void **state UNUSED)
     has(child.text[1], "million instructions");
 }
 
+static void statistics(void **state UNUSED)
+{
+    char line[1024], text[64] = "";
+    assert_int_equal(run("run --quiet --stats --kernel poweroff"), 0);
+    assert_string_equal(child.text[1], "figures of things\n");
+    snprintf(line, sizeof(line), "run --quiet --stats=json,file=%s/stats --kernel panic", scratch);
+    assert_int_equal(run(line), 70);
+    assert_null(strstr(child.text[1], "{}"));
+    snprintf(line, sizeof(line), "%s/stats", scratch);
+    FILE *f = fopen(line, "r");
+    assert_non_null(f);
+    assert_non_null(fgets(text, sizeof(text), f));
+    fclose(f);
+    unlink(line);
+    assert_string_equal(text, "{}\n");
+    assert_int_equal(run("run --kernel poweroff --stats=file=/nonexistent/x"), 1);
+    has(child.text[1], "--stats: cannot write /nonexistent/x");
+}
+
 static void guest_failures(void **state UNUSED)
 {
     assert_int_equal(run(with_status_file("--kernel panic")), 70);
@@ -762,6 +781,12 @@ static void monitor_prompt(void **state UNUSED)
     expect(0, "running");
     type("help\r");
     expect(0, "power button");
+    type("stats\r");
+    expect(0, "figures of things");
+    type("stats json\r");
+    expect(0, "{}");
+    type("stats yaml\r");
+    expect(0, "no such form");
     type("trace bogus\r");
     expect(0, "\"bogus\"");
     type("reset\r");
@@ -838,7 +863,7 @@ static int group_teardown(void **state UNUSED)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(powers_off), cmocka_unit_test(quiet_and_explicit_engine), cmocka_unit_test(guest_failures),
+        cmocka_unit_test(powers_off), cmocka_unit_test(quiet_and_explicit_engine), cmocka_unit_test(statistics), cmocka_unit_test(guest_failures),
         cmocka_unit_test(host_failures), cmocka_unit_test(usage), cmocka_unit_test(doctor_ends_well),
         cmocka_unit_test(missing_guest), cmocka_unit_test(command_line_of_the_kernel),
         cmocka_unit_test(all_output_comes_out), cmocka_unit_test(closed_output_harms_nobody),

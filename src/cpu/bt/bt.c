@@ -92,17 +92,35 @@ static const u8 *jump_find(struct icpu *c, struct bt *t)
     return j->la == c->rip && j->tag == c->bt.tag ? j->code : NULL;
 }
 
+static enum vcpu_counted exit_counted(int r)
+{
+    switch (r) {
+    case BT_EXIT_RIP: return COUNT_EXIT_INDIRECT;
+    case BT_EXIT_DIRECT: return COUNT_EXIT_DIRECT;
+    case BT_EXIT_STALE: return COUNT_EXIT_STALE;
+    case OP_FAULT: case OP_TRAP: case OP_SHUTDOWN: return COUNT_EXIT_FAULT;
+    case OP_HALT: return COUNT_EXIT_HALT;
+    case OP_NEAR: return COUNT_EXIT_BRANCH;
+    case OP_RESTART: return COUNT_EXIT_EVENT;
+    default: return COUNT_EXIT_BOUNDARY;
+    }
+}
+
 /* Translated code from c->rip on. True: the next block may follow at once. */
 static bool run_code(struct icpu *c, struct bt *t, const u8 *code, u32 *patch)
 {
     if (*patch) {
         aim(t->rw + *patch, t->rw + (code - t->rx));
-        t->linked++;
+        vcpu_count(c->v, COUNT_CODE_LINKED);
         *patch = 0;
     }
     c->bt.page = c->rip & PAGE_MASK;
-    t->entered++;
+    enum vcpu_where was = vcpu_where(c->v, WHERE_TRANSLATED);
     int r = t->enter(code);
+    vcpu_where(c->v, was);
+    vcpu_count(c->v, exit_counted(r));
+    c->v->insns += c->bt.insns;
+    c->bt.insns = 0;
     if (r == BT_EXIT_DIRECT) {
         c->rip = c->bt.page + c->bt.exit_offset;
         *patch = c->bt.exit_patch;
@@ -120,11 +138,12 @@ static bool run_code(struct icpu *c, struct bt *t, const u8 *code, u32 *patch)
 static void consider(struct icpu *c, struct bt *t, struct block *b)
 {
     bool full = false;
-    if (b->code || b->runs >= BT_RUNS || ++b->runs < BT_RUNS || !translatable(b))
+    if (b->code || b->runs >= t->runs || ++b->runs < t->runs || !translatable(b))
         return;
-    if (bt_translate(c, t, b, &full)) {
-        t->translated++;
-    } else if (full) {
+    enum vcpu_where was = vcpu_where(c->v, WHERE_TRANSLATE);
+    bool done = bt_translate(c, t, b, &full);
+    vcpu_where(c->v, was);
+    if (!done && full) {
         code_flush_later(c);
         c->tlb->generation++;                                      /* so that the next look-up takes the long way */
         code_retag(c);
@@ -138,15 +157,17 @@ static void bt_run(struct icpu *c)
     u32 patch = 0;                                                 /* the direct jump by which translated code was just left: its displacement, 0: none */
     bool go_on;
     if (c->mode != IMODE_LONG64 || c->v->m->debug.points || c->v->m->debug.watches) {
+        enum vcpu_where was = vcpu_where(c->v, WHERE_INTERP);
         icpu_run_blocks(c);
+        vcpu_where(c->v, was);
         return;
     }
     do {
         atomic_store_explicit(&c->bt.stop, 0, memory_order_relaxed);
         atomic_thread_fence(memory_order_seq_cst);
-        if (unlikely(atomic_load(&c->v->events)))
+        if (unlikely(atomic_load(&c->v->events)) && !c->bt.single)
             return;
-        const u8 *code = jump_find(c, t);
+        const u8 *code = c->bt.single ? NULL : jump_find(c, t);
         if (code && !patch) {
             go_on = run_code(c, t, code, &patch);
             continue;
@@ -162,26 +183,38 @@ static void bt_run(struct icpu *c)
         }
         consider(c, t, b);
         if (b->code && room_around(c->rip)) {
-            jump_note(c, t, b->code);
+            if (!c->bt.single)
+                jump_note(c, t, b->code);
             go_on = run_code(c, t, b->code, &patch);
         } else {
             patch = 0;
+            vcpu_count(c->v, COUNT_CODE_INTERPRETED);
+            enum vcpu_where was = vcpu_where(c->v, WHERE_INTERP);
             go_on = icpu_run_block(c, b);
+            vcpu_where(c->v, was);
         }
-    } while (go_on);
+    } while (go_on && !c->bt.single);
 }
 
 int bt_run_op(struct icpu *c, const struct op *op, struct block *b)
 {
     c->block = b;
     c->r[REG_RIP] = c->bt.page | (b->gpa & ~PAGE_MASK);
+    enum vcpu_where was = vcpu_where(c->v, WHERE_HANDLER);
     int r = op->fn(c, op);
-    if (r == OP_NEXT && likely(b->op[0].fn != b->op[b->n].fn))
+    vcpu_where(c->v, was);
+    if (r == OP_NEXT && likely(b->op[0].fn != b->op[b->n].fn)) {
+        vcpu_count(c->v, COUNT_HANDLERS);
         return OP_NEXT;
+    }
+    c->bt.insns += (u64)(op - b->op);
     if (r == OP_NEXT) {                                            /* this block has been written to */
+        vcpu_count(c->v, COUNT_EXIT_REWRITTEN);
+        c->bt.insns++;
         c->rip = op_next_rip(c, op);
         return OP_FALL;
     }
+    c->bt.insns += r == OP_NEAR;
     c->bt.op = op;
     return r;
 }
@@ -230,7 +263,9 @@ static int vcpu_open(struct vcpu *v)
     struct bt *t = calloc(1, sizeof *t);
     c->bt.bt = t;
     c->bt.self = c;
+    c->bt.count = v->m->tools.insns;
     if (t) {
+        t->runs = v->m->tools.translate_at_once ? 1 : BT_RUNS;
         t->jump = mmap(NULL, JUMP_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (t->jump == MAP_FAILED)
             t->jump = NULL;

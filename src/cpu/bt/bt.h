@@ -30,9 +30,7 @@
 #define BT_STALE_BYTES 32                                          /* in front of each translation stands what leaves it when it is not right any more */
 #define BT_JUMP_BITS 14
 #define BT_PAGE_BITS 65536u
-#ifndef BT_RUNS
-#define BT_RUNS 6                                                   /* interpreted so often before it is translated; tests want 1 */
-#endif
+#define BT_RUNS 6                                                  /* interpreted so often before it is translated */
 
 /* What translated code was left with, besides an op's result. */
 enum { BT_EXIT_RIP = OP_FALL, BT_EXIT_DIRECT = OP_FALL + 1, BT_EXIT_STALE };
@@ -47,12 +45,12 @@ struct bt_jump {
 struct bt {
     u8 *rw, *rx;                                                   /* the arena, twice */
     size_t used, first;                                            /* bytes; first: behind the common routines */
+    unsigned runs;                                                 /* BT_RUNS, or 1 */
     u64 flushes;                                                   /* icode.flushes when it was emptied last */
     struct bt_jump *jump;
     u64 page[BT_PAGE_BITS / 64];                                   /* pages with jump targets */
     int (*enter)(const u8 *code);                                  /* runs translated code until it is left: result of an op, or BT_EXIT_* */
     u32 handler, leave_rip, leave_stale, leave_direct, find;                    /* offsets of common routines */
-    u64 translated, entered, linked;                               /* statistics */
 };
 
 int bt_arena_open(struct icpu *c, struct bt *t);                   /* maps the arena, generates the common routines */

@@ -30,6 +30,7 @@ struct cold {
     const u8 *back;                                                /* NULL: does not come back */
     const struct op *op;                                           /* whose handler is to run; NULL: a jump */
     u64 target;                                                    /* of the jump, from the page's start */
+    unsigned insns;                                                /* completed when it is made */
     bool save, restore;                                            /* flags: first to icpu.fl; afterwards from there */
 };
 
@@ -41,6 +42,7 @@ struct tr {
     const u8 *entry;                                               /* in the writable mapping */
     unsigned offset;                                               /* of the block in its page */
     bool host, mem;                                                /* the flags are in RFLAGS; in icpu.fl */
+    unsigned i;                                                    /* the op that is being translated */
     struct item item[BLOCK_OPS];
     struct cold cold[3 * BLOCK_OPS + 4];
     unsigned colds;
@@ -103,10 +105,21 @@ static const u8 *routine(const struct tr *t, u32 off)
     return t->t->rw + off;
 }
 
+/* insns of this block have been completed where it is left here. Uses S0; destroys no flags. */
+static void put_count(struct tr *t, unsigned insns)
+{
+    if (!t->c->bt.count)
+        return;
+    op_gs(&t->e, true, X_LOAD, S0, OFF(bt.insns));
+    op_mem(&t->e, true, X_LEA, S0, S0, NO_REG, 0, (s32)insns);
+    op_gs(&t->e, true, X_STORE, S0, OFF(bt.insns));
+}
+
 /* The flags are in icpu.fl. target: from the start of this code's page. */
-static void put_exit(struct tr *t, u64 target)
+static void put_exit(struct tr *t, u64 target, unsigned insns)
 {
     struct emit *e = &t->e;
+    put_count(t, insns);
     if (target < PAGE_SIZE) {
         u8 *stop = NULL;
         if (target <= t->offset + t->b->len) {                     /* backwards, perhaps a loop */
@@ -136,7 +149,7 @@ static struct cold *cold_from(struct tr *t, u8 *from)
 {
     bug_on(t->colds == ARRAY_SIZE(t->cold));
     struct cold *k = &t->cold[t->colds++];
-    *k = (struct cold){ .from = from };
+    *k = (struct cold){ .from = from, .insns = t->i + 1 };
     return k;
 }
 
@@ -157,7 +170,7 @@ static void put_cold(struct tr *t, const struct cold *k)
     if (k->save)
         put_flags_save(e);
     if (!k->op) {
-        put_exit(t, k->target);
+        put_exit(t, k->target, k->insns);
         return;
     }
     put_handler_call(t, k->op);
@@ -541,12 +554,13 @@ static bool put_jmp(struct tr *t, const struct item *it, const struct op *op)
 {
     flags_save(t);
     if (it->d.opnd[0].type == ZYDIS_OPERAND_TYPE_IMMEDIATE) {
-        put_exit(t, t->offset + (u64)op->disp);
+        put_exit(t, t->offset + (u64)op->disp, t->i + 1);
         return true;
     }
     t->host = false;
     if (!put_target(t, it, op))
         return false;
+    put_count(t, t->i + 1);
     jump_to(&t->e, routine(t, t->t->find));
     return true;
 }
@@ -568,9 +582,10 @@ static bool put_call(struct tr *t, const struct item *it, const struct op *op)
     op_mem(e, true, X_STORE, S0, HOST_RSP, S1, 0, -8);
     op_mem(e, true, X_LEA, HOST_RSP, HOST_RSP, NO_REG, 0, -8);
     if (direct) {
-        put_exit(t, t->offset + (u64)op->disp);
+        put_exit(t, t->offset + (u64)op->disp, t->i + 1);
     } else {
         op_gs(e, true, X_LOAD, S1, OFF(bt.tmp));
+        put_count(t, t->i + 1);
         jump_to(e, routine(t, t->t->find));
     }
     return true;
@@ -585,6 +600,7 @@ static bool put_ret(struct tr *t, const struct op *op)
     op_mem(e, true, X_LOAD, S1, HOST_RSP, S1, 0, 0);
     put_canonical(t, op);
     op_mem(e, true, X_LEA, HOST_RSP, HOST_RSP, NO_REG, 0, 8 + (s32)op->imm);
+    put_count(t, t->i + 1);
     jump_to(e, routine(t, t->t->find));
     return true;
 }
@@ -790,15 +806,17 @@ bool bt_translate(struct icpu *c, struct bt *bt, struct block *b, bool *full)
     analyse(&t);
     put_prologue(&t, stale);
     bool last = false;
-    for (unsigned i = 0; i < b->n && !last; i++)
-        last = put_item(&t, &t.item[i], &b->op[i]);
+    for (; t.i < b->n && !last; t.i += !last)
+        last = put_item(&t, &t.item[t.i], &b->op[t.i]);
     if (!last) {
         flags_save(&t);
-        put_exit(&t, t.offset + b->len);
+        put_exit(&t, t.offset + b->len, b->n);
     }
     for (unsigned i = 0; i < t.colds; i++)
         put_cold(&t, &t.cold[i]);
     bug_on(e->overflow);
+    vcpu_count(c->v, COUNT_CODE_TRANSLATED);
+    vcpu_count_add(c->v, COUNT_CODE_BYTES, (u64)(e->p - stale));
     bt->used = ALIGN_UP((u64)(e->p - bt->rw), 32);
     b->code = bt->rx + (entry - bt->rw);
     return true;

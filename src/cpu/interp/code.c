@@ -87,6 +87,7 @@ static void code_flush(struct icpu *c)
     k->used = 0;
     k->flushes++;
     k->flush_wanted = false;
+    vcpu_count(c->v, COUNT_CODE_FLUSH);
     c->block = NULL;
     fp_flush_stubs(c);
     trace(c->v->m->trace, TRACE_EXITS, (int)c->v->id, "code cache full: flushed");
@@ -187,6 +188,8 @@ static void block_insert(struct icpu *c, struct block *b)
 {
     struct icode *k = c->code;
     struct block **bucket = hash_bucket(k, b->gpa), **page = page_bucket(k, b->gpa);
+    vcpu_count(c->v, COUNT_CODE_DECODED);
+    vcpu_count_add(c->v, COUNT_CODE_INSNS, b->n);
     b->hash_next = *bucket;
     *bucket = b;
     b->page_next = *page;
@@ -230,6 +233,7 @@ static void page_forget(struct icpu *c, u64 gpa)
         unlink_hash(k, b);
         block_dead(c, b);
     }
+    vcpu_count(c->v, COUNT_CODE_PAGE_DROPPED);
     k->page_state[gpa >> PAGE_SHIFT] = 0;
     c->tlb->generation++;
     code_retag(c);
@@ -241,6 +245,7 @@ void code_written(struct icpu *c, u64 gpa, unsigned n)
     struct block *b = c->block;
     if (!code_in_page(k, gpa))
         return;
+    vcpu_count(c->v, COUNT_CODE_WRITE);
     if (b && b->gpa != BLOCK_DEAD && block_overlaps(b, gpa, n))
         block_abandon(c, b);
     u8 *state = &k->page_state[gpa >> PAGE_SHIFT];
@@ -317,6 +322,7 @@ static u64 limit_room(const struct icpu *c, u64 rip)
 /* Straight-line code in one page, n bytes of it; returns the number of instructions, 0 when the first one does not end here. */
 static unsigned decode_run(struct icpu *c, const u8 *bytes, unsigned room, unsigned *len)
 {
+    enum vcpu_where was = vcpu_where(c->v, WHERE_DECODE);
     unsigned n = 0;
     u64 la = c->cs_base + c->rip;
     *len = 0;
@@ -332,6 +338,7 @@ static unsigned decode_run(struct icpu *c, const u8 *bytes, unsigned room, unsig
         if (r == BIND_LAST)
             break;
     }
+    vcpu_where(c->v, was);
     return n;
 }
 
@@ -463,7 +470,7 @@ static struct block *hash_find(struct icpu *c, const struct fetch *f)
     return NULL;
 }
 
-struct block *code_find_slow(struct icpu *c, u64 la)
+static struct block *find_slow(struct icpu *c, u64 la)
 {
     struct fetch f;
     c->block = NULL;
@@ -488,5 +495,13 @@ struct block *code_find_slow(struct icpu *c, u64 la)
     }
     if (b && b->gpa2 == BLOCK_DEAD && !point_at(c, la))
         *code_jump_slot(c->code, la) = (struct jump_entry){ la, c->code_tag, b, f.host };
+    return b;
+}
+
+struct block *code_find_slow(struct icpu *c, u64 la)
+{
+    enum vcpu_where was = vcpu_where(c->v, WHERE_FIND);
+    struct block *b = find_slow(c, la);
+    vcpu_where(c->v, was);
     return b;
 }

@@ -238,14 +238,23 @@ static int deliver_event(struct icpu *c, const struct event *e)
         c->x->dr7 &= ~(u64)DR7_GD;         /* the handler may use the debug registers */
         c->x->debugctl &= ~(u64)DEBUGCTL_BTF;
     }
-    return in_real(c) ? deliver_ivt(c, e) : deliver_idt(c, e);
+    enum vcpu_where was = vcpu_where(c->v, WHERE_DELIVER);
+    int r = in_real(c) ? deliver_ivt(c, e) : deliver_idt(c, e);
+    vcpu_where(c->v, was);
+    return r;
 }
 
 /* ---- what happens, and what comes of faults on the way ---- */
 
-static void trace_event(struct icpu *c, const struct fault *f)
+static enum vcpu_counted counted(const struct fault *f)
 {
-    const struct vcpu *v = c->v;
+    return f->software ? COUNT_TRAP_SOFTWARE : f->vector == VEC_PF ? COUNT_TRAP_PF : f->vector == VEC_NM ? COUNT_TRAP_NM : COUNT_TRAP_OTHER;
+}
+
+static void note_event(struct icpu *c, const struct fault *f)
+{
+    struct vcpu *v = c->v;
+    vcpu_count(v, counted(f));
     unsigned long long rip = c->rip;
     if (!trace_on(v->m->trace, TRACE_FAULTS))
         return;
@@ -279,7 +288,7 @@ static bool combine(struct icpu *c, unsigned first)
     case TRAP_SERIAL:
         return true;
     case TRAP_DOUBLE:
-        trace_event(c, &c->fault);
+        note_event(c, &c->fault);
         c->fault = (struct fault){.vector = VEC_DF, .has_error = true};
         return true;
     case TRAP_TRIPLE:
@@ -299,7 +308,7 @@ int deliver_fault(struct icpu *c)
         e.flags = saves_rf(f.vector) ? flags | FLAG_RF : flags;
         if (f.vector == VEC_PF)
             c->x->cr2 = f.cr2;
-        trace_event(c, &f);
+        note_event(c, &f);
         int r = deliver_event(c, &e);
         if (r == OP_JUMP)
             return r;
@@ -337,7 +346,7 @@ int deliver_exception_insn(struct icpu *c, unsigned vector, bool software)
 {
     struct event e = {.vector = (u8)vector, .software = software, .flags = icpu_rflags(c) & ~(u64)FLAG_RF};
     struct fault f = {.vector = (u8)vector, .software = software};
-    trace_event(c, &f);
+    note_event(c, &f);
     int r = deliver_event(c, &e);
     return r == OP_TRAP ? deliver_fault(c) : r;
 }
@@ -398,6 +407,7 @@ int deliver_software(struct icpu *c, unsigned vector)
         if (cpu_iopl(c) < 3)
             return fault_gp(c, 0);
     }
+    vcpu_count(c->v, COUNT_TRAP_SOFTWARE);
     int r = deliver_event(c, &e);
     return r == OP_TRAP ? deliver_fault(c) : r;
 }

@@ -404,6 +404,7 @@ static enum run_exit run(struct vcpu *v)
     if (pv_enter(v, c->x))
         container_of(c, struct interp, c)->fresh = true;
     icpu_load(c);
+    vcpu_where(v, c->bt.bt ? WHERE_BOUNDARY : WHERE_INTERP);
     c->irq_wait = true;
     while (likely(!v->debug.stop) && boundary(c, &exit)) {
         if (unlikely(v->debug.stop))                               /* an interrupt's frame met a watchpoint */
@@ -488,5 +489,6 @@ const struct engine interp_engine = {
     .run = run,
     .get = get,
     .set = set,
+    .counts_insns = true,
     .debug_points = DEBUG_POINTS_MAX,
 };

@@ -104,6 +104,9 @@ struct icpu_bt {
     void (*run)(struct icpu *c);
     void (*forget)(struct icpu *c, struct block *b);
     void (*flushed)(struct icpu *c, enum tlb_flush what, u64 la); /* translations have been dropped; NULL: nobody asks */
+    bool single;                   /* run() runs one translation and returns, whatever events there are, and links nothing: check.c */
+    bool count;                    /* translated code counts the instructions that it completes in `insns`, which run() adds to vcpu.insns */
+    u64 insns;
     u64 tag, generation[2];        /* what struct bt_jump must match: as icpu.code_tag, but by generations of supervisor and user code (flushed) */
     struct bt *bt;
 };

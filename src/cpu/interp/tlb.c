@@ -66,6 +66,7 @@ void tlb_close(struct icpu *c)
 
 static void flushed(struct icpu *c, enum tlb_flush what, u64 la)
 {
+    vcpu_count(c->v, what == FLUSH_ALL ? COUNT_TLB_FLUSH_ALL : what == FLUSH_PAGE ? COUNT_TLB_FLUSH_PAGE : COUNT_TLB_FLUSH_NONGLOBAL);
     c->tlb->generation++;
     if (c->bt.flushed)
         c->bt.flushed(c, what, la);
@@ -226,7 +227,10 @@ struct tlb_entry *tlb_lookup(struct icpu *c, enum tlb_view_id view, u64 la, enum
     struct mmu_ctx ctx;
     struct mmu_map map;
     walk_context(c, view, &ctx);
+    enum vcpu_where was = vcpu_where(c->v, WHERE_WALK);
+    vcpu_count(c->v, COUNT_TLB_WALK_READ + access);
     u32 fault = mmu_walk(c->v->m->ram, &ctx, la, access, &map);
+    vcpu_where(c->v, was);
     if (fault) {
         entry_clear(e);                                            /* SDM vol. 3A 4.10.4.1: a page fault invalidates what the TLB held for the page */
         *error = fault & ~MMU_FAULT;
