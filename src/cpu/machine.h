@@ -50,6 +50,7 @@ enum vcpu_event {
     VCPU_EV_KICK = 1 << 4,    /* likewise: pause, reset, quit, get/set of state */
     VCPU_EV_CLOCK = 1 << 5,   /* refresh the paravirtual clock page */
     VCPU_EV_UNHALT = 1 << 6,  /* another vCPU ends this one's HLT, or its next one (KVM_HC_KICK_CPU) */
+    VCPU_EV_CODE = 1 << 7,    /* pages have become code or are being written: cpu/bt/codepage.h */
 };
 #define VCPU_EV_OUTSIDE (VCPU_EV_INIT | VCPU_EV_SIPI | VCPU_EV_KICK)
 

@@ -35,6 +35,7 @@
 #define LEVELS 4
 
 struct step {                                                      /* one entry that a walk went through */
+    u64 gpa;
     u8 *hva;
     u64 val;
 };
@@ -99,7 +100,8 @@ static int walk_wide(const struct ram *ram, const struct mmu_ctx *ctx, u64 gva, 
     for (;; level--) {
         unsigned shift = 12 + 9 * (level - 1);
         struct step *s = &w->step[w->steps++];
-        u64 e = s->val = entry_read(ram, table + (gva >> shift & 511) * 8, 8, &s->hva);
+        s->gpa = table + (gva >> shift & 511) * 8;
+        u64 e = s->val = entry_read(ram, s->gpa, 8, &s->hva);
         if (!(e & PTE_P))
             return WALK_ABSENT;
         if (e & reserved_bits(ctx, level, e))
@@ -118,7 +120,8 @@ static int walk_32(const struct ram *ram, const struct mmu_ctx *ctx, u64 gva, st
 {
     struct step *s = &w->step[w->steps++];
     w->width = 4;
-    u64 e = s->val = entry_read(ram, (ctx->cr3 & 0xfffff000) + (gva >> 22 & 1023) * 4, 4, &s->hva);
+    s->gpa = (ctx->cr3 & 0xfffff000) + (gva >> 22 & 1023) * 4;
+    u64 e = s->val = entry_read(ram, s->gpa, 4, &s->hva);
     if (!(e & PTE_P))
         return WALK_ABSENT;
     w->rights = e & (PTE_W | PTE_U);
@@ -131,7 +134,8 @@ static int walk_32(const struct ram *ram, const struct mmu_ctx *ctx, u64 gva, st
         return WALK_OK;
     }
     s = &w->step[w->steps++];
-    e = s->val = entry_read(ram, (e & 0xfffff000) + (gva >> 12 & 1023) * 4, 4, &s->hva);
+    s->gpa = (e & 0xfffff000) + (gva >> 12 & 1023) * 4;
+    e = s->val = entry_read(ram, s->gpa, 4, &s->hva);
     if (!(e & PTE_P))
         return WALK_ABSENT;
     w->rights &= e;
@@ -185,24 +189,32 @@ u32 mmu_allows(const struct mmu_ctx *ctx, const struct mmu_map *map, enum mmu_ac
     return pkey_denies(ctx, map, access) ? fault_code(ctx, access, PF_P | PF_PK) : 0;
 }
 
+static bool entry_replace(const struct walk *w, const struct step *s, u64 val)
+{
+    u64 old = s->val;
+    u32 old32 = (u32)old;
+    if (w->width == 8)
+        return __atomic_compare_exchange_n((u64 *)s->hva, &old, val, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED);
+    return __atomic_compare_exchange_n((u32 *)s->hva, &old32, (u32)val, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED);
+}
+
 /* Sets bits in the entry if it is still what was read. */
-static bool entry_set(const struct walk *w, const struct step *s, u64 bits)
+static bool entry_set(struct ram *ram, const struct walk *w, const struct step *s, u64 bits)
 {
     if ((s->val & bits) == bits || !s->hva)
         return true;
-    u64 old = s->val;
-    if (w->width == 8)
-        return __atomic_compare_exchange_n((u64 *)s->hva, &old, old | bits, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED);
-    u32 old32 = (u32)old;
-    return __atomic_compare_exchange_n((u32 *)s->hva, &old32, old32 | (u32)bits, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED);
+    ram_begin_write(ram, s->gpa, w->width);                        /* a page of tables may be code as well */
+    bool done = entry_replace(w, s, s->val | bits);
+    ram_end_write(ram, s->gpa, w->width);
+    return done;
 }
 
-static bool set_accessed(const struct walk *w, bool dirty)
+static bool set_accessed(struct ram *ram, const struct walk *w, bool dirty)
 {
     for (unsigned i = 0; i + 1 < w->steps; i++)
-        if (!entry_set(w, &w->step[i], PTE_A))
+        if (!entry_set(ram, w, &w->step[i], PTE_A))
             return false;
-    return entry_set(w, &w->step[w->steps - 1], dirty ? PTE_A | PTE_D : PTE_A);
+    return entry_set(ram, w, &w->step[w->steps - 1], dirty ? PTE_A | PTE_D : PTE_A);
 }
 
 static void map_identity(u64 gva, struct mmu_map *out)
@@ -240,7 +252,7 @@ u32 mmu_walk(struct ram *ram, const struct mmu_ctx *ctx, u64 gva, enum mmu_acces
         u32 denied = mmu_allows(ctx, out, access);
         if (denied)
             return denied;
-        if (set_accessed(&w, access == MMU_WRITE))
+        if (set_accessed(ram, &w, access == MMU_WRITE))
             return 0;
     }
 }

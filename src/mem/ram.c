@@ -105,6 +105,7 @@ void ram_clear(struct ram *r)
         if (fallocate(run->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)run->offset, (off_t)run->size) < 0)
             memset(run->hva, 0, run->size);
     }
+    r->epoch++;                                                    /* nobody was told of writes */
 }
 
 static const struct ram_run *run_find(const struct ram *r, u64 gpa)

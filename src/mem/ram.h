@@ -26,7 +26,7 @@ struct ram_run {
 struct ram {
     struct ram_run *run;                                           /* sorted by gpa, disjoint */
     unsigned runs;
-    u64 epoch;                                                     /* counts changes of the table */
+    u64 epoch;                                                     /* counts changes of the table, and of all that it holds (ram_clear) */
     u64 size;                                                      /* bytes in all runs */
     /* Engines that cache or protect guest memory: called around every device write. Set before the VM runs. */
     void (*on_begin_write)(void *arg, u64 gpa, u64 len);

@@ -394,6 +394,7 @@ void board_free(struct board *b)
     bus_free(b->m->mmio);
     bus_free(b->m->pio);
     ram_close(&b->ram);
+    b->m->ram = NULL;
     pthread_mutex_destroy(&b->wire_lock);
     free(b);
 }

@@ -80,7 +80,7 @@ static struct fixture *fixture(void)
     f->v.m = &f->m;
     f->v.mmio = f->m.mmio;
     f->v.intc.ops = &intc;
-    if (interp_engine.vcpu_open(&f->v))
+    if (interp_engine.machine_open(&f->m) || interp_engine.vcpu_open(&f->v))
         abort();
     signal(SIGALRM, out_of_time);
     return f;

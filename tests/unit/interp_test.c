@@ -120,6 +120,7 @@ static int setup(void **state)
     f->v.mmio = f->m.mmio;
     f->v.intc.ops = &quiet;
     f->x = &f->v.x;
+    assert_int_equal(interp_engine.machine_open(&f->m), 0);
     assert_int_equal(interp_engine.vcpu_open(&f->v), 0);
     long_mode(f);
     *state = f;
@@ -130,6 +131,7 @@ static int teardown(void **state)
 {
     struct fixture *f = *state;
     interp_engine.vcpu_close(&f->v);
+    interp_engine.machine_close(&f->m);
     cpuid_policy_free(f->m.cpuid);
     bus_free(f->m.mmio);
     bus_free(f->m.pio);

@@ -47,6 +47,7 @@ static int setup(void **state)
     m.engine = &interp_engine;
     m.vcpus = CPUS;
     m.vcpu = cpu;
+    assert_int_equal(m.engine->machine_open(&m), 0);
     struct lapic_config cfg = { .clock = m.clock, .phys_bits = 40, .x2apic = true, .tsc_deadline = true };
     assert_int_equal(lapic_bus_new(&cfg, &lb), 0);
     for (unsigned i = 0; i < CPUS; i++) {
@@ -67,6 +68,7 @@ static int teardown(void **state)
         d->ops->free(d);
         vcpu_free(cpu[i]);
     }
+    m.engine->machine_close(&m);
     lapic_bus_free(lb);
     cpuid_policy_free(m.cpuid);
     bus_free(m.mmio);

@@ -9,6 +9,7 @@
 
 #include <string.h>
 
+#include "cpu/bt/codepage.h"
 #include "cpu/interp/code.h"
 
 /* ---- addresses ---- */
@@ -119,7 +120,9 @@ static void piece_mmio(struct icpu *c, const struct piece *p, u8 *buf, bool writ
         u64 val = 0;
         if (write)
             memcpy(&val, buf + done, step);
+        codepage_leave(c);
         vcpu_mmio(c->v, p->gpa + done, step, write, &val);
+        codepage_enter(c);
         if (!write)
             memcpy(buf + done, &val, step);
         done += step;
@@ -149,12 +152,32 @@ static void copy_out(void *host, const void *buf, unsigned n)
     }
 }
 
-/* The page may have lost its code in the meantime, or by this store: then its write tag matches again. */
-static void wrote_code(struct icpu *c, enum tlb_view_id view, const struct piece *p)
+/* Of any kind: what is translated from it, and what this vCPU's blocks are made of. */
+static bool holds_code(const struct icpu *c, u64 gpa)
 {
-    code_written(c, p->gpa, p->n);
-    if (!code_in_page(c->code, p->gpa))
+    return codepage_is_code(c, gpa) || code_in_page(c->code, gpa);
+}
+
+/* The page may have lost its code in the meantime, or by this store: then its write tag matches again. */
+static void retag(struct icpu *c, enum tlb_view_id view, const struct piece *p)
+{
+    if (!holds_code(c, p->gpa))
         tlb_slot(c->tlb->view[view].e, p->la)->tag[MMU_WRITE] &= ~(u64)TLB_CODE;
+}
+
+/* To RAM. The TLB's word is not enough: the page may have become code since the look-up (another piece's device was waited for). */
+static void piece_store(struct icpu *c, enum tlb_view_id view, const struct piece *p, const u8 *buf)
+{
+    if (unlikely(holds_code(c, p->gpa))) {
+        bool forget = codepage_store_begin(c, p->gpa, p->n);
+        copy_out(p->host, buf, p->n);
+        codepage_store_end(c, p->gpa, p->n);
+        code_written(c, p->gpa, p->n, forget);
+    } else {
+        copy_out(p->host, buf, p->n);
+    }
+    if (unlikely(p->slow & TLB_CODE))
+        retag(c, view, p);
 }
 
 static int view_load(struct icpu *c, enum tlb_view_id view, u64 la, u8 *buf, unsigned n)
@@ -182,11 +205,9 @@ static int view_store(struct icpu *c, enum tlb_view_id view, u64 la, const u8 *b
     for (unsigned i = 0; i < count; buf += p[i++].n) {
         watch(c, &p[i], true);
         if (likely(p[i].host))
-            copy_out(p[i].host, buf, p[i].n);
+            piece_store(c, view, &p[i], buf);
         else
             piece_mmio(c, &p[i], (u8 *)buf, true);
-        if (unlikely(p[i].slow & TLB_CODE))
-            wrote_code(c, view, &p[i]);
     }
     return 0;
 }
@@ -314,9 +335,32 @@ void *lock_host(struct icpu *c, u64 la, unsigned n)
     if (!tlb_lookup(c, c->tlb->cur, la, MMU_WRITE, &error) || piece_get(c, c->tlb->cur, la, n, MMU_WRITE, &p) || !p.host)
         return NULL;
     watch(c, &p, true);
+    if (holds_code(c, p.gpa)) {
+        c->locked_gpa = p.gpa;
+        c->locked_n = n;
+        code_written(c, p.gpa, n, codepage_store_begin(c, p.gpa, n));
+    }
     if (p.slow & TLB_CODE)
-        wrote_code(c, c->tlb->cur, &p);
+        retag(c, c->tlb->cur, &p);
     return p.host;
+}
+
+void lock_done_code(struct icpu *c)
+{
+    codepage_store_end(c, c->locked_gpa, c->locked_n);
+    c->locked_n = 0;
+}
+
+void split_lock(struct icpu *c)
+{
+    codepage_leave(c);
+    pthread_mutex_lock(&c->v->m->split_lock);
+    codepage_enter(c);
+}
+
+void split_unlock(struct icpu *c)
+{
+    pthread_mutex_unlock(&c->v->m->split_lock);
 }
 
 static u64 host_cmpxchg(void *p, unsigned size, u64 expected, u64 desired)
@@ -335,17 +379,18 @@ int mem_cmpxchg(struct icpu *c, u64 la, unsigned size, u64 expected, u64 desired
     void *host = lock_host(c, la, size);
     if (likely(host)) {
         *old = host_cmpxchg(host, size, expected, desired);
+        lock_done(c);
         return 0;
     }
     if (misaligned(c, la, size))
         return fault_raise_error(c, VEC_AC, 0);
     if (lin_probe(c, la, size, MMU_WRITE))
         return OP_FAULT;
-    pthread_mutex_lock(&c->v->m->split_lock);
+    split_lock(c);
     int r = lin_load(c, la, size, old);
     if (!r)
         r = lin_store(c, la, size, *old == expected ? desired : *old);
-    pthread_mutex_unlock(&c->v->m->split_lock);
+    split_unlock(c);
     return r;
 }
 

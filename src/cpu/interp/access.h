@@ -142,6 +142,14 @@ RMW_ACCESS(u32)
 RMW_ACCESS(u64)
 #undef RMW_ACCESS
 
-/* The host address for a locked operation within one page of RAM, code pages included (the cache is told), or NULL: then the split lock is to be
- * taken. No fault is raised. */
+/* The host address for a locked operation within one page of RAM, code pages included (their code is gone), or NULL: then the split lock is to be
+ * taken. No fault is raised. After the operation: lock_done(). */
 void *lock_host(struct icpu *c, u64 la, unsigned n);
+void lock_done_code(struct icpu *c);
+static inline void lock_done(struct icpu *c)
+{
+    if (unlikely(c->locked_n))
+        lock_done_code(c);
+}
+void split_lock(struct icpu *c);
+void split_unlock(struct icpu *c);

@@ -103,6 +103,7 @@
         if (unlikely(!m))                                                                             \
             return locked_slow(c, op, op->aux == FORM_MI ? name##_mi_##T##_slow : name##_mr_##T##_slow); \
         name##_locked##_##T(m, b, &fl);                                                               \
+        lock_done(c);                                                                                 \
         c->fl = fl;                                                                                   \
         return OP_NEXT;                                                                               \
     }
@@ -110,9 +111,9 @@
 /* The unlocked operation under the split lock. */
 static int locked_slow(struct icpu *c, const struct op *op, op_fn fn)
 {
-    pthread_mutex_lock(&c->v->m->split_lock);
+    split_lock(c);
     int r = fn(c, op);
-    pthread_mutex_unlock(&c->v->m->split_lock);
+    split_unlock(c);
     return r;
 }
 
@@ -239,6 +240,7 @@ int bind_alu(struct icpu *c, const struct decoded *d, struct op *op, unsigned ar
         if (unlikely(!m))                                                                             \
             return locked_slow(c, op, name##_m_##T##_slow);                                           \
         name##_locked##_##T(m, &fl);                                                                  \
+        lock_done(c);                                                                                 \
         c->fl = fl;                                                                                   \
         return OP_NEXT;                                                                               \
     }

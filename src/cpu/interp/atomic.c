@@ -25,6 +25,7 @@
         if (unlikely(!m))                                                                             \
             return xchg_split(c, op, la);                                                             \
         asm volatile("xchg" ASM_##T " %[v], %[m]" : [v] "+r"(v), [m] "+m"(*(any_##T *)m) : : "memory"); \
+        lock_done(c);                                                                                 \
         set_##T(c, op->reg, v);                                                                       \
         return OP_NEXT;                                                                               \
     }
@@ -34,11 +35,11 @@ static int xchg_split(struct icpu *c, const struct op *op, u64 la)
     u64 v = op->size == 1 ? get_u8(c, op->reg) : c->r[op->reg], old;
     if (lin_probe(c, la, op->size, MMU_WRITE))
         return OP_FAULT;
-    pthread_mutex_lock(&c->v->m->split_lock);
+    split_lock(c);
     int r = lin_load(c, la, op->size, &old);
     if (!r)
         r = lin_store(c, la, op->size, v);
-    pthread_mutex_unlock(&c->v->m->split_lock);
+    split_unlock(c);
     if (r)
         return OP_FAULT;
     if (op->size == 1)
@@ -117,13 +118,14 @@ int bind_xchg_acc(struct icpu *c, const struct decoded *d, struct op *op, unsign
             return OP_FAULT;                                                                          \
         void *m = lock_host(c, la, sizeof(T));                                                        \
         if (unlikely(!m)) {                                                                           \
-            pthread_mutex_lock(&c->v->m->split_lock);                                                 \
+            split_lock(c);                                                                            \
             int r = xadd_plain_##T(c, op);                                                            \
-            pthread_mutex_unlock(&c->v->m->split_lock);                                               \
+            split_unlock(c);                                                                          \
             return r;                                                                                 \
         }                                                                                             \
         asm volatile("lock xadd" ASM_##T " %[v], %[m]\n\t" ASM_FLAGS_OUT                              \
                      : [v] "+r"(v), [m] "+m"(*(any_##T *)m), "+&a"(fl) : : "cc", "memory");           \
+        lock_done(c);                                                                                 \
         set_##T(c, op->reg, v);                                                                       \
         c->fl = fl;                                                                                   \
         return OP_NEXT;                                                                               \
@@ -220,12 +222,12 @@ static int cmpxchg16b_split(struct icpu *c, u64 la, u64 old[2], bool *equal)
     u64 desired[2] = { c->r[RBX], c->r[RCX] };
     if (lin_probe(c, la, 16, MMU_WRITE))
         return OP_FAULT;
-    pthread_mutex_lock(&c->v->m->split_lock);
+    split_lock(c);
     int r = lin_load_bytes(c, la, old, 16);
     *equal = old[0] == c->r[RAX] && old[1] == c->r[RDX];
     if (!r)
         r = lin_store_bytes(c, la, *equal ? desired : old, 16);
-    pthread_mutex_unlock(&c->v->m->split_lock);
+    split_unlock(c);
     return r;
 }
 
@@ -238,10 +240,12 @@ static int op_cmpxchg16b(struct icpu *c, const struct op *op)
     if (la & 15)
         return fault_gp(c, 0);
     void *m = lock_host(c, la, 16);
-    if (likely(m))
+    if (likely(m)) {
         equal = host_cmpxchg16b(m, &old[0], &old[1], c->r[RBX], c->r[RCX]);
-    else if (cmpxchg16b_split(c, la, old, &equal))
+        lock_done(c);
+    } else if (cmpxchg16b_split(c, la, old, &equal)) {
         return OP_FAULT;
+    }
     if (!equal) {
         c->r[RAX] = old[0];
         c->r[RDX] = old[1];

@@ -92,11 +92,12 @@ static int bt_mem(struct icpu *c, const struct op *op)
     void *m = lock_host(c, la, op->size);
     if (likely(m)) {
         bt_flags(c, bt_locked(m, op->aux, op->size, n));
+        lock_done(c);
         return OP_NEXT;
     }
-    pthread_mutex_lock(&c->v->m->split_lock);
+    split_lock(c);
     int r = bt_rmw(c, &at, n);
-    pthread_mutex_unlock(&c->v->m->split_lock);
+    split_unlock(c);
     return r;
 }
 

@@ -10,6 +10,7 @@
 #include <sys/mman.h>
 
 #include "base/err.h"
+#include "cpu/bt/codepage.h"
 #include "cpu/interp/fp.h"
 #include "cpu/interp/tlb.h"
 
@@ -18,7 +19,6 @@
 #define PAGE_HASH_BITS 12
 #define BLOCK_MAX (sizeof(struct block) + BLOCK_BYTES + (BLOCK_OPS + 1) * sizeof(struct op))
 #define INSN_MAX 15u
-#define SLOW_STORES 200                /* to a page with code, until it counts as data */
 
 /* ---- memory ---- */
 static void *map_zero(size_t n)
@@ -194,7 +194,7 @@ static void block_insert(struct icpu *c, struct block *b)
     *bucket = b;
     b->page_next = *page;
     *page = b;
-    if (b->n > 1)                                                  /* a single instruction cannot change what follows it in its block */
+    if (!b->cut)                                                   /* no instruction can change what follows it in its block */
         page_mark(c, b->gpa);
 }
 
@@ -233,23 +233,20 @@ static void page_forget(struct icpu *c, u64 gpa)
         unlink_hash(k, b);
         block_dead(c, b);
     }
-    vcpu_count(c->v, COUNT_CODE_PAGE_DROPPED);
     k->page_state[gpa >> PAGE_SHIFT] = 0;
     c->tlb->generation++;
     code_retag(c);
 }
 
-void code_written(struct icpu *c, u64 gpa, unsigned n)
+void code_written(struct icpu *c, u64 gpa, unsigned n, bool forget)
 {
     struct icode *k = c->code;
     struct block *b = c->block;
     if (!code_in_page(k, gpa))
         return;
-    vcpu_count(c->v, COUNT_CODE_WRITE);
     if (b && b->gpa != BLOCK_DEAD && block_overlaps(b, gpa, n))
         block_abandon(c, b);
-    u8 *state = &k->page_state[gpa >> PAGE_SHIFT];
-    if (++*state < SLOW_STORES)
+    if (!forget)
         return;
     /* Data that shares its page with code, or code that is being written: stores become fast. What runs now in this page must be left, for
      * nobody would tell it of further stores. */
@@ -320,7 +317,7 @@ static u64 limit_room(const struct icpu *c, u64 rip)
 }
 
 /* Straight-line code in one page, n bytes of it; returns the number of instructions, 0 when the first one does not end here. */
-static unsigned decode_run(struct icpu *c, const u8 *bytes, unsigned room, unsigned *len)
+static unsigned decode_run(struct icpu *c, const u8 *bytes, unsigned room, bool volatile_page, unsigned *len)
 {
     enum vcpu_where was = vcpu_where(c->v, WHERE_DECODE);
     unsigned n = 0;
@@ -335,7 +332,7 @@ static unsigned decode_run(struct icpu *c, const u8 *bytes, unsigned room, unsig
             break;
         n++;
         *len += op->len;
-        if (r == BIND_LAST)
+        if (r == BIND_LAST || (volatile_page && op->flags & OPF_STORES))
             break;
     }
     vcpu_where(c->v, was);
@@ -349,10 +346,12 @@ static struct block *decode_block(struct icpu *c, u64 gpa, const u8 *host)
     unsigned in_page = PAGE_SIZE - (gpa & ~PAGE_MASK), room = MIN(in_page, (unsigned)sizeof bytes), len;
     room = (unsigned)MIN(room, limit_room(c, c->rip));
     memcpy(bytes, host, room);
-    unsigned n = decode_run(c, bytes, room, &len);
+    bool volatile_page = codepage_state(c, gpa) == PAGE_VOLATILE;
+    unsigned n = decode_run(c, bytes, room, volatile_page, &len);
     if (!n)
         return NULL;
     block_make(c, b, gpa, bytes, len, n);
+    b->cut = n == 1 || volatile_page;
     b->chunks = in_page >= padded(len) ? (u8)(padded(len) / 16) : 0;
     arena_commit(c->code, b);
     block_insert(c, b);
@@ -369,7 +368,9 @@ static struct block *decode_mmio(struct icpu *c, u64 gpa)
         code_flush(c);
     for (unsigned n = 0; n < MIN(INSN_MAX, room);) {
         u64 val = 0;
+        codepage_leave(c);
         vcpu_mmio(c->v, gpa + n, 1, false, &val);
+        codepage_enter(c);
         bytes[n++] = (u8)val;
         if (decode_one(c, bytes, n, 0, &c->code->ops[0]) == DECODE_MORE)
             continue;

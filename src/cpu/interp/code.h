@@ -9,7 +9,8 @@
  * In every case its bytes are compared with memory before it runs, so nobody has to tell the cache of writes, with one exception: a store by this vCPU into
  * the block that is running. Pages with cached code have no fast write tag in the TLB, the slow path calls code_written(), and that
  * makes the rest of a running block leave it (its ops are overwritten) and forgets it. A page that is written often loses its blocks,
- * and its stores are fast again.
+ * and its stores are fast again; if it goes on so, it becomes volatile (cpu/bt/codepage.h): its blocks end behind each instruction that
+ * stores, so that there is no rest to be left.
  *
  * An instruction that crosses into the next page is a block of its own with two host addresses, never in the jump cache. Code outside RAM is
  * decoded each time it runs. Memory for blocks comes from an arena; when that is full everything is dropped (code_flush), between blocks only.
@@ -35,6 +36,7 @@ struct block {
     u8 len, n;                         /* bytes, instructions */
     u8 chunks;                         /* comparison in 16-byte steps; 0: too close to the page's end for that */
     u8 mode, first;                    /* first: bytes in the first page (== len unless crossing) */
+    bool cut;                          /* only its last instruction stores */
     u8 bytes[] __attribute__((aligned(16)));                       /* as decoded, zeroed up to the next 16 */
 };
 #define BLOCK_DEAD (~0ull)
@@ -51,7 +53,7 @@ struct icode {
     struct block **hash, **page_hash;
     u8 *arena;
     size_t used;
-    u8 *page_state;                    /* per page of RAM: 0 no cached code, else 1 + slow stores so far */
+    u8 *page_state;                    /* per page of RAM: 1: blocks of several instructions are cached from it */
     u64 pages;
     bool flush_wanted;
     u64 flushes;                       /* how often everything was dropped */
@@ -66,8 +68,8 @@ void code_close(struct icpu *c);
 struct block *code_find_slow(struct icpu *c, u64 la);
 /* Everything is dropped before the next block is looked up; for whoever runs out of memory that blocks refer to (fp.c's stubs). */
 void code_flush_later(struct icpu *c);
-/* A store of this vCPU to a page with cached code. */
-void code_written(struct icpu *c, u64 gpa, unsigned n);
+/* A store of this vCPU. forget: the page counts as data from now on (codepage_store_begin()). */
+void code_written(struct icpu *c, u64 gpa, unsigned n, bool forget);
 /* What runs now leaves its block before the next instruction. */
 void code_leave(struct icpu *c);
 /* The RAM table has changed. */

@@ -5,6 +5,7 @@
  * All checks come before any change. A change of paging or rights drops what the TLB must not keep; leaving the block
  * re-reads the mode.
  */
+#include "cpu/bt/codepage.h"
 #include "cpu/interp/sys.h"
 
 #define CR0_DEFINED (CR0_PE | CR0_MP | CR0_EM | CR0_TS | CR0_ET | CR0_NE | CR0_WP | CR0_AM | CR0_NW | CR0_CD | CR0_PG)
@@ -130,8 +131,10 @@ static int cr8_write(struct icpu *c, u64 val)
 {
     if (val > 15)
         return fault_gp(c, 0);
+    codepage_leave(c);
     if (c->v->intc.ops)
         c->v->intc.ops->tpr_set(c->v->intc.chip, (u8)val);
+    codepage_enter(c);
     return OP_END;
 }
 
@@ -174,8 +177,10 @@ static int op_mov_from_cr(struct icpu *c, const struct op *op)
         val = c->x->cr4;
         break;
     default:
+        codepage_leave(c);
         if (c->v->intc.ops)
             val = c->v->intc.ops->tpr_get(c->v->intc.chip);
+        codepage_enter(c);
     }
     c->r[op->rm] = in_64bit(c) ? val : (u32)val;
     return OP_NEXT;

@@ -180,6 +180,14 @@ static void fill_prefixes(const struct decoded *d, struct op *op)
         op->flags |= OPF_REPNE;
 }
 
+static bool stores(const struct decoded *d)
+{
+    for (unsigned i = 0; i < d->insn.operand_count; i++)
+        if (d->opnd[i].type == ZYDIS_OPERAND_TYPE_MEMORY && d->opnd[i].actions & ZYDIS_OPERAND_ACTION_MASK_WRITE)
+            return true;
+    return false;
+}
+
 static int op_too_long(struct icpu *c, const struct op *op)
 {
     (void)op;
@@ -264,5 +272,7 @@ int decode_one(struct icpu *c, const u8 *bytes, unsigned n, unsigned off, struct
     op->asize = (u8)(d.insn.address_width / 8);
     fill_prefixes(&d, op);
     fill_operands(&d, op);
+    if (stores(&d))
+        op->flags |= OPF_STORES;
     return bind(c, &d, op);
 }

@@ -10,6 +10,7 @@
 #include <errno.h>
 #include <string.h>
 
+#include "cpu/bt/codepage.h"
 #include "cpu/interp/code.h"
 #include "cpu/interp/fp.h"
 #include "cpu/interp/sys.h"
@@ -333,11 +334,17 @@ static void take_events(struct icpu *c, u32 events)
         c->x->kvm_unhalted = true;
     if (events & VCPU_EV_INTR)
         c->irq_wait = true;
+    if (events & VCPU_EV_CODE)
+        codepage_serve(c);
+    if (unlikely(c->codepage->revisits))
+        codepage_revisit(c);
 }
 
 static void take_interrupt(struct icpu *c)
 {
+    codepage_leave(c);
     int vector = c->v->intc.ops->ack(c->v->intc.chip);
+    codepage_enter(c);
     if (vector < 0) {
         c->irq_wait = false;
         return;
@@ -403,6 +410,7 @@ static enum run_exit run(struct vcpu *v)
     tlb_check_epoch(c);
     if (pv_enter(v, c->x))
         container_of(c, struct interp, c)->fresh = true;
+    codepage_enter(c);
     icpu_load(c);
     vcpu_where(v, c->bt.bt ? WHERE_BOUNDARY : WHERE_INTERP);
     c->irq_wait = true;
@@ -417,22 +425,12 @@ static enum run_exit run(struct vcpu *v)
             c->bt.run(c);
     }
     icpu_store(c);
+    codepage_leave(c);
     pv_leave(v, c->x);
     return unlikely(v->debug.stop) && exit != RUN_SHUTDOWN ? debug_stopped(v) : exit;
 }
 
 /* ---- the engine ---- */
-static int machine_open(struct machine *m)
-{
-    (void)m;
-    return 0;
-}
-
-static void machine_close(struct machine *m)
-{
-    (void)m;
-}
-
 static void vcpu_close(struct vcpu *v)
 {
     struct icpu *c = v->engine_data;
@@ -440,6 +438,7 @@ static void vcpu_close(struct vcpu *v)
         return;
     fp_close(c);
     code_close(c);
+    codepage_vcpu_close(c);
     tlb_close(c);
     free(container_of(c, struct interp, c));
     v->engine_data = NULL;
@@ -457,6 +456,8 @@ static int vcpu_open(struct vcpu *v)
     in->c.bt.run = icpu_run_blocks;
     v->engine_data = &in->c;
     int e = tlb_open(&in->c);
+    if (!e)
+        e = codepage_vcpu_open(&in->c);
     if (!e)
         e = code_open(&in->c);
     if (!e)
@@ -482,8 +483,8 @@ static int set(struct vcpu *v, const struct x86 *x)
 
 const struct engine interp_engine = {
     .name = "interp",
-    .machine_open = machine_open,
-    .machine_close = machine_close,
+    .machine_open = codepages_open,
+    .machine_close = codepages_close,
     .vcpu_open = vcpu_open,
     .vcpu_close = vcpu_close,
     .run = run,

@@ -54,6 +54,7 @@ enum op_flag {
     OPF_MEM = 1 << 5,        /* there is a memory operand; ea fields are valid */
     OPF_FLAT = 1 << 6,       /* its linear address needs no segment base, no limit check and no 32/16-bit wrap (64-bit mode, ES CS SS DS) */
     OPF_REX = 1 << 7,
+    OPF_STORES = 1 << 8,     /* it may write memory (decode_one(); not what faults and far transfers push) */
 };
 
 struct op {
@@ -86,7 +87,9 @@ struct tlb;                        /* tlb.h */
 struct tlb_entry;
 struct block;
 struct icode;                      /* block cache: code.h */
+struct codepage_vcpu;              /* pages with code, machine-wide: cpu/bt/codepage.h */
 
+#define PROTECT_ALL (~0ull)
 enum tlb_flush { FLUSH_ALL, FLUSH_NONGLOBAL, FLUSH_PAGE };
 
 /*
@@ -107,6 +110,10 @@ struct icpu_bt {
     bool single;                   /* run() runs one translation and returns, whatever events there are, and links nothing: check.c */
     bool count;                    /* translated code counts the instructions that it completes in `insns`, which run() adds to vcpu.insns */
     u64 insns;
+    /* Ends all translations, comparing ones too, of bytes in [gpa, gpa + len) (0, ~0: all); whether any are left in the page. If the one that runs is hit, it
+     * is left after its instruction. protect takes away the shadow's write rights to a page, or PROTECT_ALL. May be NULL. */
+    bool (*invalidate)(struct icpu *c, u64 gpa, u64 len);
+    void (*protect)(struct icpu *c, u64 gpa);
     u64 tag, generation[2];        /* what struct bt_jump must match: as icpu.code_tag, but by generations of supervisor and user code (flushed) */
     struct bt *bt;
 };
@@ -126,6 +133,9 @@ struct icpu {
     struct tlb *tlb;
     struct tlb_entry *view;        /* data accesses of the current privilege look here first: tlb.h */
     struct icode *code;
+    struct codepage_vcpu *codepage;
+    u64 locked_gpa;                /* lock_host() to lock_done() */
+    unsigned locked_n;
     struct block *block;           /* that runs now */
     u64 rip_mask;                  /* ~0 in 64-bit mode, else 0xffffffff */
     u64 rip_limit;                 /* ~0 in 64-bit mode, else CS.limit */

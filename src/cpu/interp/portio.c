@@ -5,6 +5,7 @@
  * permission, then the memory operand's rights. A repeated instruction stops between iterations when an event is
  * pending, with the registers showing the progress.
  */
+#include "cpu/bt/codepage.h"
 #include "cpu/interp/sys.h"
 
 #define TSS_IOPB 0x66
@@ -34,7 +35,9 @@ int port_allowed(struct icpu *c, u16 port, unsigned size)
 static void port_access(struct icpu *c, u16 port, unsigned size, bool write, u64 *val)
 {
     debug_port(c, port, size);
+    codepage_leave(c);
     vcpu_pio(c->v, port, size, write, val);
+    codepage_enter(c);
 }
 
 /* ---- IN, OUT ---- */

@@ -8,6 +8,7 @@
 
 #include <errno.h>
 
+#include "cpu/bt/codepage.h"
 #include "cpu/msr.h"
 #include "cpu/pv.h"
 
@@ -101,7 +102,12 @@ static int op_rdmsr(struct icpu *c, const struct op *op)
 {
     u64 val;
     (void)op;
-    if (c->cpl || msr_read(c->v, c->x, (u32)c->r[RCX], &val))
+    if (c->cpl)
+        return fault_gp(c, 0);
+    codepage_leave(c);                     /* the local APIC's */
+    int r = msr_read(c->v, c->x, (u32)c->r[RCX], &val);
+    codepage_enter(c);
+    if (r)
         return fault_gp(c, 0);
     c->r[RAX] = (u32)val;
     c->r[RDX] = val >> 32;
@@ -112,7 +118,12 @@ static int op_wrmsr(struct icpu *c, const struct op *op)
 {
     u32 msr = (u32)c->r[RCX];
     (void)op;
-    if (c->cpl || msr_write(c->v, c->x, msr, c->r[RDX] << 32 | (u32)c->r[RAX]))
+    if (c->cpl)
+        return fault_gp(c, 0);
+    codepage_leave(c);
+    int r = msr_write(c->v, c->x, msr, c->r[RDX] << 32 | (u32)c->r[RAX]);
+    codepage_enter(c);
+    if (r)
         return fault_gp(c, 0);
     if (msr == MSR_EFER)
         icpu_mode(c);                      /* NXE changes what the TLB may hold */
@@ -185,8 +196,10 @@ static int op_cpuid(struct icpu *c, const struct op *op)
     u32 leaf = (u32)c->r[RAX];
     (void)op;
     vcpu_count(c->v, COUNT_CPUID);
+    codepage_leave(c);
     if (leaf == 1 && intc->ops && intc->ops->msr_read(intc->chip, MSR_APIC_BASE, &base))
         base = APIC_BASE_ENABLE;
+    codepage_enter(c);
     cpuid_get(c->v->m->cpuid, c->v->id, c->x, base & APIC_BASE_ENABLE, leaf, (u32)c->r[RCX], &r);
     c->r[RAX] = r.eax;
     c->r[RBX] = r.ebx;
@@ -201,7 +214,9 @@ static int op_vmcall(struct icpu *c, const struct op *op)
     u64 mask = wide ? ~0ull : 0xffffffff;
     const u64 arg[4] = {c->r[RBX] & mask, c->r[RCX] & mask, c->r[RDX] & mask, c->r[RSI] & mask};
     (void)op;
+    codepage_leave(c);
     c->r[RAX] = (u64)pv_hypercall(c->v, c->x, c->r[RAX] & mask, arg, wide) & mask;
+    codepage_enter(c);
     return OP_NEXT;
 }
 

@@ -10,6 +10,7 @@
 #include <sys/mman.h>
 
 #include "base/err.h"
+#include "cpu/bt/codepage.h"
 #include "cpu/interp/code.h"
 
 #define KEY_CR0 (CR0_PG | CR0_WP | CR0_PE)
@@ -211,7 +212,7 @@ static void entry_fill(struct icpu *c, struct tlb_view *v, const struct mmu_ctx 
     if (!mmu_allows(ctx, map, MMU_READ))
         e->tag[MMU_READ] = page | slow;
     if (map->dirty && !mmu_allows(ctx, map, MMU_WRITE))
-        e->tag[MMU_WRITE] = page | slow | (code_in_page(c->code, gpa) ? TLB_CODE : 0);
+        e->tag[MMU_WRITE] = page | slow | (code_in_page(c->code, gpa) || codepage_is_code(c, gpa) ? TLB_CODE : 0);
     if (!mmu_allows(ctx, map, MMU_EXEC))
         e->tag[MMU_EXEC] = page | (slow & TLB_MMIO);
     e->addend = host ? (u64)(uintptr_t)host - page : gpa - page;
@@ -247,12 +248,13 @@ u64 tlb_gpa(const struct icpu *c, enum tlb_view_id view, u64 la)
 
 void tlb_code_page(struct icpu *c, u64 gpa)
 {
+    bool all = gpa == PROTECT_ALL;
     gpa &= PAGE_MASK;
     for (unsigned i = 0; i < VIEWS; i++) {
         struct tlb_view *v = &c->tlb->view[i];
         for (unsigned j = 0; j < v->n; j++) {
             unsigned slot = v->used[j];
-            if (v->page[slot].gpa == gpa && v->e[slot].tag[MMU_WRITE] != TLB_INVALID)
+            if ((all || v->page[slot].gpa == gpa) && v->e[slot].tag[MMU_WRITE] != TLB_INVALID)
                 v->e[slot].tag[MMU_WRITE] |= TLB_CODE;
         }
     }
@@ -283,5 +285,6 @@ void tlb_check_epoch(struct icpu *c)
         return;
     c->tlb->epoch = epoch;
     tlb_flush_all(c);
+    codepage_ram_changed(c);
     code_ram_changed(c);
 }

@@ -66,7 +66,7 @@ struct tlb_entry *tlb_lookup(struct icpu *c, enum tlb_view_id view, u64 la, enum
 u64 tlb_gpa(const struct icpu *c, enum tlb_view_id view, u64 la);
 /* Notes in c->db_pending which data breakpoints an access of n bytes meets. */
 void tlb_watch_check(struct icpu *c, u64 la, unsigned n, bool write);
-/* The page at gpa holds cached code from now on: writes to it are slow. */
+/* The page at gpa holds code from now on, PROTECT_ALL: any page may: writes to it are slow. */
 void tlb_code_page(struct icpu *c, u64 gpa);
 /* Recomputes what depends on DR0..DR3 and DR7, and what depends on the RAM table. */
 void tlb_watchpoints(struct icpu *c);
