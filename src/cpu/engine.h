@@ -29,6 +29,7 @@ struct engine {
     bool counts_insns;                                             /* vcpu.insns is right without machine_tools.insns, too */
     unsigned debug_points;                                         /* how many breakpoints and watchpoints of a debugger it can heed at once */
     void (*stats)(const struct vcpu *v, struct stats *s);          /* what it knows besides counters, in groups of its own; any thread. NULL: nothing */
+    int (*debug_check)(const struct machine *m);                   /* vCPUs are held: may m->debug be heeded as it is? 0, -ENOSPC, -EOPNOTSUPP. NULL: always */
     const struct irqchip_ops *irqchip;                             /* its interrupt chips (their arg: the machine), or NULL: ours are used */
 };
 

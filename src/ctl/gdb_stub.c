@@ -481,7 +481,10 @@ static void change_point(struct gdb_stub *s, const char *p, bool insert)
         r = vm_debug_add_watch(s->d, &w);
     else
         vm_debug_del_watch(s->d, &w);
-    reply_result(s, r);
+    if (r == -EOPNOTSUPP)
+        reply(s, "");                                              /* gdb then makes do with another kind */
+    else
+        reply_result(s, r);
 }
 
 static void cmd_insert(struct gdb_stub *s, const char *p)

@@ -302,11 +302,23 @@ static bool room(const struct vm_debug *d)
     return d->m->debug.points + d->m->debug.watches < d->m->engine->debug_points;
 }
 
+static int check(const struct vm_debug *d)
+{
+    const struct engine *e = d->m->engine;
+
+    return e->debug_check ? e->debug_check(d->m) : 0;
+}
+
 int vm_debug_add_point(struct vm_debug *d, u64 la)
 {
-    if (!room(d) && !debug_point_at(&d->m->debug, la))
-        return -ENOSPC;
-    return debug_add_point(&d->m->debug, la);
+    int r;
+
+    if (debug_point_at(&d->m->debug, la))
+        return 0;
+    r = room(d) ? debug_add_point(&d->m->debug, la) : -ENOSPC;
+    if (r == 0 && (r = check(d)) < 0)
+        debug_del_point(&d->m->debug, la);
+    return r;
 }
 
 void vm_debug_del_point(struct vm_debug *d, u64 la)
@@ -316,7 +328,12 @@ void vm_debug_del_point(struct vm_debug *d, u64 la)
 
 int vm_debug_add_watch(struct vm_debug *d, const struct debug_watch *w)
 {
-    return room(d) ? debug_add_watch(&d->m->debug, w) : -ENOSPC;
+    unsigned before = d->m->debug.watches;
+    int r = room(d) ? debug_add_watch(&d->m->debug, w) : -ENOSPC;
+
+    if (r == 0 && d->m->debug.watches > before && (r = check(d)) < 0)
+        debug_del_watch(&d->m->debug, w);
+    return r;
 }
 
 void vm_debug_del_watch(struct vm_debug *d, const struct debug_watch *w)

@@ -52,7 +52,7 @@ enum vm_debug_space { VM_DEBUG_LINEAR, VM_DEBUG_PHYSICAL };
 size_t vm_debug_read(struct vm_debug *d, unsigned cpu, enum vm_debug_space space, u64 addr, u8 *buf, size_t n);
 size_t vm_debug_write(struct vm_debug *d, unsigned cpu, enum vm_debug_space space, u64 addr, const u8 *buf, size_t n);
 
-/* 0, or -ENOSPC: the engine heeds no more of them. */
+/* 0, or -ENOSPC: the engine heeds no more of them; -EOPNOTSUPP: none of that kind. */
 int vm_debug_add_point(struct vm_debug *d, u64 la);
 void vm_debug_del_point(struct vm_debug *d, u64 la);
 int vm_debug_add_watch(struct vm_debug *d, const struct debug_watch *w);

@@ -1,8 +1,8 @@
 /*
- * switch KERNEL INITRD CMDLINE FIRST SECOND VCPUS [STEP-MS]: boots a guest on engine FIRST and moves it to SECOND and
- * back every STEP-MS milliseconds (without: once, in the middle of the boot), until a command typed at its shell has
- * answered. Prints the number of moves, and what went wrong. With FIRST the same as SECOND it is a test of saving and
- * loading.
+ * switch KERNEL INITRD CMDLINE FIRST SECOND VCPUS [STEP-MS [MOVES]]: boots a guest on engine FIRST and moves it to
+ * SECOND and back every STEP-MS milliseconds (without: once, in the middle of the boot), MOVES times or until a command
+ * typed at its shell has answered. Prints the number of moves, and what went wrong. With FIRST the same as SECOND it is
+ * a test of saving and loading.
  *
  * One thread: the loop's. The serial line is a buffer here.
  */
@@ -133,13 +133,13 @@ int main(int argc, char **argv)
     static struct test t = { .line.ops = &line_ops, .line.opened = true, .lock = PTHREAD_MUTEX_INITIALIZER };
     char want[32];
 
-    if (argc < 7 || argc > 8)
+    if (argc < 7 || argc > 9)
         return 64;
     setvbuf(stdout, NULL, _IOLBF, 0);
     t.engine[0] = engine_find(argv[4]);
     t.engine[1] = engine_find(argv[5]);
     t.step_ns = (argc > 7 ? strtoull(argv[7], NULL, 10) : 1000) * 1000000;
-    t.most = argc > 7 ? 1000000 : 1;
+    t.most = argc > 8 ? (unsigned)atoi(argv[8]) : argc > 7 ? 1000000 : 1;
     if (!t.engine[0] || !t.engine[1] || !t.step_ns || loop_new(&t.loop) < 0)
         return 64;
     run(&t, argv, (unsigned)atoi(argv[6]));

@@ -503,6 +503,7 @@ void kvm_time_stop(struct machine *m)
 {
     struct kvm_lapic_state s;
 
+    kvm_debug_stop(m);
     if (kvm_of(m)->time_stopped)
         return;
     for (unsigned i = 0; i < m->vcpus; i++) {
@@ -538,4 +539,5 @@ void kvm_time_start(struct machine *m)
     }
     ioctl(k->vm, KVM_SET_CLOCK, &clock);
     k->time_stopped = false;
+    kvm_debug_start(m);
 }

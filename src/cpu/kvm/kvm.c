@@ -116,6 +116,11 @@ static int check_capabilities(struct kvm_machine *k)
                        needed[i].cap);
     k->sregs2 = ioctl(k->vm, KVM_CHECK_EXTENSION, KVM_CAP_SREGS2) > 0;
     k->deadline = ioctl(k->vm, KVM_CHECK_EXTENSION, KVM_CAP_TSC_DEADLINE_TIMER) > 0;
+    if (ioctl(k->vm, KVM_CHECK_EXTENSION, KVM_CAP_SET_GUEST_DEBUG) > 0) {
+        int flags = ioctl(k->vm, KVM_CHECK_EXTENSION, KVM_CAP_SET_GUEST_DEBUG2);   /* 0 on kernels before 5.12 */
+
+        k->guest_debug = KVM_GUESTDBG_ENABLE | (flags > 0 ? (u32)flags : 0);
+    }
     return 0;
 }
 
@@ -302,7 +307,7 @@ static void exit_mmio(struct vcpu *v)
 static const char *exit_name(u32 reason)
 {
     static const char *const name[] = {
-        [KVM_EXIT_UNKNOWN] = "unknown", [KVM_EXIT_IO] = "io", [KVM_EXIT_HLT] = "hlt", [KVM_EXIT_MMIO] = "mmio",
+        [KVM_EXIT_UNKNOWN] = "unknown", [KVM_EXIT_IO] = "io", [KVM_EXIT_DEBUG] = "debug", [KVM_EXIT_HLT] = "hlt", [KVM_EXIT_MMIO] = "mmio",
         [KVM_EXIT_SHUTDOWN] = "shutdown",
         [KVM_EXIT_FAIL_ENTRY] = "failed entry", [KVM_EXIT_INTR] = "signal",
         [KVM_EXIT_INTERNAL_ERROR] = "internal error",
@@ -353,6 +358,11 @@ static bool handle_exit(struct vcpu *v, enum run_exit *why)
         return true;
     case KVM_EXIT_INTR:
         return true;
+    case KVM_EXIT_DEBUG:
+        if (kvm_debug_exit(v) == 0 && !v->debug.stop)
+            return true;
+        *why = v->debug.stop ? RUN_DEBUG : RUN_FAILED;
+        return false;
     case KVM_EXIT_SHUTDOWN:
         c->shut_down = true;
         *why = RUN_SHUTDOWN;
@@ -401,15 +411,11 @@ static void take_events(struct vcpu *v, u32 events)
         ioctl(kvcpu_of(v)->fd, KVM_NMI, 0);
 }
 
-static enum run_exit run(struct vcpu *v)
+static enum run_exit run_guest(struct vcpu *v)
 {
     struct kvm_vcpu *c = kvcpu_of(v);
     enum run_exit why = RUN_OUTSIDE;
 
-    if (!atomic_load_explicit(&c->known, memory_order_relaxed))
-        learn_thread(c);
-    if (c->shut_down)
-        return RUN_SHUTDOWN;
     do {
         __atomic_store_n(&c->run->immediate_exit, 0, __ATOMIC_SEQ_CST);
         u32 events = atomic_load(&v->events);
@@ -420,6 +426,27 @@ static enum run_exit run(struct vcpu *v)
         if (unlikely(kvm_of(v->m)->epoch != v->m->ram->epoch) && slots_sync(v->m) < 0)
             return RUN_FAILED;
     } while (run_once(v, &why));
+    return why;
+}
+
+static enum run_exit run(struct vcpu *v)
+{
+    struct kvm_vcpu *c = kvcpu_of(v);
+    enum run_exit why;
+
+    if (!atomic_load_explicit(&c->known, memory_order_relaxed))
+        learn_thread(c);
+    if (c->shut_down)
+        return RUN_SHUTDOWN;
+    if (unlikely(v->debug.stop))
+        return RUN_DEBUG;
+    if (unlikely(v->m->debug.attached || c->debug.control) && kvm_debug_enter(v) < 0)
+        return RUN_FAILED;
+    why = run_guest(v);
+    if (unlikely(c->step.active) && kvm_debug_leave(v) < 0)
+        why = RUN_FAILED;
+    if (why == RUN_DEBUG)
+        v->debug.step = v->debug.pass = false;
     return why;
 }
 
@@ -436,5 +463,7 @@ const struct engine kvm_engine = {
     .cpuid_limit = kvm_cpuid_limit,
     .time_stop = kvm_time_stop,
     .time_start = kvm_time_start,
+    .debug_points = DEBUG_POINTS_MAX,
+    .debug_check = kvm_debug_check,
     .irqchip = &kvm_irqchip,
 };

@@ -3,7 +3,7 @@
  * this.
  *
  * kvm.c: machine, memory, the run loop. features.c: CPUID and MSR policy. state.c: struct x86 in and out. chips.c: the
- * kernel's interrupt chips, and time.
+ * kernel's interrupt chips, and time. debug.c: a debugger's wishes.
  */
 #pragma once
 
@@ -16,6 +16,35 @@
 
 #define KVM_MSRS_MAX 64
 
+/* How a debugger's wishes are heeded while the guest runs (debug.c). */
+struct kvm_plan_register {
+    u64 la;
+    u8 len, type;                                                  /* type: DR7's R/W */
+    int watch;                                                     /* which watchpoint it is a part of; -1: a breakpoint */
+};
+
+struct kvm_plan_soft {
+    u64 la, gpa;
+    u8 old;
+    bool in;                                                       /* INT3 stands there, and `old` belongs there */
+};
+
+struct kvm_plan {
+    struct kvm_plan_register reg[4];
+    struct kvm_plan_soft soft[DEBUG_POINTS_MAX];
+    unsigned registers, softs;
+};
+
+enum kvm_step_kind { KVM_STEP_OTHER, KVM_STEP_PUSHF, KVM_STEP_SYSCALL };
+
+struct kvm_step {
+    bool active;
+    bool own_tf;                                                   /* the guest has set TF itself */
+    bool over;                                                     /* it passes the breakpoint in memory at over_la */
+    enum kvm_step_kind kind;
+    u64 over_la, target;                                           /* target: KVM_STEP_SYSCALL */
+};
+
 struct kvm_machine {
     int sys, vm;                                                   /* /dev/kvm; the machine */
     size_t run_size;                                               /* of the page that a vCPU shares with the kernel */
@@ -25,6 +54,8 @@ struct kvm_machine {
     u64 epoch;
     unsigned slots;
     bool time_stopped;
+    u32 guest_debug;                                               /* KVM_GUESTDBG_* that this kernel knows; 0: none */
+    struct kvm_plan plan;
 };
 
 struct kvm_vcpu {
@@ -35,6 +66,8 @@ struct kvm_vcpu {
     /* the last exit was an access that the next KVM_RUN completes */
     bool unfinished;
     bool shut_down;
+    struct kvm_guest_debug debug;                                  /* as the kernel knows it */
+    struct kvm_step step;
     u64 msr_there;                                                 /* which rows of state.c's table this kernel has */
     /* While guest time stands still: the local APIC's timer, which the kernel would let go on. */
     u32 held_initial, held_current;
@@ -63,6 +96,7 @@ void kvm_msr_policy(struct kvm_machine *k);                        /* which MSRs
 void kvm_msr_exit(struct vcpu *v);                                 /* KVM_EXIT_X86_RDMSR and WRMSR */
 
 /* state.c */
+int kvm_look(struct vcpu *v, struct x86 *x);                       /* general, segment and control registers only */
 void kvm_find_msrs(struct vcpu *v);
 int kvm_get(struct vcpu *v, struct x86 *x);
 int kvm_set(struct vcpu *v, const struct x86 *x);
@@ -80,3 +114,11 @@ void kvm_time_stop(struct machine *m);
 void kvm_time_start(struct machine *m);
 /* takes an interrupt that was not delivered after all back from service */
 int kvm_unack(struct vcpu *v, u8 vector);
+
+/* debug.c */
+int kvm_debug_check(const struct machine *m);                      /* engine.h: debug_check */
+void kvm_debug_start(struct machine *m);                           /* before the vCPUs run */
+void kvm_debug_stop(struct machine *m);                            /* they stand still */
+int kvm_debug_enter(struct vcpu *v);
+int kvm_debug_leave(struct vcpu *v);
+int kvm_debug_exit(struct vcpu *v);

@@ -371,6 +371,15 @@ static int set_rest(struct vcpu *v, const struct x86 *x)
     return 0;
 }
 
+int kvm_look(struct vcpu *v, struct x86 *x)
+{
+    int r;
+
+    memset(x, 0, sizeof *x);
+    r = get_regs(v, x);
+    return r < 0 ? r : get_sregs(v, x);
+}
+
 int kvm_get(struct vcpu *v, struct x86 *x)
 {
     int r;
