@@ -27,6 +27,7 @@ struct engine {
     void (*time_stop)(struct machine *m);                          /* before guest time stands still, and after it goes on; vCPUs are held. NULL: */
     void (*time_start)(struct machine *m);                         /* the engine has no clock of its own */
     bool counts_insns;                                             /* vcpu.insns is right without machine_tools.insns, too */
+    int (*dirty)(struct machine *m, unsigned run);                 /* vCPUs are held: notes (ram_mark_bits) the pages of that run that the guest wrote since the last call, while RAM is tracked. NULL: they are noted as they are written */
     unsigned debug_points;                                         /* how many breakpoints and watchpoints of a debugger it can heed at once */
     void (*stats)(const struct vcpu *v, struct stats *s);          /* what it knows besides counters, in groups of its own; any thread. NULL: nothing */
     int (*debug_check)(const struct machine *m);                   /* vCPUs are held: may m->debug be heeded as it is? 0, -ENOSPC, -EOPNOTSUPP. NULL: always */
@@ -38,3 +39,15 @@ extern const struct engine interp_engine, bt_engine, kvm_engine;
 /* By name; NULL if there is none. engine_names() is for messages: "interp, kvm". */
 const struct engine *engine_find(const char *name);
 const char *engine_names(void);
+
+/*
+ * Which pages of RAM the guest, its devices and the monitor write, for snapshots and migration. vCPUs are held, devices
+ * are quiescent or write by ram_begin_write().
+ *
+ *   untracked --machine_track(true): all pages are clean--> tracked --machine_track(false)--> untracked
+ *
+ * machine_dirty() adds run number i's written pages to bits (ram_run_words() of them) and makes them clean. A change of
+ * engine loses none. 0 or a negative errno with err().
+ */
+int machine_track(struct machine *m, bool on);
+int machine_dirty(struct machine *m, unsigned run, u64 *bits);

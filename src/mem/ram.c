@@ -21,6 +21,7 @@ int ram_init(struct ram *r)
 
 static void run_close(struct ram_run *run)
 {
+    free(run->dirty);
     if (run->hva)
         munmap(run->hva, run->size);
     if (run->fd >= 0)
@@ -59,6 +60,12 @@ static int run_open(struct ram_run *run)
     return 0;
 }
 
+static int run_track(struct ram_run *run)
+{
+    run->dirty = calloc(ram_run_words(run), sizeof *run->dirty);
+    return run->dirty ? 0 : err(-ENOMEM, "guest memory: out of host memory for what was written");
+}
+
 /* The index of the first run that ends beyond gpa. */
 static unsigned run_index(const struct ram *r, u64 gpa)
 {
@@ -86,6 +93,8 @@ int ram_add(struct ram *r, u64 gpa, u64 size)
         return err(-ENOMEM, "guest memory: out of host memory");
     r->run = table;
     int e = run_open(&run);
+    if (!e && r->tracked && (e = run_track(&run)))
+        run_close(&run);
     if (e)
         return e;
     memmove(&table[i + 1], &table[i], (r->runs - i) * sizeof *table);
@@ -104,6 +113,7 @@ void ram_clear(struct ram *r)
             continue;
         if (fallocate(run->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)run->offset, (off_t)run->size) < 0)
             memset(run->hva, 0, run->size);
+        ram_mark(r, run->gpa, run->size);
     }
     r->epoch++;                                                    /* nobody was told of writes */
 }
@@ -211,4 +221,59 @@ void ram_end_write(struct ram *r, u64 gpa, u64 len)
 {
     if (r->on_end_write)
         r->on_end_write(r->on_write_arg, gpa, len);
+    ram_mark(r, gpa, len);
+}
+
+/* ---- which pages were written ---- */
+int ram_track(struct ram *r, bool on)
+{
+    int e = 0;
+    for (unsigned i = 0; i < r->runs; i++) {
+        free(r->run[i].dirty);
+        r->run[i].dirty = NULL;
+        if (on && !e)
+            e = run_track(&r->run[i]);
+    }
+    r->tracked = on && !e;
+    r->clean_epoch++;
+    return e;
+}
+
+static void mark_pages(struct ram_run *run, u64 first, u64 last)
+{
+    for (u64 page = first; page <= last; page++)
+        if (!(atomic_load_explicit(&run->dirty[page / 64], memory_order_relaxed) & BIT(page % 64)))
+            atomic_fetch_or(&run->dirty[page / 64], BIT(page % 64));
+}
+
+void ram_mark(struct ram *r, u64 gpa, u64 len)
+{
+    if (likely(!r->tracked) || !len)
+        return;
+    for (unsigned i = run_index(r, gpa); i < r->runs; i++) {
+        struct ram_run *run = &r->run[i];
+        u64 first = gpa > run->gpa ? gpa - run->gpa : 0;
+        if (run->gpa > gpa && run->gpa - gpa >= len)
+            break;
+        u64 last = MIN(gpa + (len - 1) - run->gpa, run->size - 1);
+        if (run->dirty)
+            mark_pages(run, first >> PAGE_SHIFT, last >> PAGE_SHIFT);
+    }
+}
+
+void ram_mark_bits(struct ram *r, unsigned i, const u64 *bits)
+{
+    struct ram_run *run = &r->run[i];
+    for (u64 n = 0; run->dirty && n < ram_run_words(run); n++)
+        if (bits[n])
+            atomic_fetch_or(&run->dirty[n], bits[n]);
+}
+
+void ram_take_dirty(struct ram *r, unsigned i, u64 *bits)
+{
+    struct ram_run *run = &r->run[i];
+    for (u64 n = 0; run->dirty && n < ram_run_words(run); n++)
+        if (atomic_load_explicit(&run->dirty[n], memory_order_relaxed))
+            bits[n] |= atomic_exchange(&run->dirty[n], 0);
+    r->clean_epoch++;
 }

@@ -5,10 +5,14 @@
  * valid until the table changes (ram_epoch); software TLBs drop what they hold then. Device models write guest memory only
  * between ram_begin_write() and ram_end_write(), or by ram_write(), so that engines see DMA.
  *
- * Threads: look-ups and accesses from any; changes of the table only while all vCPUs stand still.
+ * While it is *tracked*, each run has a bitmap of the pages that were written: the monitor's own writes are noted here, the guest's by its
+ * engine (engine.h: machine_track(), machine_dirty()).
+ *
+ * Threads: look-ups, accesses and notes from any; changes of the table, and of what is tracked, only while all vCPUs stand still.
  */
 #pragma once
 
+#include <stdatomic.h>
 #include <sys/uio.h>
 
 #include "base/types.h"
@@ -21,6 +25,7 @@ struct ram_run {
     u64 offset;                                                    /* in fd */
     enum ram_state state;
     u8 *hva;                                                       /* where it is mapped now; NULL when absent */
+    _Atomic u64 *dirty;                                            /* a bit for each page; NULL when not tracked */
 };
 
 struct ram {
@@ -28,6 +33,8 @@ struct ram {
     unsigned runs;
     u64 epoch;                                                     /* counts changes of the table, and of all that it holds (ram_clear) */
     u64 size;                                                      /* bytes in all runs */
+    bool tracked;
+    u64 clean_epoch;                                               /* counts when pages became clean: a right to write without a note is over then */
     /* Engines that cache or protect guest memory: called around every device write. Set before the VM runs. */
     void (*on_begin_write)(void *arg, u64 gpa, u64 len);
     void (*on_end_write)(void *arg, u64 gpa, u64 len);
@@ -55,3 +62,16 @@ int ram_write(struct ram *r, u64 gpa, const void *buf, u64 len);
 int ram_iov(const struct ram *r, u64 gpa, u64 len, struct iovec *iov, unsigned *n, unsigned max);
 void ram_begin_write(struct ram *r, u64 gpa, u64 len);
 void ram_end_write(struct ram *r, u64 gpa, u64 len);
+
+/* Begins (with all pages clean) or ends tracking. vCPUs and devices stand still. */
+int ram_track(struct ram *r, bool on);
+/* Notes that a page was, or is about to be, written. Cheap when nothing is tracked. Any thread. */
+void ram_mark(struct ram *r, u64 gpa, u64 len);
+static inline u64 ram_run_words(const struct ram_run *run)         /* of a bitmap of its pages */
+{
+    return ((run->size >> PAGE_SHIFT) + 63) / 64;
+}
+/* Notes the pages of bits in run number i. */
+void ram_mark_bits(struct ram *r, unsigned i, const u64 *bits);
+/* Adds run number i's noted pages to bits and forgets them. */
+void ram_take_dirty(struct ram *r, unsigned i, u64 *bits);

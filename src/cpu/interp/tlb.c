@@ -194,7 +194,15 @@ static void note_large(struct tlb_view *v, u64 la, u64 size)
     v->large_hi[half] = MAX(v->large_hi[half], la | (size - 1));
 }
 
-static void entry_fill(struct icpu *c, struct tlb_view *v, const struct mmu_ctx *ctx, u64 la, const struct mmu_map *map)
+/* While RAM is tracked, only a write opens a page for writing; that notes it once for all. */
+static bool opens_for_writing(struct icpu *c, u64 gpa, enum mmu_access access)
+{
+    if (unlikely(c->v->m->ram->tracked) && access == MMU_WRITE)
+        ram_mark(c->v->m->ram, gpa, 1);
+    return likely(!c->v->m->ram->tracked) || access == MMU_WRITE;
+}
+
+static void entry_fill(struct icpu *c, struct tlb_view *v, const struct mmu_ctx *ctx, u64 la, const struct mmu_map *map, enum mmu_access access)
 {
     u64 page = la & PAGE_MASK, gpa = map->gpa & PAGE_MASK;
     unsigned slot = la >> PAGE_SHIFT & (TLB_SIZE - 1);
@@ -211,7 +219,7 @@ static void entry_fill(struct icpu *c, struct tlb_view *v, const struct mmu_ctx 
     entry_clear(e);
     if (!mmu_allows(ctx, map, MMU_READ))
         e->tag[MMU_READ] = page | slow;
-    if (map->dirty && !mmu_allows(ctx, map, MMU_WRITE))
+    if (map->dirty && !mmu_allows(ctx, map, MMU_WRITE) && opens_for_writing(c, gpa, access))
         e->tag[MMU_WRITE] = page | slow | (code_in_page(c->code, gpa) || codepage_is_code(c, gpa) ? TLB_CODE : 0);
     if (!mmu_allows(ctx, map, MMU_EXEC))
         e->tag[MMU_EXEC] = page | (slow & TLB_MMIO);
@@ -237,7 +245,7 @@ struct tlb_entry *tlb_lookup(struct icpu *c, enum tlb_view_id view, u64 la, enum
         *error = fault & ~MMU_FAULT;
         return NULL;
     }
-    entry_fill(c, v, &ctx, la, &map);
+    entry_fill(c, v, &ctx, la, &map, access);
     return e;
 }
 
@@ -281,6 +289,10 @@ void tlb_views(struct icpu *c)
 void tlb_check_epoch(struct icpu *c)
 {
     u64 epoch = c->v->m->ram->epoch;
+    if (unlikely(c->tlb->clean_epoch != c->v->m->ram->clean_epoch)) {
+        c->tlb->clean_epoch = c->v->m->ram->clean_epoch;
+        tlb_flush_all(c);
+    }
     if (likely(c->tlb->epoch == epoch))
         return;
     c->tlb->epoch = epoch;

@@ -54,7 +54,7 @@ struct tlb {
     enum tlb_view_id cur;              /* that data accesses at the current privilege use */
     struct tlb_key key;
     u64 generation;                    /* counts flushes; part of icpu.code_tag */
-    u64 epoch;                         /* of the RAM table */
+    u64 epoch, clean_epoch;            /* of the RAM table (ram.h) */
     bool watch;                        /* DR7 enables a data breakpoint */
 };
 

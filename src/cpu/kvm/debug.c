@@ -305,59 +305,42 @@ static void begin_step(struct vcpu *v, const struct x86 *x, struct kvm_guest_deb
         set_register(g, p->registers, s->target, 1, DR_EXECUTE);
 }
 
-/* What the processor is to heed, but for steps. */
+/*
+ * What the processor is to heed, but for steps. Who goes on from a breakpoint takes one step without it: RF would do for
+ * a register, but KVM does not look at RF where it emulates an instruction.
+ */
 static void wanted(const struct vcpu *v, struct kvm_guest_debug *g)
 {
+    const struct kvm_step *s = &kvcpu_of(v)->step;
     const struct kvm_plan *p = &kvm_of(v->m)->plan;
 
     *g = (struct kvm_guest_debug){ .control = KVM_GUESTDBG_ENABLE };
     if (p->softs)
         g->control |= KVM_GUESTDBG_USE_SW_BP;
     for (unsigned i = 0; i < p->registers; i++)
-        set_register(g, i, p->reg[i].la, p->reg[i].len, p->reg[i].type);
-}
-
-/* RF covers the instruction at a breakpoint in a register (SDM vol. 3B 17.3.1.1); one in memory is not there yet. */
-static int begin_pass(struct vcpu *v, const struct x86 *x, bool *over)
-{
-    struct kvm_plan *p = &kvm_of(v->m)->plan;
-    struct kvm_plan_soft *s = find_soft(p, linear_rip(x));
-    struct kvm_regs r;
-
-    *over = s && !s->in;
-    if (*over)
-        return 0;
-    v->debug.pass = false;
-    if (ioctl(kvcpu_of(v)->fd, KVM_GET_REGS, &r) < 0)
-        return err(-errno, "KVM_GET_REGS: %s", strerror(errno));
-    r.rflags |= FLAG_RF;
-    if (ioctl(kvcpu_of(v)->fd, KVM_SET_REGS, &r) < 0)
-        return err(-errno, "KVM_SET_REGS: %s", strerror(errno));
-    return 0;
+        if (!s->over || p->reg[i].type != DR_EXECUTE || p->reg[i].la != s->over_la)
+            set_register(g, i, p->reg[i].la, p->reg[i].len, p->reg[i].type);
 }
 
 int kvm_debug_enter(struct vcpu *v)
 {
     struct kvm_vcpu *c = kvcpu_of(v);
     struct kvm_guest_debug g = { 0 };
-    bool over = false;
     struct x86 x;
+    int r;
 
     c->step = (struct kvm_step){ 0 };
-    if (v->m->debug.attached) {
+    if (v->m->debug.attached && (v->debug.pass || v->debug.step)) {
+        if ((r = kvm_look(v, &x)) < 0)
+            return r;
+        c->step.over_la = linear_rip(&x);
+        c->step.over = v->debug.pass && debug_point_at(&v->m->debug, c->step.over_la);
+        v->debug.pass = c->step.over;
         wanted(v, &g);
-        if (v->debug.pass || v->debug.step) {
-            int r = kvm_look(v, &x);
-
-            if (r == 0 && v->debug.pass)
-                r = begin_pass(v, &x, &over);
-            if (r < 0)
-                return r;
-            if (over || v->debug.step)
-                begin_step(v, &x, &g);
-            c->step.over = over;
-            c->step.over_la = linear_rip(&x);
-        }
+        if (c->step.over || v->debug.step)
+            begin_step(v, &x, &g);
+    } else if (v->m->debug.attached) {
+        wanted(v, &g);
     }
     /* a step begins where RIP is now: KVM looks when it is told */
     return c->step.active || memcmp(&g, &c->debug, sizeof g) ? apply(v, &g) : 0;
@@ -374,7 +357,7 @@ static int end_step(struct vcpu *v)
     u64 la;
     u8 b;
 
-    kvcpu_of(v)->step.active = false;
+    kvcpu_of(v)->step = (struct kvm_step){ 0 };
     wanted(v, &g);
     if (kvm_look(v, &x) < 0 || apply(v, &g) < 0)
         return -EIO;
@@ -430,8 +413,8 @@ static void stop(struct vcpu *v, enum debug_stop why, const struct debug_watch *
     }
 }
 
-/* Behind the step that passed a breakpoint in memory the byte goes in. */
-static int passed(struct vcpu *v, u64 la)
+/* Behind the step that passed a breakpoint in memory its byte goes in. */
+static void passed(struct vcpu *v, u64 la)
 {
     struct kvm_machine *k = kvm_of(v->m);
     struct kvm_plan_soft *s = find_soft(&k->plan, la);
@@ -441,7 +424,6 @@ static int passed(struct vcpu *v, u64 la)
     if (s)
         soft_in(v->m, s);
     pthread_mutex_unlock(&k->lock);
-    return 0;
 }
 
 static int on_debug_trap(struct vcpu *v, u64 dr6)
@@ -453,7 +435,7 @@ static int on_debug_trap(struct vcpu *v, u64 dr6)
     int r = stepped ? end_step(v) : 0;
 
     if (stepped && s.over)
-        r = r < 0 ? r : passed(v, s.over_la);
+        passed(v, s.over_la);
     if (stepped && v->debug.step)
         stop(v, DEBUG_STEPPED, NULL);
     for (unsigned i = 0; i < p->registers; i++)

@@ -37,7 +37,7 @@
 
 /* ---- memory ---- */
 
-static int slot_set(struct kvm_machine *k, unsigned slot, const struct ram_run *run)
+static int slot_set(struct kvm_machine *k, unsigned slot, const struct ram_run *run, bool log)
 {
     struct kvm_userspace_memory_region r = { .slot = slot };
 
@@ -45,33 +45,77 @@ static int slot_set(struct kvm_machine *k, unsigned slot, const struct ram_run *
         r.guest_phys_addr = run->gpa;
         r.memory_size = run->size;
         r.userspace_addr = (u64)run->hva;
+        r.flags = log ? KVM_MEM_LOG_DIRTY_PAGES : 0;
     }
     if (ioctl(k->vm, KVM_SET_USER_MEMORY_REGION, &r) < 0 && run)
         return err(-errno, "kvm: cannot map guest memory at 0x%llx: %s", (unsigned long long)run->gpa, strerror(errno));
     return 0;
 }
 
+static bool slots_stale(const struct machine *m)
+{
+    return kvm_of(m)->epoch != m->ram->epoch || kvm_of(m)->logging != m->ram->tracked;
+}
+
 /* Makes the slots show the table of runs. The table changes only while all vCPUs stand still; the first that runs again
-   comes here. */
+   comes here. A slot that is made anew has forgotten what it noted. */
 static int slots_sync(struct machine *m)
 {
     struct kvm_machine *k = kvm_of(m);
-    const struct ram *ram = m->ram;
+    struct ram *ram = m->ram;
     int r = 0;
 
     pthread_mutex_lock(&k->lock);
-    if (k->epoch != ram->epoch) {
-        while (k->slots)
-            slot_set(k, --k->slots, NULL);
-        for (unsigned i = 0; r == 0 && i < ram->runs; i++)
-            if (ram->run[i].hva) {
-                r = slot_set(k, k->slots, &ram->run[i]);
-                k->slots++;
-            }
-        if (r == 0)
-            k->epoch = ram->epoch;
+    bool table = k->epoch != ram->epoch, forgets = table && k->logging && ram->tracked;
+    while (table && k->slots)
+        slot_set(k, --k->slots, NULL, false);
+    for (unsigned i = 0, slot = 0; r == 0 && slots_stale(m) && i < ram->runs; i++) {
+        if (!ram->run[i].hva)
+            continue;
+        r = slot_set(k, slot++, &ram->run[i], ram->tracked);
+        k->slots = MAX(k->slots, slot);
+        if (forgets)
+            ram_mark(ram, ram->run[i].gpa, ram->run[i].size);
+    }
+    if (r == 0) {
+        k->epoch = ram->epoch;
+        k->logging = ram->tracked;
     }
     pthread_mutex_unlock(&k->lock);
+    return r;
+}
+
+/* ---- the log of written pages ---- */
+
+static unsigned slot_of(const struct ram *ram, unsigned run)
+{
+    unsigned slot = 0;
+
+    for (unsigned i = 0; i < run; i++)
+        slot += ram->run[i].hva != NULL;
+    return slot;
+}
+
+static int dirty(struct machine *m, unsigned run)
+{
+    struct kvm_dirty_log log = { .slot = slot_of(m->ram, run) };
+    u64 *bits;
+    int r;
+
+    if (!m->ram->tracked || !m->ram->run[run].hva)
+        return 0;
+    r = slots_stale(m) ? slots_sync(m) : 0;
+    if (r < 0)
+        return r;
+    bits = calloc(ram_run_words(&m->ram->run[run]), sizeof *bits);
+    if (!bits)
+        return err(-ENOMEM, "kvm: out of memory");
+    log.dirty_bitmap = bits;
+    if (ioctl(kvm_of(m)->vm, KVM_GET_DIRTY_LOG, &log) < 0)
+        r = err(-errno, "kvm: cannot learn what the guest wrote: %s", strerror(errno));
+    else
+        ram_mark_bits(m->ram, run, bits);
+    free(bits);
     return r;
 }
 
@@ -142,6 +186,9 @@ static void machine_close(struct machine *m)
 
     if (!k)
         return;
+    for (unsigned i = 0; k->logging && m->ram->tracked && i < m->ram->runs; i++)
+        if (dirty(m, i) < 0)                                       /* another engine goes on: better too many than too few */
+            ram_mark(m->ram, m->ram->run[i].gpa, m->ram->run[i].size);
     if (k->vm >= 0)
         close(k->vm);
     if (k->sys >= 0)
@@ -423,7 +470,7 @@ static enum run_exit run_guest(struct vcpu *v)
             return come_to_rest(v, &why) ? RUN_OUTSIDE : why;
         if (unlikely(events))
             take_events(v, events);
-        if (unlikely(kvm_of(v->m)->epoch != v->m->ram->epoch) && slots_sync(v->m) < 0)
+        if (unlikely(slots_stale(v->m)) && slots_sync(v->m) < 0)
             return RUN_FAILED;
     } while (run_once(v, &why));
     return why;
@@ -463,6 +510,7 @@ const struct engine kvm_engine = {
     .cpuid_limit = kvm_cpuid_limit,
     .time_stop = kvm_time_stop,
     .time_start = kvm_time_start,
+    .dirty = dirty,
     .debug_points = DEBUG_POINTS_MAX,
     .debug_check = kvm_debug_check,
     .irqchip = &kvm_irqchip,

@@ -53,6 +53,7 @@ struct kvm_machine {
     /* of the table of runs that the slots show; 0: none */
     u64 epoch;
     unsigned slots;
+    bool logging;                                                  /* the kernel notes what the guest writes */
     bool time_stopped;
     u32 guest_debug;                                               /* KVM_GUESTDBG_* that this kernel knows; 0: none */
     struct kvm_plan plan;
