@@ -328,6 +328,18 @@ static int open_command(struct run *run)
     return command_new(&config, &run->command);
 }
 
+/* The probe liked it and yet it fails: auto does not give up for that. Other reasons of failure fail again. */
+static int without_kvm(struct run *run, struct vm_config *config)
+{
+    char why[400];
+    snprintf(why, sizeof(why), "%s", err_last());
+    config->engine = &interp_engine;
+    int r = vm_new(config, &run->vm);
+    if (r == 0 && !run->options.quiet)
+        fprintf(run->stderr_stream, "engine: %s (%s)\n", config->engine->name, why);
+    return r;
+}
+
 static int open_vm(struct run *run, const struct engine *engine)
 {
     const struct run_options *o = &run->options;
@@ -346,6 +358,8 @@ static int open_vm(struct run *run, const struct engine *engine)
     };
     config.port = command_ports(run->command, &config.ports);
     int r = vm_new(&config, &run->vm);
+    if (r < 0 && engine == &kvm_engine && !strcmp(o->engine, "auto"))
+        r = without_kvm(run, &config);
     if (r < 0)
         return r;
     command_attach(run->command, run->vm);

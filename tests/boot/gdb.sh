@@ -2,6 +2,7 @@
 # The gdb stub with the real gdb: source-level debugging of a bare-metal program, a Debian kernel with symbols (made from
 # its own kallsyms), attaching to a guest that runs, and clients that misbehave.
 . "$(dirname "$0")/../lib/tap.sh"
+. "$(dirname "$0")/../lib/symbols.sh"
 here=$(cd "$(dirname "$0")" && pwd)
 ENGINE=${GDB_ENGINE:-interp}
 sock=$tmp/gdb
@@ -107,17 +108,8 @@ says "and shows where" 'eip +0x90000000'
 is "then it is the end" "$status" 71
 
 # --- a Debian kernel ---
-# The kernel's own list of symbols becomes an ELF file: three sections without contents, and symbols in them.
 doppel run --engine "$ENGINE" --append nokaslr -- cat /proc/kallsyms
-awk '
-    function begin(name, flags) { printf ".section .%s,\"%s\",@nobits\n%s_base:\n.skip 0x1000000\n", name, flags, name }
-    BEGIN { begin("ktext", "ax"); begin("kdata", "aw"); begin("kinit", "ax"); split("ktext kdata kinit", base) }
-    $1 ~ /^ffffffff8[123]/ && $3 ~ /^[A-Za-z_][A-Za-z0-9_]*$/ && !seen[$3]++ {
-        printf ".globl %s\n.type %s,@%s\n.set %s,%s_base+0x%s\n", $3, $3, tolower($2) == "t" ? "function" : "object",
-            $3, base[substr($1, 10, 1)], substr($1, 11)
-    }' "$tmp/out" >"$tmp/sym.s"
-as -o "$tmp/sym.o" "$tmp/sym.s" && ld -e 0 --section-start=.ktext=0xffffffff81000000 \
-    --section-start=.kdata=0xffffffff82000000 --section-start=.kinit=0xffffffff83000000 -o "$tmp/vmlinux" "$tmp/sym.o"
+symbols_make "$tmp/out" "$tmp/vmlinux"
 
 start --cpus 2 --gdb "unix:$sock,wait" --append nokaslr -- sh -c \
     'uname -r; i=0; while [ $i -lt 50 ]; do cat /proc/uptime >/dev/null; i=$((i+1)); done; echo done'

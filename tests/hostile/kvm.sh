@@ -1,5 +1,6 @@
 #!/bin/bash
-# /dev/kvm that may not be used: a clear message from --engine kvm, another engine from auto, and doctor says why.
+# /dev/kvm that may not be used, or refuses: a clear message from --engine kvm, another engine from auto, and doctor says
+# why. Refusals (tests/kvm/refuse.sh) need a /dev/kvm of any kind: without one they run inside QEMU.
 . "$(dirname "$0")/../lib/tap.sh"
 chmod 755 "$tmp"
 cp "$DOPPEL" "$tmp/doppel"
@@ -19,4 +20,20 @@ else
     is "--engine kvm: fails" "$([ $status != 0 ] && [ $status != 124 ] && echo yes)" yes
     like "doctor says why" "$(as_nobody doctor)" 'kvm  *(no /dev/kvm|/dev/kvm is there but cannot be used: permission)'
 fi
+
+# --- refusals ---
+build=${BUILD:-$top/build}
+if [ -w /dev/kvm ]; then
+    (cd "$tmp" && REFUSE=$build/hostile/kvm_refuse.so KERNEL=$build/hostile/once.elf DOPPEL=$DOPPEL sh "$top/tests/kvm/refuse.sh") >"$tmp/result" 2>&1
+elif . "$top/tests/lib/nested.sh" && nested_build "$tmp/nested" 2>"$tmp/err"; then
+    nested_add "$tmp/nested" "$build/hostile/kvm_refuse.so" /bin/kvm_refuse.so
+    cp "$build/hostile/once.elf" "$top/tests/kvm/refuse.sh" "$tmp/nested/root/"
+    nested_run "$tmp/nested" 400 'REFUSE=/bin/kvm_refuse.so KERNEL=/once.elf DOPPEL=/bin/doppel sh /refuse.sh' >"$tmp/result"
+else
+    echo "not ok a machine of QEMU's can be made: $(tail -n 1 "$tmp/err")" >"$tmp/result"
+fi
+while IFS= read -r line; do
+    case $line in 'ok '*) ok "${line#ok }" ;; 'not ok '*) not_ok "${line#not ok }" ;; esac
+done <"$tmp/result"
+like "the list of ioctls is not empty" "$(grep -c 'ioctl [0-9]* refused' "$tmp/result")" '^[1-9][0-9]$'
 done_testing
