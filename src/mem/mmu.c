@@ -9,17 +9,6 @@
 #include <errno.h>
 #include <string.h>
 
-/* Paging-structure entries */
-#define PTE_P   BIT(0)
-#define PTE_W   BIT(1)
-#define PTE_U   BIT(2)
-#define PTE_A   BIT(5)
-#define PTE_D   BIT(6)
-#define PTE_PS  BIT(7)
-#define PTE_G   BIT(8)
-#define PTE_NX  BIT(63)
-#define PTE_ADDR 0x000ffffffffff000ull
-
 /* Control register bits that matter here; mem sees no CPU state, so they are spelled again. */
 #define CR0_WP   BIT(16)
 #define CR0_PG   BIT(31)
@@ -268,6 +257,47 @@ int mmu_peek(const struct ram *ram, const struct mmu_ctx *ctx, u64 gva, u64 *gpa
         return -EFAULT;
     *gpa = w.base | (gva & (w.page_size - 1));
     return 0;
+}
+
+bool mmu_leaves(const struct ram *ram, const struct mmu_ctx *ctx, u64 gva, struct mmu_leaves *out)
+{
+    u64 table = ctx->cr3 & PTE_ADDR, above = PTE_W | PTE_U;
+    for (unsigned level = 4; level > 1; level--) {
+        u8 *hva;
+        u64 e = entry_read(ram, table + (gva >> (12 + 9 * (level - 1)) & 511) * 8, 8, &hva);
+        if (!(e & PTE_P) || e & reserved_bits(ctx, level, e))
+            return false;
+        if (e & PTE_PS) {
+            *out = (struct mmu_leaves){ .level = level, .above = above, .large = e };
+            return true;
+        }
+        if (!(e & PTE_A))
+            return false;
+        above = (above & (e | PTE_NX)) | (e & PTE_NX);
+        table = e & PTE_ADDR;
+    }
+    out->entry = (const u64 *)(const void *)ram_hva(ram, table);
+    out->level = 1;
+    out->above = above;
+    return out->entry;
+}
+
+bool mmu_leaf(const struct mmu_ctx *ctx, const struct mmu_leaves *t, u64 gva, u64 e, struct mmu_map *out)
+{
+    u64 size = BIT(12 + 9 * (t->level - 1));
+    if (!(e & PTE_P) || !(e & PTE_A) || e & reserved_bits(ctx, t->level, e))
+        return false;
+    *out = (struct mmu_map){
+        .gpa = (e & PTE_ADDR & ~(size - 1)) | (gva & (size - 1)),
+        .page_size = size,
+        .user = t->above & e & PTE_U,
+        .writable = t->above & e & PTE_W,
+        .executable = !((t->above | e) & PTE_NX) || !nx_enabled(ctx),
+        .global = e & PTE_G && ctx->cr4 & CR4_PGE,
+        .dirty = e & PTE_D,
+        .pkey = e >> 59 & 15,
+    };
+    return true;
 }
 
 bool mmu_load_pdptes(const struct ram *ram, u64 cr3, u8 phys_bits, u64 pdpte[4])

@@ -8,6 +8,17 @@
 
 #include "mem/ram.h"
 
+/* Paging-structure entries */
+#define PTE_P   BIT(0)
+#define PTE_W   BIT(1)
+#define PTE_U   BIT(2)
+#define PTE_A   BIT(5)
+#define PTE_D   BIT(6)
+#define PTE_PS  BIT(7)
+#define PTE_G   BIT(8)
+#define PTE_NX  BIT(63)
+#define PTE_ADDR 0x000ffffffffff000ull
+
 struct mmu_ctx {
     u64 cr0, cr3, cr4, efer;
     u64 pdpte[4];                                                  /* PAE: loaded by MOV CR3 (SDM vol. 3A 4.4.1) */
@@ -38,6 +49,20 @@ u32 mmu_allows(const struct mmu_ctx *ctx, const struct mmu_map *map, enum mmu_ac
 
 /* A walk for looking only (debugger, monitor): sets no bits, ignores rights. 0 or -EFAULT. */
 int mmu_peek(const struct ram *ram, const struct mmu_ctx *ctx, u64 gva, u64 *gpa);
+
+/*
+ * For who keeps translations of whole tables (4-level paging only): the leaf entries for the 2 MiB around gva. Nothing is set; a table that the processor
+ * would have to mark as accessed first counts as absent. false: nothing there that a TLB could hold.
+ */
+struct mmu_leaves {
+    const u64 *entry;                                              /* level 1: the 512 of the page table, in guest memory, which others write */
+    u64 large;                                                     /* level 2 and 3: the one that maps the large page */
+    u64 above;                                                     /* rights of the levels above: PTE_W, PTE_U of all, PTE_NX of any */
+    unsigned level;
+};
+bool mmu_leaves(const struct ram *ram, const struct mmu_ctx *ctx, u64 gva, struct mmu_leaves *out);
+/* What e, read from there, says about gva; false if it is not present, not accessed, or malformed: a TLB may not hold it. */
+bool mmu_leaf(const struct mmu_ctx *ctx, const struct mmu_leaves *t, u64 gva, u64 e, struct mmu_map *out);
 
 /* Loads the four PAE page-directory-pointer entries that cr3 points to; false if a reserved bit is set in a present one (#GP). */
 bool mmu_load_pdptes(const struct ram *ram, u64 cr3, u8 phys_bits, u64 pdpte[4]);

@@ -118,7 +118,7 @@ void ram_clear(struct ram *r)
     r->epoch++;                                                    /* nobody was told of writes */
 }
 
-static const struct ram_run *run_find(const struct ram *r, u64 gpa)
+const struct ram_run *ram_run_at(const struct ram *r, u64 gpa)
 {
     /* Nearly always one of the first two: below and above the PCI hole. */
     for (unsigned i = 0; i < r->runs && i < 2; i++)
@@ -132,14 +132,14 @@ static const struct ram_run *run_find(const struct ram *r, u64 gpa)
 
 u8 *ram_hva(const struct ram *r, u64 gpa)
 {
-    const struct ram_run *run = run_find(r, gpa);
+    const struct ram_run *run = ram_run_at(r, gpa);
     return run ? run->hva + (gpa - run->gpa) : NULL;
 }
 
 /* Host address of gpa and, in *n, how many of len bytes are there without a break. */
 static u8 *ram_piece(const struct ram *r, u64 gpa, u64 len, u64 *n)
 {
-    const struct ram_run *run = run_find(r, gpa);
+    const struct ram_run *run = ram_run_at(r, gpa);
     if (!run)
         return NULL;
     *n = MIN(len, run->size - (gpa - run->gpa));

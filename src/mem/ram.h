@@ -47,6 +47,8 @@ void ram_close(struct ram *r);
 int ram_add(struct ram *r, u64 gpa, u64 size);
 void ram_clear(struct ram *r);                                     /* all zero again, host memory given back; vCPUs stand still */
 
+/* The run that holds gpa, for who maps its file himself; NULL where there is no RAM. Any thread. */
+const struct ram_run *ram_run_at(const struct ram *r, u64 gpa);
 /* The host address of gpa, valid to the end of its page; NULL where there is no RAM. Any thread. */
 u8 *ram_hva(const struct ram *r, u64 gpa);
 /* The host address of [gpa, gpa + len) if it is contiguous in the host, else NULL. */

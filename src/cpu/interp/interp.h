@@ -116,6 +116,9 @@ struct icpu_bt {
     void (*protect)(struct icpu *c, u64 gpa);
     u64 tag, generation[2];        /* what struct bt_jump must match: as icpu.code_tag, but by generations of supervisor and user code (flushed) */
     struct bt *bt;
+    struct shadow *shadow;         /* NULL: there is none */
+    u64 delta_changes;             /* counts changes of delta */
+    u64 delta[3][512] __attribute__((aligned(64))); /* host less linear address, by view and PML4 slot: shadow.h */
 };
 
 struct icpu {

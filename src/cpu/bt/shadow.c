@@ -1,0 +1,740 @@
+/*
+ * The windowed shadow: contexts, fills, flushes. Model and rules: shadow.h; what is mapped where: shadow_map.c.
+ *
+ * Left out: 32-bit and PAE paging, 5-level paging, protection keys other than 0, supervisor pages in the lower half (all of them go the interpreter's way).
+ * Locking: none. Other vCPUs change page tables while they are read here, as they do under a processor's walk: entries are read once and whole.
+ */
+#define _GNU_SOURCE
+#include "cpu/bt/shadow.h"
+
+#include <errno.h>
+#include <sys/mman.h>
+
+#include "base/err.h"
+#include "cpu/bt/shadow_map.h"
+
+#define POPULATE_MAX 16u                                           /* runs up to so many pages are made present at once, in longer ones the host's own faults do it */
+#define MAPPINGS_MAX 16384u                                        /* per vCPU, also where the host would allow more */
+#define WINDOWS_TOTAL 192u                                         /* of all vCPUs, of 255 for which a process has addresses */
+#define WINDOWS_MIN 8u
+#define CONTEXT_SLOTS (SHADOW_SLOTS / 2)                           /* the lower half */
+
+static u64 cycles(void)
+{
+    return __builtin_ia32_rdtsc();
+}
+
+/* ---- what the guest's tables say ---- */
+struct look {                                                      /* at 2 MiB */
+    struct mmu_ctx ctx;
+    struct mmu_leaves t;
+    bool user;                                                     /* for a window of user pages */
+};
+
+static void look_begin(const struct icpu *c, struct look *k, bool user, bool open)
+{
+    const struct x86 *x = c->x;
+    k->ctx.cr0 = x->cr0;
+    k->ctx.cr3 = x->cr3;
+    k->ctx.cr4 = x->cr4;
+    k->ctx.efer = x->efer;
+    k->ctx.pkru = c->pkru;
+    k->ctx.phys_bits = (u8)cpuid_phys_bits(c->v->m->cpuid);
+    k->ctx.user = user && !open;
+    k->ctx.ac = open;
+    k->user = user;
+}
+
+static u64 look_raw(const struct look *k, u64 la)
+{
+    return k->t.level == 1 ? __atomic_load_n(&k->t.entry[la >> PAGE_SHIFT & (REGION_PAGES - 1)], __ATOMIC_RELAXED) : k->t.large;
+}
+
+/* The entry that a cell may hold for la: the frame's address, with CELL_W if the guest may write there and has done so before; 0: none. */
+static u64 look_entry(const struct look *k, u64 la, u64 raw)
+{
+    struct mmu_map map;
+    if (!mmu_leaf(&k->ctx, &k->t, la, raw, &map) || map.user != k->user || (map.user && map.pkey && k->ctx.cr4 & CR4_PKE))
+        return 0;
+    return (raw & CELL_IMAGE & ~PTE_ADDR) | (map.gpa & PAGE_MASK) | (map.writable && map.dirty ? CELL_W : 0);
+}
+
+/* ---- comparing what is mapped with what the guest's tables say now ---- */
+struct range {                                                     /* of pages that the host is to forget, the books have already */
+    u64 la, end;
+};
+
+static bool range_flush(struct shadow *s, struct shadow_window *w, struct range *g)
+{
+    bool ok = g->la == g->end || host_forget(s, w, g->la, g->end - g->la);
+    g->la = g->end = 0;
+    return ok;
+}
+
+/* false: the window is empty now, and its regions are gone. */
+static bool range_drop(struct shadow *s, struct shadow_window *w, struct range *g, struct shadow_region *r, u64 la, unsigned n)
+{
+    u64 end = la + n * PAGE_SIZE;
+    u32 before = s->pages;
+    pages_forget(s, r, la, n);
+    s->stats.dropped += before - s->pages;
+    if (g->la != g->end && g->end == la) {
+        g->end = end;
+        return true;
+    }
+    if (g->la != g->end && g->la == end) {
+        g->la = la;
+        return true;
+    }
+    bool ok = range_flush(s, w, g);
+    g->la = la;
+    g->end = end;
+    return ok;
+}
+
+static bool pages_downgrade(struct shadow *s, struct shadow_region *r, u64 la, unsigned n)
+{
+    u64 refused = s->stats.refused;
+    s->stats.downgraded += n;
+    pages_read_only(s, r, la, n);
+    return refused == s->stats.refused;
+}
+
+enum verdict { KEEP, READ_ONLY, DROP };
+
+/* What remains of a mapping made from an entry, now that the guest's says otherwise. */
+static enum verdict judge(u64 old, u64 now)
+{
+    if (!now || (now ^ old) & PTE_ADDR)
+        return DROP;
+    return old & CELL_W && !(now & CELL_W) ? READ_ONLY : KEEP;
+}
+
+static bool block_compare(struct shadow *s, struct shadow_window *w, struct shadow_region *r, const struct look *k, struct range *g)
+{
+    u64 now = k->t.level > 1 ? look_entry(k, r->la, k->t.large) : 0, old = r->block;
+    s->stats.compared++;
+    if (now == old && r->above == k->t.above)
+        return true;
+    enum verdict v = judge(old, now);
+    if (v == DROP)
+        return range_drop(s, w, g, r, r->la, REGION_PAGES);
+    r->above = k->t.above;
+    r->level = (u8)k->t.level;
+    cell_refresh(s, r, r->la, (now & ~CELL_W) | (old & CELL_W));
+    return v == KEEP || pages_downgrade(s, r, r->la, REGION_PAGES);
+}
+
+static bool cells_apply(struct shadow *s, struct shadow_window *w, struct shadow_region *r, enum verdict v, u64 la, u64 end, struct range *g)
+{
+    unsigned n = (unsigned)((end - la) >> PAGE_SHIFT);
+    if (!n || v == KEEP)
+        return true;
+    return v == DROP ? range_drop(s, w, g, r, la, n) : pages_downgrade(s, r, la, n);
+}
+
+static enum verdict cell_compare(struct shadow *s, struct shadow_region *r, const struct look *k, u64 la, bool same_above)
+{
+    u64 raw = look_raw(k, la), old = *cell(s, r, la);
+    if (likely(same_above && !((raw ^ old) & CELL_IMAGE)))
+        return KEEP;
+    u64 now = look_entry(k, la, raw);
+    enum verdict v = judge(old, now);
+    if (v != DROP)
+        cell_refresh(s, r, la, (now & ~CELL_W) | (old & CELL_W));
+    return v;
+}
+
+/* Runs of pages with the same fate are one call of the host. Behind each the region may be gone, with the last page in it. */
+static bool cells_compare(struct shadow *s, struct shadow_window *w, struct shadow_region *r, const struct look *k, u64 la, unsigned n, struct range *g)
+{
+    bool same_above = k->t.level == 1 && r->above == k->t.above;
+    enum verdict run = KEEP;
+    u64 from = la, end = la + n * PAGE_SIZE;
+    for (; la != end; la += PAGE_SIZE) {
+        enum verdict v = KEEP;
+        if (*cell(s, r, la)) {
+            s->stats.compared++;
+            v = cell_compare(s, r, k, la, same_above);
+        }
+        if (v == run)
+            continue;
+        if (!cells_apply(s, w, r, run, from, la, g))
+            return false;
+        run = v;
+        from = la;
+    }
+    return cells_apply(s, w, r, run, from, end, g);
+}
+
+/* Compares n pages from la on, or the whole region where more than single entries has changed. false: the window is empty now. */
+static bool region_compare(struct shadow *s, struct shadow_window *w, struct shadow_region *r, struct look *k, u64 la, unsigned n, struct range *g)
+{
+    if (!mmu_leaves(s->c->v->m->ram, &k->ctx, r->la, &k->t))
+        return range_drop(s, w, g, r, r->la, REGION_PAGES);
+    if (r->block)
+        return block_compare(s, w, r, k, g);
+    bool same = r->above == k->t.above && r->level == k->t.level;
+    if (same)
+        return cells_compare(s, w, r, k, la, n, g);
+    bool ok = cells_compare(s, w, r, k, r->la, REGION_PAGES, g);
+    r->above = k->t.above;                                         /* (of a free one, perhaps: no harm) */
+    r->level = (u8)k->t.level;
+    return ok;
+}
+
+static void window_compare(struct shadow *s, struct shadow_window *w, bool all)
+{
+    struct look k;
+    struct range g = { 0, 0 };
+    bool ok = true;
+    look_begin(s->c, &k, w->owner != SHADOW_SUPER, false);
+    for (u32 i = w->regions, next; ok && i; i = next) {
+        struct shadow_region *r = &s->region[i];
+        next = r->next;
+        if (all || r->nonglobal)
+            ok = region_compare(s, w, r, &k, r->la, REGION_PAGES, &g);
+    }
+    if (ok)
+        range_flush(s, w, &g);
+}
+
+static void space_compare(struct shadow *s, unsigned owner, bool all)
+{
+    for (u64 m = s->space[owner].windows; m; m &= m - 1) {
+        struct shadow_window *w = &s->window[__builtin_ctzll(m)];
+        if (all || w->nonglobal)
+            window_compare(s, w, all);
+    }
+    s->space[owner].stale = false;
+}
+
+/* One page, or all of a large one that it lies in. */
+static void page_compare(struct shadow *s, struct shadow_window *w, u64 la)
+{
+    struct look k;
+    struct range g = { 0, 0 };
+    bool ok = true;
+    la &= PAGE_MASK;
+    look_begin(s->c, &k, w->owner != SHADOW_SUPER, false);
+    struct shadow_region *r = region_find(s, w, la);
+    if (r && r->level < 3)
+        ok = r->level == 1 ? region_compare(s, w, r, &k, la, 1, &g) : region_compare(s, w, r, &k, r->la, REGION_PAGES, &g);
+    for (u32 i = w->huge ? w->regions : 0, next; ok && i; i = next) {
+        r = &s->region[i];
+        next = r->next;
+        if (r->level == 3 && !((r->la ^ la) >> 30))
+            ok = region_compare(s, w, r, &k, r->la, REGION_PAGES, &g);
+    }
+    if (ok)
+        range_flush(s, w, &g);
+}
+
+/* ---- contexts ---- */
+static bool four_level(const struct x86 *x)
+{
+    return x->cr0 & CR0_PG && x->efer & EFER_LMA;
+}
+
+static bool use_global(const struct icpu *c)
+{
+    return c->x->cr4 & CR4_PGE;
+}
+
+void shadow_reset(struct icpu *c)
+{
+    struct shadow *s = c->bt.shadow;
+    for (unsigned i = 0; i < SHADOW_WINDOWS; i++)
+        window_release(s, &s->window[i]);
+    for (unsigned i = 0; i < SHADOW_CONTEXTS; i++)
+        s->space[i].stale = false;
+    s->epoch = c->v->m->ram->epoch;
+    s->stats.resets++;
+}
+
+/* false: everything has been dropped, since nothing that was held can be compared with anything. */
+static bool comparable(struct icpu *c, struct shadow *s)
+{
+    if (likely(four_level(c->x) && s->epoch == c->v->m->ram->epoch))
+        return true;
+    shadow_reset(c);
+    return false;
+}
+
+void shadow_context(struct icpu *c, unsigned ctx)
+{
+    struct shadow *s = c->bt.shadow;
+    u64 start = cycles();
+    bug_on(ctx >= SHADOW_CONTEXTS);
+    s->stats.switches++;
+    if (comparable(c, s)) {
+        space_compare(s, SHADOW_SUPER, !use_global(c));
+        if (s->space[ctx].stale)
+            space_compare(s, ctx, true);
+    }
+    if (ctx != s->current) {
+        for (u64 m = s->space[s->current].windows; m; m &= m - 1)
+            window_open(s, &s->window[__builtin_ctzll(m)], false);
+        s->current = ctx;
+        s->tick++;
+        for (u64 m = s->space[ctx].windows; m; m &= m - 1) {
+            struct shadow_window *w = &s->window[__builtin_ctzll(m)];
+            w->used = s->tick;
+            window_open(s, w, true);
+        }
+    }
+    s->stats.flush_cycles += cycles() - start;
+}
+
+/* ---- flushes ---- */
+static void others_stale(struct shadow *s, unsigned except)
+{
+    for (unsigned i = 0; i < SHADOW_CONTEXTS; i++)
+        if (i != except)
+            s->space[i].stale = s->space[i].windows;
+}
+
+static void flush_page(struct shadow *s, u64 la)
+{
+    unsigned slot = la >> 39 & (SHADOW_SLOTS - 1), owner = slot < CONTEXT_SLOTS ? s->current : SHADOW_SUPER;
+    struct shadow_window *w = window_find(s, owner, slot);
+    s->stats.page_flushes++;
+    if (!tlb_canonical(la))
+        return;
+    if (w)
+        page_compare(s, w, la);
+    if (owner != SHADOW_SUPER && s->user_globals)
+        others_stale(s, s->current);
+}
+
+static void flush_space(struct icpu *c, struct shadow *s, unsigned ctx)
+{
+    s->stats.flushes++;
+    if (ctx != s->current) {
+        s->space[ctx].stale = s->space[ctx].windows;
+        return;
+    }
+    space_compare(s, ctx, true);
+    space_compare(s, SHADOW_SUPER, !use_global(c));
+}
+
+void shadow_flush(struct icpu *c, enum tlb_flush what, u64 la, unsigned ctx)
+{
+    struct shadow *s = c->bt.shadow;
+    u64 start = cycles();
+    bug_on(ctx >= SHADOW_CONTEXTS);
+    if (comparable(c, s)) {
+        if (what == FLUSH_PAGE) {
+            flush_page(s, la);
+        } else if (what == FLUSH_NONGLOBAL) {
+            flush_space(c, s, ctx);
+        } else {
+            s->stats.flushes++;
+            others_stale(s, s->current);
+            space_compare(s, s->current, true);
+            space_compare(s, SHADOW_SUPER, true);
+        }
+    }
+    s->stats.flush_cycles += cycles() - start;
+}
+
+void shadow_flush_in(struct icpu *c, u64 la, unsigned ctx)
+{
+    struct shadow *s = c->bt.shadow;
+    bug_on(ctx >= SHADOW_CONTEXTS);
+    if (ctx == s->current)
+        shadow_flush(c, FLUSH_PAGE, la, ctx);
+    else
+        s->space[ctx].stale = s->space[ctx].windows;
+}
+
+/* ---- fills ---- */
+static bool is_code(const struct shadow *s, u64 gpa)
+{
+    return s->is_code && s->is_code(s->c, gpa);
+}
+
+/* The entry to be mapped at la, its rights as they may be now. */
+static u64 fill_entry(struct shadow *s, const struct look *k, u64 la)
+{
+    u64 e = look_entry(k, la, look_raw(k, la));
+    return e & CELL_W && is_code(s, e & PTE_ADDR) ? e & ~CELL_W : e;
+}
+
+static bool fill_next(struct shadow *s, const struct look *k, const struct shadow_region *r, const struct ram_run *run, u64 la, u64 gpa, u64 like, u64 *e)
+{
+    if (*cell(s, r, la) || gpa - run->gpa >= run->size)
+        return false;
+    *e = fill_entry(s, k, la);
+    return *e && (*e & PTE_ADDR) == gpa && (*e & CELL_W) == (like & CELL_W);
+}
+
+/* la is not mapped: with as many neighbours as have contiguous frames and the same rights. */
+static enum shadow_result map_run(struct shadow *s, const struct look *k, struct shadow_region *r, u64 la, u64 e)
+{
+    const struct ram_run *run = ram_run_at(s->c->v->m->ram, e & PTE_ADDR);
+    unsigned at = la >> PAGE_SHIFT & (REGION_PAGES - 1), lo = at, hi = at + 1;
+    s->run[at] = e;
+    while (lo && fill_next(s, k, r, run, r->la + (lo - 1) * PAGE_SIZE, (e & PTE_ADDR) - (at - lo + 1) * PAGE_SIZE, e, &s->run[lo - 1]))
+        lo--;
+    while (hi < REGION_PAGES && fill_next(s, k, r, run, r->la + hi * PAGE_SIZE, (e & PTE_ADDR) + (hi - at) * PAGE_SIZE, e, &s->run[hi]))
+        hi++;
+    if (!cells_map(s, r, r->la + lo * PAGE_SIZE, hi - lo, &s->run[lo], run, hi - lo <= POPULATE_MAX))
+        return SHADOW_SLOW;
+    s->stats.pages += hi - lo;
+    return SHADOW_FILLED;
+}
+
+/* What is mapped at la already has the same frame and can be read. */
+static enum shadow_result upgrade(struct shadow *s, struct shadow_region *r, u64 la, u64 e)
+{
+    if (!pages_writable(s, r, la, 1))
+        return SHADOW_SLOW;
+    cell_refresh(s, r, la, e);
+    s->stats.upgrades++;
+    return SHADOW_FILLED;
+}
+
+static enum shadow_result fill_cells(struct shadow *s, struct shadow_window *w, const struct look *k, u64 la, bool write)
+{
+    struct shadow_region *r = region_find(s, w, la);
+    u64 e = fill_entry(s, k, la);
+    if (!e || (write && !(e & CELL_W)) || !ram_run_at(s->c->v->m->ram, e & PTE_ADDR))
+        return SHADOW_SLOW;
+    if (!r && !(r = region_new(s, w, la, true)))
+        return SHADOW_SLOW;
+    r->above = k->t.above;
+    r->level = (u8)k->t.level;
+    w->huge |= r->level == 3;
+    u64 old = *cell(s, r, la);
+    if (!old) {
+        enum shadow_result result = map_run(s, k, r, la, e);
+        if (!r->pages)
+            region_free(s, r);
+        return result;
+    }
+    if ((old ^ e) & PTE_ADDR) {                                    /* another frame, and the guest has not told: it need not */
+        s->run[0] = e;
+        s->stats.pages++;
+        return cells_map(s, r, la, 1, s->run, ram_run_at(s->c->v->m->ram, e & PTE_ADDR), true) ? SHADOW_FILLED : SHADOW_SLOW;
+    }
+    return write && !(old & CELL_W) ? upgrade(s, r, la, e) : SHADOW_SLOW;
+}
+
+/* The pages of a block that became writable which hold code, by the run. */
+static void block_code(struct shadow *s, struct shadow_region *r, u64 gpa)
+{
+    u64 refused = s->stats.refused;
+    for (unsigned i = 0, n; s->is_code && i < REGION_PAGES && refused == s->stats.refused; i += n) {
+        bool code = is_code(s, gpa + i * PAGE_SIZE);
+        for (n = 1; i + n < REGION_PAGES && is_code(s, gpa + (i + n) * PAGE_SIZE) == code; n++)
+            continue;
+        if (code)
+            pages_read_only(s, r, r->la + i * PAGE_SIZE, n);
+    }
+}
+
+/* A region that one large page of the guest fills, and one run of RAM. */
+static enum shadow_result fill_block(struct shadow *s, struct shadow_window *w, const struct look *k, const struct ram_run *run, u64 la, u64 e, bool write)
+{
+    struct shadow_region *r = region_find(s, w, la);
+    if (write && (!(e & CELL_W) || is_code(s, (e & PTE_ADDR) + (la & (REGION_SIZE - 1) & PAGE_MASK))))
+        return SHADOW_SLOW;
+    if (r && r->block & CELL_W)
+        return write && pages_writable(s, r, la, 1) ? s->stats.upgrades++, SHADOW_FILLED : SHADOW_SLOW;
+    if (r && !write)
+        return SHADOW_SLOW;
+    if (!r && !(r = region_new(s, w, la, false)))
+        return SHADOW_SLOW;
+    r->above = k->t.above;
+    r->level = (u8)k->t.level;
+    w->huge |= r->level == 3;
+    s->stats.pages += REGION_PAGES;
+    bool ok = block_map(s, r, e, run);
+    if (ok && e & CELL_W)
+        block_code(s, r, e & PTE_ADDR);
+    else if (!ok && !r->pages)
+        region_free(s, r);
+    return ok ? SHADOW_FILLED : SHADOW_SLOW;
+}
+
+/* What was mapped in this region from another kind of table is compared before something is added. */
+static void region_settle(struct shadow *s, struct shadow_window *w, struct look *k, u64 la)
+{
+    struct range g = { 0, 0 };
+    struct shadow_region *r = region_find(s, w, la);
+    if (!r || (r->above == k->t.above && r->level == k->t.level))
+        return;
+    if (region_compare(s, w, r, k, r->la, REGION_PAGES, &g))
+        range_flush(s, w, &g);
+}
+
+static bool block_fits(const struct look *k, const struct ram_run *run, u64 gpa)
+{
+    return k->t.level > 1 && run && gpa >= run->gpa && gpa - run->gpa <= run->size - REGION_SIZE && run->size >= REGION_SIZE;
+}
+
+static enum shadow_result fill_window(struct shadow *s, struct shadow_window *w, struct look *k, u64 la, bool write)
+{
+    w->used = s->tick;
+    shadow_make_room(s, w);
+    region_settle(s, w, k, la);
+    if (!w->taken || !mmu_leaves(s->c->v->m->ram, &k->ctx, la, &k->t))
+        return SHADOW_SLOW;
+    if (k->t.level == 1)
+        return fill_cells(s, w, k, la & PAGE_MASK, write);
+    u64 e = look_entry(k, ALIGN_DOWN(la, REGION_SIZE), k->t.large);
+    const struct ram_run *run = e ? ram_run_at(s->c->v->m->ram, e & PTE_ADDR) : NULL;
+    struct shadow_region *r = region_find(s, w, la);
+    if (block_fits(k, run, e & PTE_ADDR) && (!r || r->block))
+        return fill_block(s, w, k, run, la, e, write);
+    return r && r->block ? SHADOW_SLOW : fill_cells(s, w, k, la & PAGE_MASK, write);
+}
+
+/* SDM vol. 3A 4.10.4.1: a page fault invalidates what was held for the address. */
+static void fill_faulted(struct shadow *s, unsigned owner, u64 la)
+{
+    struct shadow_window *w = window_find(s, owner, la >> 39 & (SHADOW_SLOTS - 1));
+    s->stats.faults++;
+    if (w)
+        page_compare(s, w, la);
+}
+
+static enum shadow_result fill(struct icpu *c, struct shadow *s, enum tlb_view_id view, u64 la, enum mmu_access access, u32 *error)
+{
+    unsigned slot = la >> 39 & (SHADOW_SLOTS - 1);
+    bool upper = slot >= CONTEXT_SLOTS;
+    unsigned owner = upper ? SHADOW_SUPER : s->current;
+    struct mmu_map map;
+    struct look k;
+    if (!tlb_canonical(la) || !comparable(c, s) || !shadow_possible(c))
+        return SHADOW_SLOW;
+    look_begin(c, &k, view == VIEW_USER, view == VIEW_SUPER_OPEN);
+    u32 fault = mmu_walk(c->v->m->ram, &k.ctx, la, access, &map);
+    if (fault) {
+        *error = fault & ~MMU_FAULT;
+        fill_faulted(s, owner, la);
+        return SHADOW_FAULT;
+    }
+    if (map.user == upper || (!upper && view == VIEW_SUPER) || (upper && view == VIEW_USER))
+        return SHADOW_SLOW;
+    k.user = !upper;
+    if (!mmu_leaves(c->v->m->ram, &k.ctx, la, &k.t))
+        return SHADOW_SLOW;
+    struct shadow_window *w = window_find(s, owner, slot);
+    if (!w && !(w = window_take(s, owner, slot)))
+        return SHADOW_SLOW;
+    return fill_window(s, w, &k, la, access == MMU_WRITE);
+}
+
+enum shadow_result shadow_fill(struct icpu *c, enum tlb_view_id view, u64 la, enum mmu_access access, u32 *error)
+{
+    struct shadow *s = c->bt.shadow;
+    u64 start = cycles();
+    enum shadow_result r = fill(c, s, view, la, access, error);
+    s->stats.fills += r == SHADOW_FILLED;
+    s->stats.slow += r == SHADOW_SLOW;
+    s->stats.fill_cycles += cycles() - start;
+    return r;
+}
+
+/* ---- code ---- */
+static void protect_page(struct shadow *s, struct shadow_region *r, u64 la)
+{
+    if (!(page_state(s, &s->window[r->window], la) & 2))
+        return;
+    s->stats.protects++;
+    pages_read_only(s, r, la, 1);
+}
+
+void shadow_protect(struct icpu *c, u64 gpa)
+{
+    struct shadow *s = c->bt.shadow;
+    if (gpa == PROTECT_ALL) {
+        shadow_reset(c);
+        return;
+    }
+    shadow_aliases(s, gpa & PAGE_MASK, protect_page);
+    shadow_make_room(s, NULL);
+}
+
+/* ---- what pays ---- */
+#define SIGNAL_CYCLES 4000u                                        /* the host's part of a fill that is not measured here */
+#define MISS_CYCLES 25000u                                         /* so long has to run on the software TLB, for each miss of it, what a fill would have paid for */
+#define RUN_MIN BIT(22)                                            /* nothing is decided on less */
+#define RUN_LONG BIT(27)                                           /* what is longer ago counts half */
+#define WAIT_MAX BIT(32)
+
+void shadow_started(struct icpu *c, unsigned ctx)
+{
+    c->bt.shadow->space[ctx].score = (struct shadow_score){ .pays = ctx == SHADOW_SUPER };
+}
+
+/* On the shadow for now: more than a quarter of the time spent on it is too much, and what failed once has to wait twice as long. */
+static void score_shadow(struct shadow_score *p, u64 cost)
+{
+    p->cost += cost;
+    if (p->run < RUN_MIN)
+        return;
+    if (p->cost > p->run / 4) {
+        *p = (struct shadow_score){ .wait = MIN(MAX(2 * p->wait, RUN_MIN), WAIT_MAX) };
+    } else if (p->run > RUN_LONG) {
+        p->run /= 2;
+        p->cost /= 2;
+        p->wait /= 2;
+    }
+}
+
+static void score_software(struct shadow_score *p, u64 misses)
+{
+    p->fills += misses;
+    if (p->run < RUN_MIN / 4)
+        return;
+    if (p->run > p->wait + p->fills * MISS_CYCLES) {
+        p->pays = true;
+        p->run = p->fills = p->cost = 0;
+    } else if (p->run > RUN_LONG) {
+        p->run /= 2;
+        p->fills /= 2;
+        p->wait /= 2;
+    }
+}
+
+void shadow_ran(struct icpu *c, unsigned ctx, u64 run, u64 misses)
+{
+    struct shadow *s = c->bt.shadow;
+    struct shadow_score *p = &s->space[ctx].score;
+    u64 cost = s->stats.fill_cycles + s->stats.flush_cycles + (s->stats.fills + s->stats.faults) * SIGNAL_CYCLES;
+    p->run += run;
+    if (p->pays)
+        score_shadow(p, cost - s->cost_seen);
+    else
+        score_software(p, misses);
+    s->cost_seen = cost;
+}
+
+bool shadow_pays(const struct icpu *c, unsigned ctx)
+{
+    return c->bt.shadow && c->bt.shadow->space[ctx].score.pays;
+}
+
+/* ---- the rest ---- */
+/* #AC is armed at CPL 3 only; key 0 is every page's but those that ask for another one. */
+bool shadow_possible(const struct icpu *c)
+{
+    const struct x86 *x = c->x;
+    if (!c->bt.shadow || !four_level(x) || c->tlb->watch)
+        return false;
+    if (c->cpl == 3 && x->cr0 & CR0_AM && c->flags & FLAG_AC)
+        return false;
+    return !(x->cr4 & CR4_PKE) || !(c->pkru & 3);
+}
+
+static bool owner_in_view(const struct shadow *s, unsigned owner, enum tlb_view_id view)
+{
+    return owner == SHADOW_SUPER ? view != VIEW_USER : owner == s->current && view != VIEW_SUPER;
+}
+
+bool shadow_guest(const struct icpu *c, enum tlb_view_id view, u64 host, u64 *la)
+{
+    const struct shadow *s = c->bt.shadow;
+    for (unsigned i = 0; i < SHADOW_WINDOWS; i++) {
+        const struct shadow_window *w = &s->window[i];
+        u64 off = host - w->base;
+        if (!w->taken || off + WINDOW_GUARD - REGION_SIZE >= WINDOW_SIZE + 2 * (WINDOW_GUARD - REGION_SIZE) || !owner_in_view(s, w->owner, view))
+            continue;
+        *la = w->canon + off;
+        return true;
+    }
+    return false;
+}
+
+void shadow_stats(const struct icpu *c, struct shadow_stats *out)
+{
+    const struct shadow *s = c->bt.shadow;
+    *out = s->stats;
+    out->windows = out->regions = 0;
+    for (unsigned i = 0; i < SHADOW_WINDOWS; i++) {
+        const struct shadow_window *w = &s->window[i];
+        out->windows += w->taken;
+        for (u32 r = w->regions; r; r = s->region[r].next)
+            out->regions++;
+    }
+    out->mapped = s->pages;
+    out->mappings = s->borders + out->windows;
+}
+
+static void *table(size_t bytes)
+{
+    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return p == MAP_FAILED ? NULL : p;
+}
+
+static void table_close(void *p, size_t bytes)
+{
+    if (p)
+        munmap(p, bytes);
+}
+
+static unsigned max_map_count(void)
+{
+    unsigned n = 65530;
+    FILE *f = fopen("/proc/sys/vm/max_map_count", "re");
+    if (f) {
+        if (fscanf(f, "%u", &n) != 1)
+            n = 65530;
+        fclose(f);
+    }
+    return n;
+}
+
+static int tables_open(struct shadow *s)
+{
+    s->region = table(REGIONS * sizeof *s->region);
+    s->cells = table(CELLS * sizeof *s->cells);
+    s->cells_region = table(CELLS * sizeof *s->cells_region);
+    s->region_top = s->cells_top = 1;
+    return s->region && s->cells && s->cells_region && window_take(s, SHADOW_SUPER, SHADOW_SLOTS - 1) ? 0 : -ENOMEM;
+}
+
+static int no_room(const struct icpu *c)
+{
+    return err(-ENOMEM, "vCPU %u: the host gives no address space for a shadow of the guest's memory (ulimit -v?)", c->v->id);
+}
+
+int shadow_open(struct icpu *c, bool (*code)(const struct icpu *c, u64 gpa))
+{
+    struct shadow *s = table(sizeof *s);
+    unsigned vcpus = MAX(c->v->m->vcpus, 1u);
+    c->bt.shadow = s;
+    if (!s)
+        return no_room(c);
+    for (unsigned view = 0; view < VIEWS; view++)
+        for (unsigned slot = 0; slot < SHADOW_SLOTS; slot++)
+            c->bt.delta[view][slot] = shadow_closed(slot);
+    s->c = c;
+    s->is_code = code;
+    s->windows = MIN(MAX(WINDOWS_TOTAL / vcpus, WINDOWS_MIN), SHADOW_WINDOWS);
+    s->limit = MIN(max_map_count() / 4 * 3 / vcpus, MAPPINGS_MAX);
+    s->epoch = c->v->m->ram->epoch;
+    shadow_started(c, SHADOW_SUPER);
+    if (!tables_open(s)) {
+        shadow_reset(c);
+        return 0;
+    }
+    shadow_close(c);
+    return no_room(c);
+}
+
+void shadow_close(struct icpu *c)
+{
+    struct shadow *s = c->bt.shadow;
+    if (!s)
+        return;
+    shadow_map_close(s);
+    table_close(s->region, REGIONS * sizeof *s->region);
+    table_close(s->cells, CELLS * sizeof *s->cells);
+    table_close(s->cells_region, CELLS * sizeof *s->cells_region);
+    table_close(s, sizeof *s);
+    c->bt.shadow = NULL;
+}
