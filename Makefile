@@ -22,6 +22,12 @@ endif
 SRC  := $(wildcard src/*/*.c src/*/*/*.c)
 OBJ  := $(SRC:%.c=$(B)/obj/%.o)
 
+# Light code runs while the guest's vectors are in the processor's registers (cpu/bt/fpstate.h): compiled without such instructions, and what it calls
+# outside goes through heavy.c's gates (tests/light looks at the objects).
+LIGHT := $(filter-out src/cpu/bt/heavy.c,$(wildcard src/cpu/bt/*.c)) $(filter-out src/cpu/interp/fp%.c \
+	src/cpu/interp/xsave.c src/cpu/interp/decode.c,$(wildcard src/cpu/interp/*.c)) src/mem/mmu.c src/mem/ram.c src/cpu/trap.c src/cpu/cpuid.c
+OBJCOPY ?= objcopy
+
 all: $(B)/doppel $(B)/doppel.1 guest
 
 help:
@@ -65,7 +71,18 @@ $(B)/libdoppel.a: $(OBJ) $(B)/sources
 $(B)/obj/%.o: %.c $(B)/flags | $(B)/setup-build
 	@mkdir -p $(@D)
 	@echo "  CC   $<"
-	$(Q)$(CC) $(CFLAGS) -MMD -MP -c -o $@ $<
+	$(Q)$(CC) $(CFLAGS) $(ONLY) -MMD -MP -c -o $@ $<
+
+$(LIGHT:%.c=$(B)/obj/%.o): ONLY := -mgeneral-regs-only
+$(LIGHT:%.c=$(B)/obj/%.o): $(B)/obj/%.o: %.c $(B)/flags $(B)/heavy.syms | $(B)/setup-build
+	@mkdir -p $(@D)
+	@echo "  CC   $<"
+	$(Q)$(CC) $(CFLAGS) $(ONLY) -MMD -MP -c -o $@ $<
+	$(Q)$(OBJCOPY) --redefine-syms=$(B)/heavy.syms $@
+light-objects:
+	@echo $(LIGHT:%.c=$(B)/obj/%.o)
+$(B)/heavy.syms: src/cpu/bt/heavy.def
+	$(Q)sed -nE 's/^(HEAVY|LIGHT)\((\w+)\).*/\2 \L\1_\E\2/p' $< >$@
 
 $(B)/doppel.1: $(B)/doppel
 	$(Q)$(B)/doppel --man >$@.tmp && mv $@.tmp $@
@@ -149,5 +166,5 @@ install: all $(B)/init
 clean:
 	rm -rf $(B)
 
-.PHONY: all help guest guest-standard run asan-programs fuzz-programs test-programs test fuzz soak bench install clean
+.PHONY: all help light-objects guest guest-standard run asan-programs fuzz-programs test-programs test fuzz soak bench install clean
 .DELETE_ON_ERROR:

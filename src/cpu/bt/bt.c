@@ -16,6 +16,7 @@
 
 #include "base/err.h"
 #include "cpu/bt/emit.h"
+#include "cpu/bt/fpstate.h"
 #include "cpu/interp/tlb.h"
 
 #define JUMP_BYTES (sizeof(struct bt_jump) << BT_JUMP_BITS)
@@ -264,6 +265,7 @@ static int vcpu_open(struct vcpu *v)
     c->bt.bt = t;
     c->bt.self = c;
     c->bt.count = v->m->tools.insns;
+    bt_fp_open(c);
     if (t) {
         t->runs = v->m->tools.translate_at_once ? 1 : BT_RUNS;
         t->jump = mmap(NULL, JUMP_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

@@ -290,6 +290,8 @@ static void block_make(struct icpu *c, struct block *b, u64 gpa, const u8 *bytes
     k->ops[n] = (struct op){ .fn = op_leave, .off = (u8)len };
     *b = (struct block){ .gpa = gpa, .gpa2 = BLOCK_DEAD, .len = (u8)len, .n = (u8)n, .mode = c->mode, .first = (u8)len };
     b->op = (struct op *)(void *)(b->bytes + padded(len));
+    for (unsigned i = 0; i < n; i++)
+        b->fp |= (k->ops[i].flags & OPF_FP) != 0;
     memset(b->bytes, 0, padded(len));
     memcpy(b->bytes, bytes, len);
     memcpy(b->op, k->ops, (n + 1) * sizeof *b->op);

@@ -17,7 +17,6 @@
  */
 #pragma once
 
-#include <emmintrin.h>
 #include <string.h>
 
 #include "cpu/interp/interp.h"
@@ -37,6 +36,7 @@ struct block {
     u8 chunks;                         /* comparison in 16-byte steps; 0: too close to the page's end for that */
     u8 mode, first;                    /* first: bytes in the first page (== len unless crossing) */
     bool cut;                          /* only its last instruction stores */
+    bool fp;                           /* an op has OPF_FP */
     u8 bytes[] __attribute__((aligned(16)));                       /* as decoded, zeroed up to the next 16 */
 };
 #define BLOCK_DEAD (~0ull)
@@ -87,20 +87,24 @@ static inline struct jump_entry *code_jump_slot(struct icode *k, u64 la)
     return &k->jump[(la ^ la >> JUMP_BITS) & ((1u << JUMP_BITS) - 1)];
 }
 
-/* Are the block's bytes still those in memory? host: of its first byte. Not for crossing blocks. */
+/*
+ * Are the block's bytes still those in memory? host: of its first byte. Not for crossing blocks. General registers only: the guest's vectors may be in the
+ * others.
+ */
 static inline bool block_matches(const struct block *b, const u8 *host)
 {
-    static const u8 mask[32] = { 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255 };
     if (unlikely(!b->chunks))
         return !memcmp(b->bytes, host, b->len);
-    __m128i diff = _mm_setzero_si128();
-    unsigned last = 16u * (b->chunks - 1u);
-    for (unsigned i = 0; i < last; i += 16)
-        diff = _mm_or_si128(diff, _mm_xor_si128(_mm_loadu_si128((const void *)(host + i)), _mm_load_si128((const void *)(b->bytes + i))));
-    __m128i tail = _mm_loadu_si128((const void *)(mask + 16 - (b->len - last)));
-    diff = _mm_or_si128(diff, _mm_xor_si128(_mm_and_si128(_mm_loadu_si128((const void *)(host + last)), tail),
-                                            _mm_load_si128((const void *)(b->bytes + last))));
-    return _mm_movemask_epi8(_mm_cmpeq_epi8(diff, _mm_setzero_si128())) == 0xffff;
+    u64 diff = 0, have, want;
+    unsigned last = (b->len - 1u) & ~7u, odd = 64 - 8 * (b->len - last);
+    for (unsigned i = 0; i < last; i += 8) {
+        memcpy(&have, host + i, 8);
+        memcpy(&want, b->bytes + i, 8);
+        diff |= have ^ want;
+    }
+    memcpy(&have, host + last, 8);
+    memcpy(&want, b->bytes + last, 8);
+    return !(diff | (have ^ want) << odd);
 }
 
 /* The block at c->rip, ready to run, or NULL as code_find_slow() says. */

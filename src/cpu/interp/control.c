@@ -58,6 +58,7 @@ int cr0_write(struct icpu *c, u64 val)
             return fault_gp(c, 0);
         keep_pdptes(c, pdpte);
     }
+    icpu_claim(c);
     x->cr0 = val;
     if (changed & CR0_PG) {
         if (val & CR0_PG && x->efer & EFER_LME)
@@ -118,6 +119,7 @@ static int cr4_write(struct icpu *c, u64 val)
             return fault_gp(c, 0);
         keep_pdptes(c, pdpte);
     }
+    icpu_claim(c);
     x->cr4 = val;
     if (changed & translation)
         tlb_flush_all(c);

@@ -188,18 +188,6 @@ static bool stores(const struct decoded *d)
     return false;
 }
 
-static int op_too_long(struct icpu *c, const struct op *op)
-{
-    (void)op;
-    return fault_gp(c, 0);
-}
-
-int op_ud(struct icpu *c, const struct op *op)
-{
-    (void)op;
-    return fault_ud(c);
-}
-
 static int bind(struct icpu *c, const struct decoded *d, struct op *op)
 {
     const struct insn *row = insn_row(d->insn.mnemonic);

@@ -7,6 +7,7 @@
  *
  * Not modelled: CR0.NE = 0 sends x87 errors to a FERR# pin that nobody watches (fp_x87.c).
  */
+#include <cpuid.h>
 #include <errno.h>
 #include <string.h>
 
@@ -79,6 +80,17 @@ static void pointers_open(struct icpu *c, struct fp *f)
     f->save_on_error = r.ebx == 0x68747541 || r.ebx == 0x6f677948; /* "Auth"enticAMD, "Hygo"nGenuine */
 }
 
+static bool host_xgetbv1(void)
+{
+    u32 a, b, c, d;
+
+    __cpuid(1, a, b, c, d);
+    if (!(c >> 27 & 1))                                            /* OSXSAVE */
+        return false;
+    __cpuid_count(0xd, 1, a, b, c, d);
+    return a >> 2 & 1;
+}
+
 int fp_open(struct icpu *c)
 {
     struct fp *f = NULL;
@@ -92,6 +104,7 @@ int fp_open(struct icpu *c)
     f->avx = __builtin_cpu_supports("avx");
     f->avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl");
     f->avx512bw = f->avx512 && __builtin_cpu_supports("avx512bw");
+    f->xinuse = host_xgetbv1();
     isa_open(c, f);
     pointers_open(c, f);
     fp_xsave_open(c, f);
@@ -122,7 +135,7 @@ void fp_flush_stubs(struct icpu *c)
 
 bool fp_full(const struct icpu *c)
 {
-    const struct fp *f = icpu_fp(c);
+    const struct fp *f = c->fp;
 
     return f->insns > FP_INSNS - 128 || f->arena_used > FP_ARENA_BYTES - 64 * KiB;
 }
@@ -271,6 +284,8 @@ static inline __attribute__((always_inline)) int vzero(struct icpu *c, unsigned 
         return OP_FAULT;
     for (unsigned r = 0; r < n; r++)
         memset(f->v[r] + keep, 0, sizeof f->v[r] - keep);
+    if (n == 16)
+        f->in_use &= ~(XSTATE_AVX | BIT(XS_ZMM_HI256));
     return OP_NEXT;
 }
 
@@ -296,6 +311,7 @@ int fp_bind_vzero(struct icpu *c, const struct decoded *d, struct op *op, unsign
     if (!icpu_fp(c)->isa[d->insn.meta.isa_set] || !vex_mode(d))
         return BIND_UD;
     op->fn = arg ? op_vzeroall : op_vzeroupper;
+    op->flags |= OPF_FP;
     return BIND_OK;
 }
 
@@ -447,6 +463,7 @@ int fp_bind(struct icpu *c, const struct decoded *d, struct op *op, unsigned arg
 
     if (!f->isa[z->meta.isa_set] || (z->attributes & ZYDIS_ATTRIB_HAS_LOCK))
         return BIND_UD;
+    op->flags |= OPF_FP;
     if (z->encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY && z->opcode_map == ZYDIS_OPCODE_MAP_DEFAULT && (z->opcode & 0xf8) == 0xd8)
         return fp_bind_x87(c, d, op);
     cls = classify(d);

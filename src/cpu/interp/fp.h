@@ -5,7 +5,8 @@
  * guest's own instruction with its memory operand redirected to a host address, and stores what it wrote. Only control and state instructions are C.
  *
  * The guest's vector registers live here as flat 64-byte rows, not in XSAVE's split layout; fp_load() and fp_store() convert from and to x86.xsave when
- * the interpreter is entered and left. All of it belongs to the vCPU's thread.
+ * the interpreter is entered and left. Rows take a tenth of XSAVE's and XRSTOR's time, also where a translator moves the state to and from the processor's
+ * registers (cpu/bt/fpstate.c). All of it belongs to the vCPU's thread.
  *
  *     fp.c        binding, #UD/#NM/#XM rules, handlers of MMX/SSE/AVX instructions
  *     fp_stub.c   the stub generator, its code arena, the signal handler for faults inside stubs
@@ -68,6 +69,8 @@ struct fp_legacy {
 
 enum { XS_X87, XS_SSE, XS_AVX, XS_OPMASK = 5, XS_ZMM_HI256, XS_HI16_ZMM, XS_PKRU = 9, XS_COMPONENTS };
 
+#define FP_TRACKED (XSTATE_AVX | XSTATE_AVX512)                    /* in fp.in_use; SSE counts as in use always */
+
 /* How an op's memory operand is reached when it is not one plain run of bytes. */
 enum fp_mask_kind {
     FP_PLAIN,
@@ -104,12 +107,14 @@ struct fp {
     u8 v[32][64] __attribute__((aligned(64)));
     u64 k[8];
     u32 mxcsr, host_mxcsr;
+    u64 in_use;                                                    /* of FP_TRACKED: components that may be other than all zero in v and k */
     struct fp_legacy x87;                                          /* mxcsr and xmm in it are not the guest's */
     u8 bounce[64 + 192] __attribute__((aligned(64)));              /* memory operands that lie across pages, in devices, in code */
     u16 fcs, fds;                                                  /* selectors that belong to x87.fip and x87.fdp (32-bit formats) */
 
     /* facts about host and guest, fixed at fp_open() */
     bool avx, avx512, avx512bw;
+    bool xinuse;                                                   /* XGETBV with ECX = 1 tells which components the processor has in use */
     bool fop_on_error, fdp_on_error, no_selectors;                 /* x87 pointers, see fp_x87.c */
     bool save_on_error;                                            /* FXSAVE and XSAVE store x87 pointers as zero unless an error is pending (AMD) */
     u32 mxcsr_mask;
@@ -128,8 +133,10 @@ struct fp {
     struct fp_insn *hash[FP_BUCKETS];
 };
 
+/* All use of what the guest's instructions change goes through here: what a translator has left in the registers comes first. */
 static inline struct fp *icpu_fp(const struct icpu *c)
 {
+    icpu_claim((struct icpu *)c);
     return c->fp;
 }
 
@@ -157,6 +164,7 @@ static inline int fp_check_avx(struct icpu *c, u64 xcr0)
 
     if (unlikely((x->cr0 & CR0_TS) | (~x->cr4 & CR4_OSXSAVE) | (~x->xcr0 & xcr0)))
         return fp_deny(c, xcr0 & XSTATE_AVX512 ? FP_AVX512 : FP_AVX);
+    icpu_fp(c)->in_use |= xcr0 & ~XSTATE_SSE;
     return 0;
 }
 #define XCR0_AVX (XSTATE_SSE | XSTATE_AVX)

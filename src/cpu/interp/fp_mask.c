@@ -265,6 +265,7 @@ int fp_bind_maskmov(struct icpu *c, const struct decoded *d, struct op *op, unsi
     op->reg = (u8)ZydisRegisterGetId(d->opnd[0].reg.value);
     op->rm = (u8)ZydisRegisterGetId(d->opnd[1].reg.value);
     op->aux = arg;
+    op->flags |= OPF_FP;
     for (unsigned n = 0; n < z->operand_count; n++) {
         if (d->opnd[n].type == ZYDIS_OPERAND_TYPE_MEMORY)
             op->seg = (u8)(ZydisRegisterGetId(d->opnd[n].mem.segment) % SEGS);

@@ -469,6 +469,7 @@ int fp_bind_x87_control(struct icpu *c, const struct decoded *d, struct op *op, 
     if (!icpu_fp(c)->isa[d->insn.meta.isa_set] || (d->insn.attributes & ZYDIS_ATTRIB_HAS_LOCK))
         return BIND_UD;
     op->fn = fn[arg];
+    op->flags |= OPF_FP;
     op->size = d->insn.operand_width == 16 ? 2 : 4;                /* of the environment; 64-bit mode has the 32-bit format */
     return BIND_OK;
 }

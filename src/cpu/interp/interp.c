@@ -200,6 +200,8 @@ static inline __attribute__((always_inline)) bool run_block(struct icpu *c, stru
     int r;
     c->block = b;
     c->r[REG_RIP] = c->rip;
+    if (unlikely(b->fp))
+        icpu_claim(c);
     while ((r = op->fn(c, op)) == OP_NEXT)
         op++;
     c->v->insns += (u64)(op - b->op) + (r == OP_NEAR);
@@ -291,6 +293,8 @@ static int step_insn(struct icpu *c)
     c->block = b;
     c->r[REG_RIP] = c->rip;
     c->step = true;
+    if (b->fp)
+        icpu_claim(c);
     int r = b->op[0].fn(c, &b->op[0]);
     c->step = false;
     if (r == OP_NEAR)

@@ -55,6 +55,7 @@ enum op_flag {
     OPF_FLAT = 1 << 6,       /* its linear address needs no segment base, no limit check and no 32/16-bit wrap (64-bit mode, ES CS SS DS) */
     OPF_REX = 1 << 7,
     OPF_STORES = 1 << 8,     /* it may write memory (decode_one(); not what faults and far transfers push) */
+    OPF_FP = 1 << 9,         /* its handler uses vector or x87 registers or struct fp: icpu_claim() before it runs */
 };
 
 struct op {
@@ -121,6 +122,17 @@ struct icpu_bt {
     u64 delta[3][512] __attribute__((aligned(64))); /* host less linear address, by view and PML4 slot: shadow.h */
 };
 
+/*
+ * The guest's extended state may be in the host's registers instead of struct fp while a translator's code runs, and beyond: until somebody
+ * wants it, or until code runs that uses such registers itself. cpu/bt/fpstate.h has the rules.
+ */
+enum { FP_GATE_SSE, FP_GATE_AVX, FP_GATE_AVX512, FP_GATE_X87, FP_GATES };
+struct icpu_live {
+    bool on, x87;                  /* vectors, masks and MXCSR are in the registers; x87's, too */
+    u64 gate[FP_GATES];            /* an address that can be read where instructions of the class may run natively now, else one that cannot */
+    void (*claim)(struct icpu *c); /* moves it to struct fp */
+};
+
 struct icpu {
     u64 r[18];                     /* 0..15 GPRs, REG_ZERO, REG_RIP */
     u64 rip;                       /* of the instruction that runs next, or that faults (handlers: op_rip()) */
@@ -149,8 +161,15 @@ struct icpu {
     bool ss_shadow;                /* single-stepping: the shadow is that of MOV SS or POP SS, which holds back debug exceptions, too */
     bool irq_wait;                 /* the local APIC had an interrupt when IF or the shadow forbade it: look again */
     void *fp;                      /* fp.c's: stub buffer, bounce buffer */
+    struct icpu_live live;
     struct icpu_bt bt;
 };
+
+static inline void icpu_claim(struct icpu *c)
+{
+    if (unlikely(c->live.on))
+        c->live.claim(c);
+}
 
 /* ---- flags ---- */
 #define FL_CF 0x100u
@@ -268,3 +287,4 @@ struct decoded {
 enum { BIND_OK = 0, BIND_LAST = 1, BIND_UD = -1 };
 typedef int (*bind_fn)(struct icpu *c, const struct decoded *d, struct op *op, unsigned arg);
 int op_ud(struct icpu *c, const struct op *op);                    /* the handler that raises #UD */
+int op_too_long(struct icpu *c, const struct op *op);              /* #GP: more than 15 bytes */

@@ -55,6 +55,18 @@ int bind_clflush(struct icpu *c, const struct decoded *d, struct op *op, unsigne
     return BIND_OK;
 }
 
+int op_too_long(struct icpu *c, const struct op *op)
+{
+    (void)op;
+    return fault_gp(c, 0);
+}
+
+int op_ud(struct icpu *c, const struct op *op)
+{
+    (void)op;
+    return fault_ud(c);
+}
+
 int bind_ud(struct icpu *c, const struct decoded *d, struct op *op, unsigned arg)
 {
     (void)c;

@@ -21,6 +21,7 @@ static int op_clts(struct icpu *c, const struct op *op)
     (void)op;
     if (c->cpl)
         return fault_gp(c, 0);
+    icpu_claim(c);
     c->x->cr0 &= ~(u64)CR0_TS;
     return OP_NEXT;
 }

@@ -249,6 +249,7 @@ static void load_registers(struct icpu *c, const struct task *t, u64 flags)
         c->r[i] = t->gpr[i];
     c->rip = t->ip;
     flags_write(c, flags & FLAGS_VALID, FLAGS_VALID);
+    icpu_claim(c);
     c->x->cr0 |= CR0_TS;
     c->x->dr7 &= ~(u64)DR7_LOCAL;
     tlb_watchpoints(c);

@@ -261,6 +261,10 @@ static void get_component(struct icpu *c, unsigned n, const u8 *p, bool mode64)
         if (p)
             memcpy(&c->pkru, p, 4);
     }
+    if (p)
+        f->in_use |= BIT(n) & FP_TRACKED;
+    else if (mode64)
+        f->in_use &= ~BIT(n);
     rows_in(f, p, w);
 }
 
@@ -722,6 +726,7 @@ int fp_bind_xsave(struct icpu *c, const struct decoded *d, struct op *op, unsign
     if (vex && (d->mode == IMODE_REAL16 || d->mode == IMODE_V86))
         return BIND_UD;
     op->fn = row[arg].fn;
+    op->flags |= OPF_FP;
     op->aux = row[arg].wide;
     return BIND_OK;
 }
