@@ -134,6 +134,7 @@ static int cr8_write(struct icpu *c, u64 val)
     if (val > 15)
         return fault_gp(c, 0);
     codepage_leave(c);
+    icpu_claim(c);
     if (c->v->intc.ops)
         c->v->intc.ops->tpr_set(c->v->intc.chip, (u8)val);
     codepage_enter(c);
@@ -179,6 +180,7 @@ static int op_mov_from_cr(struct icpu *c, const struct op *op)
         val = c->x->cr4;
         break;
     default:
+        icpu_claim(c);
         codepage_leave(c);
         if (c->v->intc.ops)
             val = c->v->intc.ops->tpr_get(c->v->intc.chip);

@@ -347,6 +347,7 @@ static void take_events(struct icpu *c, u32 events)
 static void take_interrupt(struct icpu *c)
 {
     codepage_leave(c);
+    icpu_claim(c);
     int vector = c->v->intc.ops->ack(c->v->intc.chip);
     codepage_enter(c);
     if (vector < 0) {
