@@ -349,7 +349,7 @@ static int open_vm(struct run *run, const struct engine *engine)
         .firmware = o->firmware, .cpuid = o->cpuid,
         .initrd = o->initrd ? o->initrd : o->kernel || o->firmware ? NULL : run->guest.initrd,
         .cmdline = run->cmdline, .disk = o->disk, .disks = o->disks, .serial = run->serial,
-        .debug_exit = o->debug_exit, .start_paused = o->gdb_wait,
+        .virtio_modern = o->virtio_modern, .debug_exit = o->debug_exit, .start_paused = o->gdb_wait,
         .no_reboot = o->no_reboot || o->command,                   /* a command is not run twice */
         .trace = {.mask = o->trace_mask, .file = run->trace_file ? run->trace_file : run->stderr_stream},
         .tools = {.insns = o->stats || o->verbose}, .sample = o->stats,

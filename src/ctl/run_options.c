@@ -132,6 +132,15 @@ static int set_disk(void *target, const char *value)
     return d->readonly ? 0 : check_attribute(value);
 }
 
+static int set_virtio(void *target, const char *value)
+{
+    struct run_options *o = target;
+    o->virtio_modern = !strcmp(value, "modern");
+    if (!o->virtio_modern && strcmp(value, "transitional"))
+        return err(-EINVAL, "--virtio %.100s: no such kind of device; choose transitional or modern", value);
+    return 0;
+}
+
 static int set_console(void *target, const char *value)
 {
     static const char unix_prefix[] = "unix:";
@@ -268,6 +277,9 @@ const struct option run_option_table[] = {
     {"disk", "FILE[,readonly]",
      "A raw disk image or block device, which the guest sees as /dev/vda; the next one as /dev/vdb, and so on, up to "
      "16. It is locked against a second writer.", true, set_disk},
+    {"virtio", "transitional|modern",
+     "How virtio devices show themselves. transitional (the default): to drivers of version 1.0 and later, and to older "
+     "ones as well. modern: not to older ones, which leaves less for a hostile guest to try.", false, set_virtio},
     {"console", "stdio|none|FILE|unix:PATH",
      "Where the serial console goes. stdio (the default): this terminal, or standard input and output. FILE: output is "
      "written there, and there is no input. unix:PATH: a socket that takes one client at a time. With a COMMAND the "

@@ -16,7 +16,7 @@ struct run_options {
     unsigned disks;
     enum console_kind console;
     const char *console_path;                                      /* of CONSOLE_FILE and CONSOLE_UNIX */
-    bool no_reboot, debug_exit, quiet, verbose;
+    bool no_reboot, virtio_modern, debug_exit, quiet, verbose;
     u16 gdb_port;                                                  /* 0 with gdb_path, and without --gdb */
     const char *gdb_path;
     bool gdb_wait, gdb_i386;

@@ -84,6 +84,7 @@ static void host_error(struct virtio_blk *b, const struct block_req *io, int e)
 /* Takes chains as long as there are requests for them; what stays in the ring is taken when one comes back. */
 static void process(struct virtio_blk *b);
 
+/* For a driver that cannot ask for a flush, a write has ended when it is in the host's storage (5.2.6.2). */
 static void blk_done(struct block_req *io)
 {
     struct request *r = container_of(io, struct request, io);
@@ -95,6 +96,13 @@ static void blk_done(struct block_req *io)
         host_error(b, io, io->result);
     if (io->op == BLOCK_WRITE)
         b->dirty = true;
+    if (io->op == BLOCK_WRITE && io->result == 0 && !virtio_has(v, VIRTIO_BLK_F_FLUSH) && !v->resetting) {
+        b->dirty = false;
+        *io = (struct block_req){ .op = BLOCK_FLUSH, .done = blk_done };
+        block_submit(b->block, io);
+        pthread_mutex_unlock(&v->device.lock);
+        return;
+    }
     if (v->resetting)
         virtq_drop(&v->queue[QUEUE], &r->chain);
     else
@@ -190,14 +198,30 @@ static void process(struct virtio_blk *b)
     virtio_interrupt(v, QUEUE);
 }
 
+static struct timespec quiesce_end(void)
+{
+    struct timespec end;
+
+    clock_gettime(CLOCK_MONOTONIC, &end);
+    end.tv_sec += QUIESCE_SECONDS;
+    return end;
+}
+
 static void blk_kick(struct virtio *v, unsigned n UNUSED)
 {
     process(container_of(v, struct virtio_blk, virtio));
 }
 
+/* A legacy driver uses its buffers for something else at once: it waits in the store that resets, as long as quiesce would. */
 static bool blk_stop(struct virtio *v)
 {
-    return !container_of(v, struct virtio_blk, virtio)->in_flight;
+    struct virtio_blk *b = container_of(v, struct virtio_blk, virtio);
+    struct timespec end = quiesce_end();
+    int r = 0;
+
+    while (v->legacy && v->resetting && b->in_flight && r == 0)
+        r = pthread_cond_timedwait(&b->idle, &v->device.lock, &end);
+    return !b->in_flight;
 }
 
 /* --- size --- */
@@ -253,11 +277,9 @@ static void flush_done(struct block_req *io)
 static void blk_quiesce(struct device *d)
 {
     struct virtio_blk *b = container_of(d, struct virtio_blk, virtio.device);
-    struct timespec end;
+    struct timespec end = quiesce_end();
     int r = 0;
 
-    clock_gettime(CLOCK_MONOTONIC, &end);
-    end.tv_sec += QUIESCE_SECONDS;
     pthread_mutex_lock(&d->lock);
     while (b->in_flight && r == 0)
         r = pthread_cond_timedwait(&b->idle, &d->lock, &end);

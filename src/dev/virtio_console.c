@@ -496,6 +496,11 @@ static bool console_stop(struct virtio *v)
 {
     struct virtio_console *con = container_of(v, struct virtio_console, virtio);
 
+    if (v->legacy) {                                               /* it does not wait: data that nobody has taken yet is lost */
+        forget_ports(con);
+        post(con);
+        return true;
+    }
     if (!con->serving && !(v->status & VIRTIO_CONFIG_S_DRIVER_OK))
         return true;                                               /* it was never used */
     post(con);

@@ -4,7 +4,7 @@
  * A reset may take time: status keeps its old value until the requests in flight have been answered by the host, since after it reads 0 the driver may
  * use the memory for something else (2.1.2, 2.4). Everything else that the driver writes meanwhile is ignored.
  *
- * Left out: legacy and transitional devices, packed rings, in-order use, resets of single queues, notification data.
+ * Left out: packed rings, in-order use, resets of single queues, notification data.
  */
 #include "io/virtio.h"
 
@@ -13,6 +13,8 @@
 #include <string.h>
 
 #define COMMON_FEATURES (BIT(VIRTIO_F_VERSION_1) | BIT(VIRTIO_RING_F_INDIRECT_DESC) | BIT(VIRTIO_RING_F_EVENT_IDX))
+#define LEGACY_FEATURES BIT(VIRTIO_F_ANY_LAYOUT)                   /* 6.3: chains need not look as legacy devices wanted them */
+#define LEGACY_ALIGN 4096u                                         /* 2.7.2, 4.1.5.1.3.1 */
 #define DRIVER_STATUS                                                                                                       \
     (VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK |         \
      VIRTIO_CONFIG_S_FAILED)
@@ -45,6 +47,7 @@ static void forget(struct virtio *v)
     v->status = 0;
     v->accepted = 0;
     v->resetting = false;
+    v->legacy = false;
     for (unsigned n = 0; n < v->queues; n++)
         virtq_reset(&v->queue[n]);
 }
@@ -68,7 +71,7 @@ void virtio_stopped(struct virtio *v)
 
 bool virtio_running(const struct virtio *v)
 {
-    return (v->status & VIRTIO_CONFIG_S_DRIVER_OK) && !(v->status & (VIRTIO_CONFIG_S_NEEDS_RESET | VIRTIO_CONFIG_S_FAILED)) &&
+    return (v->legacy || (v->status & VIRTIO_CONFIG_S_DRIVER_OK)) && !(v->status & (VIRTIO_CONFIG_S_NEEDS_RESET | VIRTIO_CONFIG_S_FAILED)) &&
            !v->resetting && (!v->transport || v->transport_ops->may_dma(v->transport));
 }
 
@@ -136,9 +139,10 @@ void virtio_set_status(struct virtio *v, u8 status)
             virtio_stopped(v);
         return;
     }
-    if ((added & VIRTIO_CONFIG_S_FEATURES_OK) && ((v->accepted & ~v->offered) || !virtio_has(v, VIRTIO_F_VERSION_1)))
+    if ((added & VIRTIO_CONFIG_S_FEATURES_OK) &&
+        (v->legacy || (v->accepted & ~v->offered) || !virtio_has(v, VIRTIO_F_VERSION_1)))
         added &= (u8)~VIRTIO_CONFIG_S_FEATURES_OK;                 /* 2.2.2: the driver reads it back as refused */
-    if (!((v->status | added) & VIRTIO_CONFIG_S_FEATURES_OK))
+    if (!v->legacy && !((v->status | added) & VIRTIO_CONFIG_S_FEATURES_OK))
         added &= (u8)~VIRTIO_CONFIG_S_DRIVER_OK;
     v->status |= added;
     if (added & VIRTIO_CONFIG_S_DRIVER_OK) {
@@ -151,12 +155,71 @@ void virtio_set_status(struct virtio *v, u8 status)
 
 void virtio_accept(struct virtio *v, unsigned word, u32 bits)
 {
-    if (word > 1 || v->resetting || (v->status & VIRTIO_CONFIG_S_FEATURES_OK))
+    if (word > 1 || v->resetting || v->legacy || (v->status & VIRTIO_CONFIG_S_FEATURES_OK))
         return;
     if (word)
         v->accepted = (u32)v->accepted | (u64)bits << 32;
     else
         v->accepted = (v->accepted & ~0xffffffffull) | bits;
+}
+
+/* --- legacy drivers --- */
+
+/* A modern driver that has negotiated stays one until it is reset. */
+static bool legacy_use(struct virtio *v)
+{
+    if (v->resetting)
+        return false;
+    if (!(v->status & VIRTIO_CONFIG_S_FEATURES_OK))
+        v->legacy = true;
+    return v->legacy;
+}
+
+void virtio_legacy_set_status(struct virtio *v, u8 status)
+{
+    if (!status && !v->resetting)
+        v->legacy = true;                                          /* whose reset ends at once, whoever came before */
+    else
+        legacy_use(v);
+    virtio_set_status(v, status);
+}
+
+u32 virtio_legacy_features(const struct virtio *v)
+{
+    return (u32)(v->offered | LEGACY_FEATURES);
+}
+
+/* Some use the device before they say what they understand (3.1.2), so it counts at once. What was not offered is not taken. */
+void virtio_legacy_accept(struct virtio *v, u32 bits)
+{
+    if (!legacy_use(v) || (v->status & VIRTIO_CONFIG_S_DRIVER_OK))
+        return;
+    v->accepted = bits & virtio_legacy_features(v);
+    set_queue_features(v);
+}
+
+/*
+ * Drivers give a queue back when they have reset the device, or have not begun to use it (other interrupts are tried). A single
+ * queue that is in use cannot be stopped by itself: then all of the device is reset.
+ */
+void virtio_legacy_queue(struct virtio *v, struct virtq *q, u64 gpa)
+{
+    if (!legacy_use(v) || q->enabled == (gpa != 0))
+        return;
+    if (!gpa && (v->status & VIRTIO_CONFIG_S_DRIVER_OK)) {
+        virtio_legacy_set_status(v, 0);
+        return;
+    }
+    virtq_reset(q);
+    set_queue_features(v);
+    if (!gpa)
+        return;
+    q->desc = gpa;
+    q->avail = gpa + sizeof(struct vring_desc) * q->size;
+    q->used = ALIGN_UP(q->avail + sizeof(u16) * (3 + q->size), LEGACY_ALIGN);
+    virtq_enable(q);
+    if (q->broken)
+        virtio_break(v, "a virtqueue lies outside of memory");
 }
 
 void virtio_kick(struct virtio *v, unsigned n)
@@ -186,16 +249,20 @@ void virtio_config_write(struct virtio *v, u64 off, const void *buf, unsigned le
 
 void virtio_state(struct virtio *v, struct stream *s)
 {
-    if (!stream_section(s, "virtio", 1))
+    if (!stream_section(s, "virtio", 2))
         return;
     stream_u64(s, &v->accepted);
     stream_u8(s, &v->status);
+    stream_bool(s, &v->legacy);
     stream_bool(s, &v->resetting);
     stream_u8(s, &v->config_generation);
     for (unsigned n = 0; n < v->queues; n++)
         virtq_state(&v->queue[n], s);
     if (s->load && !s->error && ((v->status & VIRTIO_CONFIG_S_FEATURES_OK) && (v->accepted & ~v->offered)))
         stream_bad(s, "a virtio driver uses features that the device does not have");
+    if (s->load && !s->error && v->legacy &&
+        ((v->status & VIRTIO_CONFIG_S_FEATURES_OK) || (v->accepted & ~(u64)virtio_legacy_features(v))))
+        stream_bad(s, "a legacy virtio driver has negotiated as a modern one");
     if (s->load && !s->error)
         set_queue_features(v);
     if (v->transport)

@@ -1,5 +1,6 @@
 /*
- * What all virtio devices share (virtio 1.2 chapter 2): status, features, configuration space, queues, reset. Modern devices only.
+ * What all virtio devices share (virtio 1.2 chapter 2): status, features, configuration space, queues, reset; for modern
+ * drivers, and for legacy ones where the transport has their interface.
  *
  * A device struct begins with `struct virtio virtio;`, which begins with `struct device device;`. Its constructor calls virtio_init(); the board
  * then gives it a transport (virtio_pci_attach). The device is one entry of the board's list: the transport's state, reset and end go with it.
@@ -8,6 +9,9 @@
  *            any -> NEEDS_RESET      by virtio_break(): a queue or a request made no sense, nothing is processed until reset
  *            any -> FAILED           by the driver
  *            write of 0 -> (still the old value while requests are in flight) -> 0
+ *
+ * A legacy driver (3.1.2 and the notes on legacy interfaces throughout) knows nothing of FEATURES_OK, may use a queue before
+ * DRIVER_OK, and does not wait for the end of a reset. It is told from a modern one by the registers that it uses.
  *
  * Threads: all under device.lock, which the transport's register handlers hold already; worker threads take it themselves.
  */
@@ -30,7 +34,9 @@ struct virtio_ops {
     /* The driver has put chains into queue n (or has just become ready). Only while virtio_running(). */
     void (*kick)(struct virtio *v, unsigned n);
     /* A reset begins: take nothing more from the queues, drop what is held. Returns true if nothing is in flight; else the device calls
-     * virtio_stopped() when that is so. Optional (always true). */
+     * virtio_stopped() when that is so. A legacy driver does not look whether that has happened: while v->legacy, stop() is to
+     * come back with nothing in flight; it may wait for the host's storage, for a bounded time and with the device's lock
+     * released, but for no other thread. Optional (always true). */
     bool (*stop)(struct virtio *v);
     /* The driver has written bytes [off, off + len) of config[]. Optional: without it the space is read-only. */
     void (*config_write)(struct virtio *v, unsigned off, const void *val, unsigned len);
@@ -55,6 +61,7 @@ struct virtio {
     const struct log *log;
     u64 offered, accepted;                                         /* features */
     u8 status;
+    bool legacy;                                                   /* since the last reset, the legacy registers are used */
     bool resetting;                                                /* 0 was written to status, requests are still in flight */
     bool complained;                                               /* one message about a bad driver is enough */
     u8 config_generation;
@@ -92,6 +99,11 @@ void virtio_stopped(struct virtio *v);                             /* completes 
 u8 virtio_status(const struct virtio *v);
 void virtio_set_status(struct virtio *v, u8 status);
 void virtio_accept(struct virtio *v, unsigned word, u32 bits);     /* driver features, 32 at a time */
+/* The same as a legacy driver does it; there are 32 features. */
+void virtio_legacy_set_status(struct virtio *v, u8 status);
+u32 virtio_legacy_features(const struct virtio *v);
+void virtio_legacy_accept(struct virtio *v, u32 bits);
+void virtio_legacy_queue(struct virtio *v, struct virtq *q, u64 gpa);  /* rings from gpa on as in 2.7.2; 0: none any more */
 void virtio_kick(struct virtio *v, unsigned n);
 void virtio_kick_all(struct virtio *v);
 void virtio_config_read(struct virtio *v, u64 off, void *buf, unsigned len);

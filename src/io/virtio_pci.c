@@ -1,10 +1,14 @@
 /*
  * virtio over PCI (see virtio_pci.h; virtio 1.2, 4.1 "Virtio Over PCI Bus").
  *
- *   BAR 0, 16 KiB:  0x0000 common configuration   0x1000 ISR status   0x2000 device configuration   0x3000 notification, 4 bytes a queue
+ *   BAR 0, ports:   legacy registers, of transitional devices (4.1.4.10): common ones, and behind them the device configuration
  *   BAR 1,  4 KiB:  MSI-X table and pending bits; one vector for each queue and one for changes of configuration
+ *   BAR 4, 16 KiB:  0x0000 common configuration   0x1000 ISR status   0x2000 device configuration   0x3000 notification, 4 bytes a queue
  *
  * Fields of the common configuration are written with their natural width (4.1.3.1); other writes are ignored, reads of any width work.
+ * The guest is little-endian, as the host is, so legacy fields need no other treatment.
+ *
+ * A legacy driver that does not make the device a bus master is not served (Linux before 2.6.34 relied on firmware for it).
  *
  * Locking: all under the device's lock. A request that is in flight while the driver takes bus mastership away still completes.
  */
@@ -17,8 +21,9 @@
 
 #include "base/err.h"
 
-#define BAR_REGISTERS 0
+#define BAR_LEGACY 0
 #define BAR_MSIX 1
+#define BAR_REGISTERS 4
 #define PAGE_COMMON 0
 #define PAGE_ISR 1
 #define PAGE_DEVICE 2
@@ -34,6 +39,19 @@ union common {
     struct virtio_pci_common_cfg reg;
     u8 byte[64];
 };
+
+/* 4.1.4.10. The vectors are there only while MSI-X is enabled; the device configuration follows. */
+union legacy {
+    struct {
+        u32 device_features, driver_features, queue_pfn;
+        u16 queue_size, queue_select, queue_notify;
+        u8 device_status, isr;
+        u16 config_vector, queue_vector;
+    } reg;
+    u8 byte[32];
+};
+_Static_assert(offsetof(union legacy, reg.isr) == VIRTIO_PCI_ISR &&
+               offsetof(union legacy, reg.queue_vector) == VIRTIO_MSI_QUEUE_VECTOR, "as in 4.1.4.10");
 
 struct virtio_pci {
     struct pci_fn fn;
@@ -153,35 +171,105 @@ static void common_write(struct virtio_pci *t, u64 off, u64 val, unsigned size)
 }
 
 /* Reading acknowledges (4.1.4.5). */
-static u64 isr_read(struct virtio_pci *t, u64 off)
+static u8 take_isr(struct virtio_pci *t)
 {
     u8 isr = t->isr;
 
-    if (off)
-        return 0;
     t->isr = 0;
     pci_intx(&t->fn, false);
     return isr;
 }
 
-static u64 vp_bar_read(struct pci_fn *f, unsigned bar UNUSED, u64 off, unsigned size)
+/* --- legacy registers (4.1.4.10) --- */
+
+static unsigned legacy_end(const struct virtio_pci *t)
+{
+    return VIRTIO_PCI_CONFIG_OFF(pci_msix_enabled(&t->fn));
+}
+
+static u64 legacy_read(struct virtio_pci *t, u64 off, unsigned size)
+{
+    const struct virtio *v = t->v;
+    const struct virtq *q = selected(t);
+    unsigned end = legacy_end(t);
+    union legacy r = { 0 };
+    u64 val = 0;
+
+    if (off >= end) {
+        virtio_config_read(t->v, off - end, &val, size);
+        return val;
+    }
+    r.reg.device_features = virtio_legacy_features(v);
+    r.reg.driver_features = (u32)v->accepted;
+    r.reg.queue_select = t->queue_select;
+    r.reg.device_status = virtio_status(v);
+    r.reg.config_vector = t->config_vector;
+    r.reg.queue_vector = VIRTIO_NO_VECTOR;
+    if (q) {
+        r.reg.queue_pfn = q->enabled ? (u32)(q->desc >> VIRTIO_PCI_QUEUE_ADDR_SHIFT) : 0;
+        r.reg.queue_size = q->size;
+        r.reg.queue_vector = q->vector;
+    }
+    if (off <= VIRTIO_PCI_ISR && off + size > VIRTIO_PCI_ISR)
+        r.reg.isr = take_isr(t);
+    if (range_in(off, size, sizeof(r)))
+        memcpy(&val, r.byte + off, size);
+    return val;
+}
+
+#define LEGACY(name) (off == offsetof(union legacy, reg.name) && size == sizeof(((union legacy *)0)->reg.name))
+
+static void legacy_write(struct virtio_pci *t, u64 off, u64 val, unsigned size)
+{
+    struct virtq *q = selected(t);
+    unsigned end = legacy_end(t);
+
+    if (off >= end)
+        virtio_config_write(t->v, off - end, &val, size);
+    else if (LEGACY(device_status))
+        virtio_legacy_set_status(t->v, (u8)val);
+    else if (t->v->resetting)
+        return;
+    else if (LEGACY(driver_features))
+        virtio_legacy_accept(t->v, (u32)val);
+    else if (LEGACY(queue_pfn) && q)
+        virtio_legacy_queue(t->v, q, (u64)(u32)val << VIRTIO_PCI_QUEUE_ADDR_SHIFT);
+    else if (LEGACY(queue_select))
+        t->queue_select = (u16)val;
+    else if (LEGACY(queue_notify))
+        virtio_kick(t->v, (u16)val);
+    else if (LEGACY(config_vector))
+        t->config_vector = valid_vector(t, val);
+    else if (LEGACY(queue_vector) && q)
+        q->vector = valid_vector(t, val);
+}
+
+/* --- BARs --- */
+
+static u64 vp_bar_read(struct pci_fn *f, unsigned bar, u64 off, unsigned size)
 {
     struct virtio_pci *t = container_of(f, struct virtio_pci, fn);
     u64 in_page = off & ~PAGE_MASK, val = 0;
 
+    if (bar == BAR_LEGACY)
+        return legacy_read(t, off, size);
     switch (off >> PAGE_SHIFT) {
     case PAGE_COMMON: return common_read(t, in_page, size);
-    case PAGE_ISR: return isr_read(t, in_page);
+    case PAGE_ISR: return in_page ? 0 : take_isr(t);
     case PAGE_DEVICE: virtio_config_read(t->v, in_page, &val, size); return val;
     default: return 0;
     }
 }
 
-static void vp_bar_write(struct pci_fn *f, unsigned bar UNUSED, u64 off, u64 val, unsigned size)
+static void vp_bar_write(struct pci_fn *f, unsigned bar, u64 off, u64 val, unsigned size)
 {
     struct virtio_pci *t = container_of(f, struct virtio_pci, fn);
     u64 in_page = off & ~PAGE_MASK;
 
+    if (bar == BAR_LEGACY) {
+        legacy_write(t, off, val, size);
+        return;
+    }
     switch (off >> PAGE_SHIFT) {
     case PAGE_COMMON: common_write(t, in_page, val, size); break;
     case PAGE_DEVICE: virtio_config_write(t->v, in_page, &val, size); break;
@@ -326,6 +414,35 @@ static u32 class_code(u16 type)
     }
 }
 
+/* 4.1.2.1; 0: there is no transitional device of this type. */
+static u16 transitional_id(u16 type)
+{
+    switch (type) {
+    case VIRTIO_ID_NET: return VIRTIO_TRANS_ID_NET;
+    case VIRTIO_ID_BLOCK: return VIRTIO_TRANS_ID_BLOCK;
+    case VIRTIO_ID_BALLOON: return VIRTIO_TRANS_ID_BALLOON;
+    case VIRTIO_ID_CONSOLE: return VIRTIO_TRANS_ID_CONSOLE;
+    case VIRTIO_ID_SCSI: return VIRTIO_TRANS_ID_SCSI;
+    case VIRTIO_ID_RNG: return VIRTIO_TRANS_ID_RNG;
+    case VIRTIO_ID_9P: return VIRTIO_TRANS_ID_9P;
+    default: return 0;
+    }
+}
+
+static int add_bars(struct virtio_pci *t, bool legacy, const char *name)
+{
+    u64 ports = 32;
+    int r = 0;
+
+    while (ports < VIRTIO_PCI_CONFIG_OFF(1) + t->v->config_len)
+        ports *= 2;
+    if (legacy)
+        r = pci_bar(&t->fn, BAR_LEGACY, PCI_BAR_IO, ports, name);
+    if (r == 0)
+        r = pci_bar(&t->fn, BAR_REGISTERS, PCI_BAR_MEM32, PAGES << PAGE_SHIFT, name);
+    return r < 0 ? r : pci_msix(&t->fn, BAR_MSIX, t->v->queues + 1, name);
+}
+
 static void add_capability(struct virtio_pci *t, u8 type, unsigned page, u32 length)
 {
     struct virtio_pci_cap cap = {
@@ -353,8 +470,9 @@ static void add_capabilities(struct virtio_pci *t)
     t->window = pci_capability(&t->fn, PCI_CAP_ID_VNDR, &window.cap.cap_len, &writable.cap.cap_len, sizeof(window));
 }
 
-int virtio_pci_attach(struct pci_bus *pci, unsigned device, struct irq_line intx, u8 gsi, struct virtio *v)
+int virtio_pci_attach(struct pci_bus *pci, unsigned device, struct irq_line intx, u8 gsi, bool transitional, struct virtio *v)
 {
+    u16 old_id = transitional ? transitional_id(v->type) : 0;
     struct pci_id id = { .vendor = 0x1af4, .device = (u16)(0x1040 + v->type), .subsystem_vendor = 0x1af4, .subsystem = 0x1100,
                          .class_code = class_code(v->type), .revision = 1 };
     struct virtio_pci *t = calloc(1, sizeof(*t));
@@ -363,6 +481,11 @@ int virtio_pci_attach(struct pci_bus *pci, unsigned device, struct irq_line intx
 
     if (!t)
         return err(-ENOMEM, "%s: out of memory", name);
+    if (old_id) {                                                  /* 4.1.2.3: the driver goes by the subsystem */
+        id.device = old_id;
+        id.subsystem = v->type;
+        id.revision = 0;
+    }
     t->v = v;
     r = pci_add(pci, &t->fn, device, &id, &fn_ops, &v->device.lock);
     if (r < 0) {
@@ -370,9 +493,7 @@ int virtio_pci_attach(struct pci_bus *pci, unsigned device, struct irq_line intx
         return r;
     }
     pci_wire_intx(&t->fn, intx, gsi);
-    r = pci_bar(&t->fn, BAR_REGISTERS, PCI_BAR_MEM32, PAGES << PAGE_SHIFT, name);
-    if (r == 0)
-        r = pci_msix(&t->fn, BAR_MSIX, v->queues + 1, name);
+    r = add_bars(t, old_id, name);
     if (r < 0) {
         vp_free(t);
         return r;

@@ -145,7 +145,8 @@ static void pci_wire_set(void *chip, int n, int level)
 static int attach_virtio(struct board *b, unsigned slot, void *device)
 {
     board_add(b, device);
-    return virtio_pci_attach(b->pci, slot, (struct irq_line){ pci_wire_set, b, (int)slot }, pci_isa[slot % 4], device);
+    return virtio_pci_attach(b->pci, slot, (struct irq_line){ pci_wire_set, b, (int)slot }, pci_isa[slot % 4],
+                             !b->config->virtio_modern, device);
 }
 
 /* ---- memory ---- */

@@ -133,6 +133,7 @@ static int vm_boot(struct vm *vm)
 {
     struct boot_config boot = {
         .firmware = vm->config.firmware, .kernel = vm->config.kernel, .initrd = vm->config.initrd, .cmdline = vm->config.cmdline, .map = board_map(vm->board),
+        .phys_bits = (u8)cpuid_phys_bits(vm->m.cpuid),
     };
     struct x86 *x;
     int r = 0;

@@ -69,6 +69,7 @@ struct vm_config {
     const struct vm_port *port;
     /* of the virtio console; 0: the board has no virtio console */
     unsigned ports;
+    bool virtio_modern;                                            /* without the legacy registers and identity */
     bool no_reboot;
     bool start_paused;                                             /* vm_start() leaves it VM_PAUSED */
     /* the board has a debug exit port and a debug console */

@@ -30,7 +30,7 @@ static void open_disk(bool readonly)
     guest_new(&g);
     assert_int_equal(block_open(image, readonly, &b), 0);
     assert_int_equal(virtio_blk_new(&g.ram, NULL, b, "serial-0123456789abcdef", &blk), 0);
-    assert_int_equal(virtio_pci_attach(g.pci, DEV, guest_line(&g), 20, (struct virtio *)blk), 0);
+    assert_int_equal(virtio_pci_attach(g.pci, DEV, guest_line(&g), 20, false, (struct virtio *)blk), 0);
     vdev_find(&d, &g, DEV);
 }
 

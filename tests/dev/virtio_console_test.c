@@ -106,7 +106,7 @@ static int setup(void **state UNUSED)
     memset(end, 0, sizeof(end));
     assert_int_equal(loop_new(&loop), 0);
     assert_int_equal(virtio_console_new(&g.ram, NULL, loop, cfg, PORTS, &con), 0);
-    assert_int_equal(virtio_pci_attach(g.pci, DEV, guest_line(&g), 20, (struct virtio *)con), 0);
+    assert_int_equal(virtio_pci_attach(g.pci, DEV, guest_line(&g), 20, false, (struct virtio *)con), 0);
     for (unsigned n = 0; n < PORTS; n++) {
         end[n].port = virtio_console_port(con, n);
         end[n].room = SIZE_MAX;

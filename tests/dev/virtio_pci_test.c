@@ -30,7 +30,7 @@ static int setup(void **state UNUSED)
     guest_new(&g);
     warnings = 0;
     assert_int_equal(virtio_rng_new(&g.ram, &log_to_sink, &rng), 0);
-    assert_int_equal(virtio_pci_attach(g.pci, DEV, guest_line(&g), 20, (struct virtio *)rng), 0);
+    assert_int_equal(virtio_pci_attach(g.pci, DEV, guest_line(&g), 20, false, (struct virtio *)rng), 0);
     vdev_find(&d, &g, DEV);
     return 0;
 }

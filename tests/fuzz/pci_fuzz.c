@@ -43,7 +43,7 @@ static void build(void)
     bug_on(pci_bar(&probe, 0, PCI_BAR_IO, 32, "io") < 0 || pci_bar(&probe, 1, PCI_BAR_MEM32, 4096, "mem") < 0 ||
            pci_bar(&probe, 2, PCI_BAR_MEM64, 4 * MiB, "mem64") < 0 || pci_msix(&probe, 4, 33, "msix") < 0);
     pci_msi(&probe, 8);
-    bug_on(virtio_rng_new(&g.ram, NULL, &rng) < 0 || virtio_pci_attach(g.pci, 2, guest_line(&g), 10, (struct virtio *)rng) < 0);
+    bug_on(virtio_rng_new(&g.ram, NULL, &rng) < 0 || virtio_pci_attach(g.pci, 2, guest_line(&g), 10, true, (struct virtio *)rng) < 0);
 }
 
 static void do_access(const u8 *a)
@@ -68,7 +68,7 @@ static void do_access(const u8 *a)
 
 static void check(void)
 {
-    bug_on(ecam_read(&g, 0, 0, 4) != 0x00081b36 || ecam_read(&g, 1, 0, 4) != 0x56781234 || ecam_read(&g, 2, 0, 4) != 0x10441af4);
+    bug_on(ecam_read(&g, 0, 0, 4) != 0x00081b36 || ecam_read(&g, 1, 0, 4) != 0x56781234 || ecam_read(&g, 2, 0, 4) != 0x10051af4);
     for (unsigned n = 0; n < PCI_BARS; n++) {
         const struct pci_bar *bar = &probe.bar[n];
 

@@ -1,7 +1,7 @@
 /*
  * Fuzzing of whole virtio devices (disk, console, entropy) behind PCI: the input is a hostile driver's program. It may do everything by single register accesses, or
  * take a step that a driver takes (start the device, add a chain, a disk request, a control message, kick) with parameters of its own, so that the deep places
- * are reached.
+ * are reached. The devices are transitional: the driver may be a legacy one as well, or both.
  *
  *   byte 0: which devices are started before the program runs; then steps of 8 bytes: what, device, n (2), value (4)
  */
@@ -68,7 +68,7 @@ static void build(void)
     dev[1] = (struct device *)con;
     dev[2] = (struct device *)rng;
     for (unsigned i = 0; i < DEVICES; i++)
-        bug_on(virtio_pci_attach(g.pci, i + 1, guest_line(&g), 10, (struct virtio *)dev[i]) < 0);
+        bug_on(virtio_pci_attach(g.pci, i + 1, guest_line(&g), 10, true, (struct virtio *)dev[i]) < 0);
 }
 
 static void start(struct vdev *d, unsigned device, u32 val)
@@ -79,6 +79,38 @@ static void start(struct vdev *d, unsigned device, u32 val)
     if (common_get(d, COMMON(num_queues), 2) > VIRTIO_QUEUES_MAX)
         return;                                                    /* its BAR does not decode */
     vdev_start(d, &g, device + 1, BIT(VIRTIO_F_VERSION_1) | (vdev_features(d) & ~((val & 3) | (u64)(val >> 2 & 3) << VIRTIO_RING_F_INDIRECT_DESC)), 16);
+}
+
+static u64 ports(unsigned device)
+{
+    return ecam_read(&g, device + 1, PCI_BASE_ADDRESS_0, 4) & ~3u;
+}
+
+/* The same as a legacy driver; steps that come between make what drivers never do. */
+static void legacy_start(struct vdev *d, unsigned device, u32 val)
+{
+    u64 at = ports(device);
+
+    if (starts++ >= STARTS)
+        return;
+    vdev_find(d, &g, device + 1);
+    ecam_write(&g, device + 1, PCI_COMMAND, PCI_COMMAND_IO | PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER, 2);
+    bus_write(g.pio, at + VIRTIO_PCI_STATUS, val & 1 ? 0 : 3, 1);
+    bus_write(g.pio, at + VIRTIO_PCI_GUEST_FEATURES, val >> 2, 4);
+    for (unsigned n = 0; n < 8; n++) {
+        u16 size;
+
+        bus_write(g.pio, at + VIRTIO_PCI_QUEUE_SEL, n, 2);
+        size = (u16)bus_read(g.pio, at + VIRTIO_PCI_QUEUE_NUM, 2);
+        if (!size || size > VIRTQ_SIZE_MAX)
+            break;
+        d->q[n] = (struct gq){ .g = &g, .size = size, .desc = guest_alloc(&g, 8192 + 16ull * size) };
+        d->q[n].avail = d->q[n].desc + 16ull * size;
+        d->q[n].used = ALIGN_UP(d->q[n].avail + 2ull * size + 6, 4096);
+        bus_write(g.pio, at + VIRTIO_PCI_QUEUE_PFN, d->q[n].desc >> 12, 4);
+    }
+    if (val & 2)
+        bus_write(g.pio, at + VIRTIO_PCI_STATUS, 7, 1);
 }
 
 static void add(struct vdev *d, unsigned n, u32 val)
@@ -153,9 +185,9 @@ static void step(const u8 *a)
 
     memcpy(&v, a + 4, 4);
     val = v;
-    switch (a[0] % 14) {
-    case 0: bus_access(g.mmio, bar_address(&g, device + 1, 0) + n % 0x4000, 1u << (a[0] >> 6), true, &val); break;
-    case 1: bus_access(g.mmio, bar_address(&g, device + 1, n >> 15) + n % 0x4000, 1u << (a[0] >> 6), a[0] & 32, &val); break;
+    switch (a[0] % 17) {
+    case 0: bus_access(g.mmio, bar_address(&g, device + 1, 4) + n % 0x4000, 1u << (a[0] >> 6), true, &val); break;
+    case 1: bus_access(g.mmio, bar_address(&g, device + 1, n >> 15 ? 1 : 4) + n % 0x4000, 1u << (a[0] >> 6), a[0] & 32, &val); break;
     case 2: ecam_write(&g, device + 1, n % 256, v, 1u << (a[0] >> 6) % 3); break;
     case 3: put(&g, n * 4, &v, 4); break;
     case 4:
@@ -170,6 +202,9 @@ static void step(const u8 *a)
     case 10: n & 2 ? vport_set_open(port, v & 1) : vport_resize(port, (u16)v, (u16)n); break;
     case 11: save_and_load(dev[device], v); break;
     case 12: disk_request(&drv[0], n, v); break;
+    case 14: bus_access(g.pio, ports(device) + n % 64, 1u << (a[0] >> 6), a[0] & 32, &val); break;
+    case 15: legacy_start(d, device, v); break;
+    case 16: bus_write(g.pio, ports(device) + VIRTIO_PCI_QUEUE_NOTIFY, n % 8, 2); break;
     case 13: control_message(&drv[1], n, v); break;
     }
 }
@@ -192,7 +227,7 @@ int LLVMFuzzerTestOneInput(const u8 *data, size_t len)
         dev[i]->ops->reset(dev[i]);
     }
     turn();
-    memset(g.ram.run[0].hva, 0, 256 * KiB);
+    memset(g.ram.run[0].hva, 0, 768 * KiB);
     for (unsigned i = 0; i < DEVICES; i++)
         bug_on(((struct virtio *)dev[i])->status);
     return 0;
