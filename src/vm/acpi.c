@@ -1,7 +1,8 @@
 /*
  * The ACPI tables (ACPI specification 6.4; section numbers below are its). See acpi.h.
  *
- * All tables are built in one buffer that mirrors ACPI_BASE.., then written to the guest. The DSDT is the little that
+ * All tables are built in one buffer that mirrors ACPI_BASE.., then written to the guest. For firmware the buffer begins at
+ * 0, and the places of pointers are noted for it, in the form that SeaBIOS's src/fw/romfile_loader.h describes. The DSDT is the little that
  * an operating system cannot find out by itself: power-off, the PCI windows and interrupt routing, and the ISA devices.
  * Left out: processors as devices (the MADT lists them), sleep states but S5, GPE methods, thermal and battery devices.
  */
@@ -83,9 +84,16 @@ struct facs {                                                      /* 5.2.10 */
 } PACKED;
 _Static_assert(sizeof(struct facs) == 64, "FACS");
 
-/* The area ACPI_BASE .. ACPI_BASE + ACPI_SIZE. */
+#define FIXUPS_MAX 32
+
+/* The area ACPI_BASE .. ACPI_BASE + ACPI_SIZE, or the firmware's file of tables. */
 struct area {
     struct aml out;
+    u32 base;                                                      /* of buf, for pointers */
+    bool firmware;                                                 /* it adds its base to pointers, and makes checksums */
+    struct { u32 at, size; } pointer[FIXUPS_MAX];
+    struct { u32 at, size; } table[FIXUPS_MAX];
+    unsigned pointers, tables;
     u8 buf[ACPI_SIZE];
 };
 
@@ -99,7 +107,15 @@ static u8 checksum(const void *p, u32 n)
 
 static u32 area_gpa(const struct area *ar)
 {
-    return ACPI_BASE + ar->out.pos;
+    return ar->base + ar->out.pos;
+}
+
+/* A pointer of that size into the area stands at gpa. */
+static void area_pointer(struct area *ar, u32 gpa, u32 size)
+{
+    bug_on(ar->pointers == FIXUPS_MAX);
+    ar->pointer[ar->pointers].at = gpa - ar->base;
+    ar->pointer[ar->pointers++].size = size;
 }
 
 static void area_align(struct area *ar, u32 align)
@@ -132,13 +148,18 @@ static u32 table_begin(struct area *ar, const char *signature, u8 revision)
 static void table_end(struct area *ar, u32 gpa)
 {
     struct table_head h;
-    u8 *p = ar->buf + (gpa - ACPI_BASE);
+    u8 *p = ar->buf + (gpa - ar->base);
 
     if (ar->out.full)
         return;
     memcpy(&h, p, sizeof h);
     h.length = area_gpa(ar) - gpa;
     memcpy(p, &h, sizeof h);
+    bug_on(ar->tables == FIXUPS_MAX);
+    ar->table[ar->tables].at = gpa - ar->base;
+    ar->table[ar->tables++].size = h.length;
+    if (ar->firmware)
+        return;
     h.checksum = checksum(p, h.length);
     memcpy(p, &h, sizeof h);
 }
@@ -204,8 +225,9 @@ static void host_bridge(struct aml *a, const struct acpi_config *c)
     for (unsigned i = 0; i < ARRAY_SIZE(c->pci_io); i++)
         if (c->pci_io[i].size)
             aml_res_io_window(a, (u16)c->pci_io[i].base, (u32)c->pci_io[i].size);
-    if (c->pci_mem32.size)
-        aml_res_mem32_window(a, (u32)c->pci_mem32.base, (u32)c->pci_mem32.size);
+    for (unsigned i = 0; i < ARRAY_SIZE(c->pci_mem32); i++)
+        if (c->pci_mem32[i].size)
+            aml_res_mem32_window(a, (u32)c->pci_mem32[i].base, (u32)c->pci_mem32[i].size);
     if (c->pci_mem64.size)
         aml_res_mem64_window(a, c->pci_mem64.base, c->pci_mem64.size);
     aml_resources_end(a);
@@ -354,6 +376,9 @@ static u32 write_fadt(struct area *ar, const struct acpi_config *c, u32 facs, u3
     };
     u32 gpa = table_begin(ar, "FACP", 6);
 
+    area_pointer(ar, gpa + offsetof(struct fadt, facs), 4);
+    area_pointer(ar, gpa + offsetof(struct fadt, dsdt), 4);
+    area_pointer(ar, gpa + offsetof(struct fadt, x_dsdt), 8);
     aml_bytes(&ar->out, (u8 *)&f + sizeof f.head, sizeof f - sizeof f.head);
     table_end(ar, gpa);
     return gpa;
@@ -459,50 +484,179 @@ static u32 write_hpet(struct area *ar, const struct acpi_config *c)
 
 /* ---- the roots ---- */
 
-static void write_rsdp(struct area *ar, u32 rsdt, u32 xsdt)
+static struct rsdp rsdp_of(u32 rsdt, u32 xsdt)
 {
     struct rsdp r = { .revision = 2, .rsdt = rsdt, .length = sizeof r, .xsdt = xsdt };
 
     memcpy(r.signature, "RSD PTR ", sizeof r.signature);
     memcpy(r.oem_id, OEM_ID, sizeof r.oem_id);
-    r.checksum = checksum(&r, offsetof(struct rsdp, length));      /* the part that ACPI 1.0 knows */
-    r.extended_checksum = checksum(&r, sizeof r);
-    memcpy(ar->buf, &r, sizeof r);
+    return r;
 }
 
-int acpi_write(struct ram *ram, const struct acpi_config *c, u64 *rsdp_gpa)
+static u32 write_list(struct area *ar, const char *signature, const u32 *table, u32 tables, u32 size)
 {
-    struct area *ar = calloc(1, sizeof *ar);
-    u32 table[4], tables = 0, rsdt, xsdt;
-    int rc = 0;
+    u32 gpa = table_begin(ar, signature, 1);
 
-    if (!ar)
-        return err(-ENOMEM, "out of memory for ACPI tables");
-    aml_init(&ar->out, ar->buf, sizeof ar->buf);
-    ar->out.pos = sizeof(struct rsdp);
-    u32 facs = write_facs(ar), dsdt = write_dsdt(ar, c);
+    for (u32 i = 0; i < tables; i++) {
+        u64 entry = table[i];
+
+        area_pointer(ar, area_gpa(ar), size);
+        aml_bytes(&ar->out, &entry, size);
+    }
+    table_end(ar, gpa);
+    return gpa;
+}
+
+/* All tables but the RSDP, which is returned without checksums. */
+static struct rsdp write_tables(struct area *ar, const struct acpi_config *c)
+{
+    u32 table[4], tables = 0, facs = write_facs(ar), dsdt = write_dsdt(ar, c), rsdt;
+
     table[tables++] = write_fadt(ar, c, facs, dsdt);
     table[tables++] = write_madt(ar, c);
     if (c->ecam_base)
         table[tables++] = write_mcfg(ar, c);
     if (c->hpet_base)
         table[tables++] = write_hpet(ar, c);
-    rsdt = table_begin(ar, "RSDT", 1);
-    for (u32 i = 0; i < tables; i++)
-        aml_u32(&ar->out, table[i]);
-    table_end(ar, rsdt);
-    xsdt = table_begin(ar, "XSDT", 1);
-    for (u32 i = 0; i < tables; i++)
-        aml_u64(&ar->out, table[i]);
-    table_end(ar, xsdt);
-    write_rsdp(ar, rsdt, xsdt);
+    rsdt = write_list(ar, "RSDT", table, tables, 4);
+    return rsdp_of(rsdt, write_list(ar, "XSDT", table, tables, 8));
+}
 
+static int area_new(u32 base, struct area **out)
+{
+    struct area *ar = calloc(1, sizeof *ar);
+
+    if (!ar)
+        return err(-ENOMEM, "out of memory for ACPI tables");
+    aml_init(&ar->out, ar->buf, sizeof ar->buf);
+    ar->base = base;
+    *out = ar;
+    return 0;
+}
+
+static int no_room(const struct acpi_config *c)
+{
+    return err(-ENOSPC, "the ACPI tables of %u vCPUs do not fit into %u KiB; use fewer --cpus", c->vcpus, ACPI_SIZE / 1024);
+}
+
+int acpi_write(struct ram *ram, const struct acpi_config *c, u64 *rsdp_gpa)
+{
+    struct area *ar = NULL;
+    struct rsdp rsdp;
+    int rc = area_new(ACPI_BASE, &ar);
+
+    if (rc)
+        return rc;
+    ar->out.pos = sizeof rsdp;
+    rsdp = write_tables(ar, c);
+    rsdp.checksum = checksum(&rsdp, offsetof(struct rsdp, length)); /* the part that ACPI 1.0 knows */
+    rsdp.extended_checksum = checksum(&rsdp, sizeof rsdp);
+    memcpy(ar->buf, &rsdp, sizeof rsdp);
     if (ar->out.full)
-        rc = err(-ENOSPC, "the ACPI tables of %u vCPUs do not fit into %u KiB; use fewer --cpus", c->vcpus,
-                 ACPI_SIZE / 1024);
+        rc = no_room(c);
     else if (ram_write(ram, ACPI_BASE, ar->buf, ar->out.pos))
         rc = err(-EFAULT, "no memory at 0x%x for the ACPI tables; use a larger --memory", ACPI_BASE);
     *rsdp_gpa = ACPI_BASE;
     free(ar);
+    return rc;
+}
+
+/* ---- for firmware ---- */
+
+#define TABLES_FILE "etc/acpi/tables"
+#define RSDP_FILE   "etc/acpi/rsdp"
+#define LOADER_FILE "etc/table-loader"
+#define LOADER_MAX  (2 + FIXUPS_MAX + 2 + FIXUPS_MAX + 2)
+
+enum { LOADER_ALLOCATE = 1, LOADER_ADD_POINTER = 2, LOADER_ADD_CHECKSUM = 3 };
+enum { ZONE_HIGH = 1, ZONE_FSEG = 2 };                             /* anywhere below 4 GiB; where the RSDP is looked for */
+
+struct loader_entry {                                              /* little endian */
+    u32 command;
+    union {
+        struct { char file[56]; u32 align; u8 zone; } PACKED allocate;
+        struct { char dest[56], src[56]; u32 offset; u8 size; } PACKED pointer;
+        struct { char file[56]; u32 offset, start, length; } PACKED checksum;
+        u8 pad[124];
+    };
+} PACKED;
+_Static_assert(sizeof(struct loader_entry) == 128, "romfile_loader.h");
+
+struct loader {
+    struct loader_entry entry[LOADER_MAX];
+    unsigned n;
+};
+
+static struct loader_entry *command(struct loader *l, u32 what)
+{
+    bug_on(l->n == LOADER_MAX);
+    l->entry[l->n].command = what;
+    return &l->entry[l->n++];
+}
+
+static void allocate(struct loader *l, const char *file, u32 align, u8 zone)
+{
+    struct loader_entry *e = command(l, LOADER_ALLOCATE);
+
+    strcpy(e->allocate.file, file);
+    e->allocate.align = align;
+    e->allocate.zone = zone;
+}
+
+static void pointer(struct loader *l, const char *dest, u32 offset, u32 size)
+{
+    struct loader_entry *e = command(l, LOADER_ADD_POINTER);
+
+    strcpy(e->pointer.dest, dest);
+    strcpy(e->pointer.src, TABLES_FILE);
+    e->pointer.offset = offset;
+    e->pointer.size = (u8)size;
+}
+
+static void sum(struct loader *l, const char *file, u32 offset, u32 start, u32 length)
+{
+    struct loader_entry *e = command(l, LOADER_ADD_CHECKSUM);
+
+    strcpy(e->checksum.file, file);
+    e->checksum.offset = offset;
+    e->checksum.start = start;
+    e->checksum.length = length;
+}
+
+/* Pointers first: checksums cover them. */
+static void write_loader(struct loader *l, const struct area *ar)
+{
+    allocate(l, TABLES_FILE, 64, ZONE_HIGH);                       /* the FACS is aligned so */
+    allocate(l, RSDP_FILE, 16, ZONE_FSEG);
+    for (unsigned i = 0; i < ar->pointers; i++)
+        pointer(l, TABLES_FILE, ar->pointer[i].at, ar->pointer[i].size);
+    pointer(l, RSDP_FILE, offsetof(struct rsdp, rsdt), 4);
+    pointer(l, RSDP_FILE, offsetof(struct rsdp, xsdt), 8);
+    for (unsigned i = 0; i < ar->tables; i++)
+        sum(l, TABLES_FILE, ar->table[i].at + offsetof(struct table_head, checksum), ar->table[i].at, ar->table[i].size);
+    sum(l, RSDP_FILE, offsetof(struct rsdp, checksum), 0, offsetof(struct rsdp, length));
+    sum(l, RSDP_FILE, offsetof(struct rsdp, extended_checksum), 0, sizeof(struct rsdp));
+}
+
+int acpi_export(const struct acpi_config *c, int (*add)(void *arg, const char *name, const void *p, u32 len), void *arg)
+{
+    struct loader *l = calloc(1, sizeof *l);
+    struct area *ar = NULL;
+    struct rsdp rsdp;
+    int rc = l ? area_new(0, &ar) : err(-ENOMEM, "out of memory for ACPI tables");
+
+    if (rc)
+        goto out;
+    ar->firmware = true;
+    rsdp = write_tables(ar, c);
+    write_loader(l, ar);
+    rc = ar->out.full ? no_room(c) : add(arg, TABLES_FILE, ar->buf, ar->out.pos);
+    if (rc == 0)
+        rc = add(arg, RSDP_FILE, &rsdp, sizeof rsdp);
+    if (rc == 0)
+        rc = add(arg, LOADER_FILE, l->entry, (u32)(l->n * sizeof *l->entry));
+out:
+    free(ar);
+    free(l);
     return rc;
 }

@@ -3,7 +3,7 @@
  *
  * The board fills struct acpi_config; every address and interrupt number comes from there. The tables lie in the BIOS
  * area, where old systems look for them, in RAM that the e820 map reserves. Called while vCPUs stand still, again at
- * each reset.
+ * each reset. Firmware that has that area for itself takes them as files of fw_cfg and puts them where it likes.
  */
 #pragma once
 
@@ -46,7 +46,7 @@ struct acpi_config {
     u64 ecam_base;                                                 /* 0: no MCFG */
     unsigned buses;                                                /* 1..256: buses behind the host bridge */
     struct acpi_window pci_io[2];                                  /* without 0xcf8..0xcff */
-    struct acpi_window pci_mem32, pci_mem64;
+    struct acpi_window pci_mem32[2], pci_mem64;
     u32 pci_gsi[4];                                /* INTA..D of device 0; the pin of device d, INTx p is (d + p) % 4 */
     u8 pci_irq[4];                                                 /* the same in i8259 mode; 0: no routing then */
     /* legacy devices */
@@ -59,3 +59,10 @@ struct acpi_config {
 
 /* Writes the tables, returns where the RSDP is. 0, or -ENOSPC/-EFAULT with err(). */
 int acpi_write(struct ram *ram, const struct acpi_config *c, u64 *rsdp_gpa);
+
+/*
+ * The same tables for firmware: three files, given to add() with their names, two of tables whose pointers count from the
+ * beginning of the file that they point into, and one of commands that say how to place and join them. 0, or what add()
+ * said, or -ENOSPC with err().
+ */
+int acpi_export(const struct acpi_config *c, int (*add)(void *arg, const char *name, const void *p, u32 len), void *arg);

@@ -66,6 +66,7 @@
 #define PCI_MEM_END   0xfec00000ull    /* firmware puts BARs behind the window, too, down from here */
 #define ECAM_BASE     0xe0000000ull
 #define ECAM_BUSES    1
+#define PCI_MEM2_BASE (ECAM_BASE + ECAM_BUSES * PCI_ECAM_BUS_SIZE)
 #define PCI_IO_BASE   0xc000u
 #define PCI_IO_SIZE   0x4000u
 #define ACPI_PM_BASE  0x600u
@@ -258,12 +259,61 @@ static int build_debug(struct board *b, struct machine_hook hook)
     return 0;
 }
 
+static struct acpi_config describe(const struct board *b)
+{
+    struct acpi_config c = {
+        .vcpus = b->config->vcpus,
+        .lapic_base = LAPIC_BASE,
+        .ioapic_base = IOAPIC_BASE,
+        .ioapic_id = (u8)b->config->vcpus,
+        .sci_irq = IRQ_SCI,
+        .pm1_evt = ACPI_PM_BASE + ACPI_PM_EVT,
+        .pm1_cnt = ACPI_PM_BASE + ACPI_PM_CNT,
+        .pm_timer = ACPI_PM_BASE + ACPI_PM_TMR,
+        .pm_timer_32bit = true,
+        .gpe0 = ACPI_PM_BASE + ACPI_PM_GPE0,
+        .gpe0_len = ACPI_PM_GPE0_LEN,
+        .s5_typ = ACPI_SLP_TYP_S5,
+        .reset_port = RST_CNT_PORT,
+        .reset_value = RST_CNT_FULL,
+        .rtc_century = RTC_CENTURY,
+        .i8042 = true,
+        .vga = false,
+        .ecam_base = ECAM_BASE,
+        .buses = ECAM_BUSES,
+        .pci_io = { { PCI_IO_BASE, PCI_IO_SIZE } },
+        .pci_mem32 = { { PCI_MEM_BASE, PCI_MEM_SIZE }, { PCI_MEM2_BASE, PCI_MEM_END - PCI_MEM2_BASE } },
+        .serial = { { COM1_PORT, IRQ_COM1 }, { COM2_PORT, IRQ_COM2 } },
+        .hpet_base = HPET_BASE,
+        .hpet_id = HPET_ID,
+        .pvpanic_port = PVPANIC_PORT,
+        .fw_cfg_port = FW_CFG_PORT,
+        .rtc = true,
+        .pit = true,
+    };
+
+    for (unsigned i = 0; i < 4; i++) {
+        c.pci_gsi[i] = pci_gsi[i];
+        c.pci_irq[i] = pci_isa[i];
+    }
+    return c;
+}
+
+static int add_firmware_file(void *arg, const char *name, const void *p, u32 len)
+{
+    return fw_cfg_file(arg, name, p, len);
+}
+
 static int build_fw_cfg(struct board *b)
 {
     struct fw_cfg *f;
 
+    struct acpi_config c = describe(b);
+    int r;
+
     BUILD(f, fw_cfg_new(b->m->pio, &b->ram, &f));
-    return fw_items_add(f, b->config, &b->map);
+    r = fw_items_add(f, b->config, &b->map);
+    return r < 0 || !b->config->firmware ? r : acpi_export(&c, add_firmware_file, f);
 }
 
 static int build_pci(struct board *b, struct machine_hook hook)
@@ -429,41 +479,7 @@ void board_state(struct board *b, struct stream *s)
 
 int board_tables(struct board *b, u64 *rsdp_gpa)
 {
-    struct acpi_config c = {
-        .vcpus = b->m->vcpus,
-        .lapic_base = LAPIC_BASE,
-        .ioapic_base = IOAPIC_BASE,
-        .ioapic_id = (u8)b->config->vcpus,
-        .sci_irq = IRQ_SCI,
-        .pm1_evt = ACPI_PM_BASE + ACPI_PM_EVT,
-        .pm1_cnt = ACPI_PM_BASE + ACPI_PM_CNT,
-        .pm_timer = ACPI_PM_BASE + ACPI_PM_TMR,
-        .pm_timer_32bit = true,
-        .gpe0 = ACPI_PM_BASE + ACPI_PM_GPE0,
-        .gpe0_len = ACPI_PM_GPE0_LEN,
-        .s5_typ = ACPI_SLP_TYP_S5,
-        .reset_port = RST_CNT_PORT,
-        .reset_value = RST_CNT_FULL,
-        .rtc_century = RTC_CENTURY,
-        .i8042 = true,
-        .vga = false,
-        .ecam_base = ECAM_BASE,
-        .buses = ECAM_BUSES,
-        .pci_io = { { PCI_IO_BASE, PCI_IO_SIZE } },
-        .pci_mem32 = { PCI_MEM_BASE, PCI_MEM_SIZE },
-        .serial = { { COM1_PORT, IRQ_COM1 }, { COM2_PORT, IRQ_COM2 } },
-        .hpet_base = HPET_BASE,
-        .hpet_id = HPET_ID,
-        .pvpanic_port = PVPANIC_PORT,
-        .fw_cfg_port = FW_CFG_PORT,
-        .rtc = true,
-        .pit = true,
-    };
-
-    for (unsigned i = 0; i < 4; i++) {
-        c.pci_gsi[i] = pci_gsi[i];
-        c.pci_irq[i] = pci_isa[i];
-    }
+    struct acpi_config c = describe(b);
     int r = acpi_write(&b->ram, &c, rsdp_gpa);
     return r < 0 ? r : mptable_write(&b->ram, &c);
 }

@@ -253,7 +253,7 @@ static void test_config_window(void **state UNUSED)
 {
     unsigned w = d.window;
 
-    ecam_write(&g, DEV, w + 4, 0, 1);
+    ecam_write(&g, DEV, w + 4, 4, 1);
     ecam_write(&g, DEV, w + 8, COMMON(num_queues), 4);
     ecam_write(&g, DEV, w + 12, 2, 4);
     assert_int_equal(ecam_read(&g, DEV, w + 16, 2), 1);

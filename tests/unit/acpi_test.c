@@ -34,7 +34,7 @@ static const struct acpi_config board = {
     .ecam_base = 0xe0000000,
     .buses = 1,
     .pci_io = { { 0xc000, 0x4000 } },
-    .pci_mem32 = { 0xc0000000, 0x20000000 },
+    .pci_mem32 = { { 0xc0000000, 0x20000000 }, { 0xe0100000, 0x1eb00000 } },
     .pci_mem64 = { 0x8000000000, 0x4000000000 },
     .pci_gsi = { 16, 17, 18, 19 },
     .pci_irq = { 10, 11, 10, 11 },
@@ -204,6 +204,118 @@ static void test_mcfg(void **state)
     assert_int_equal(table(rsdp, "MCFG"), 0);
 }
 
+/* Firmware's part: files by name, commands of 128 bytes carried out one after the other (SeaBIOS's src/fw/romfile_loader.c). */
+struct file {
+    char name[56];
+    u8 data[65536];
+    u32 len;
+    u64 gpa;
+};
+static struct file file[3];
+static unsigned files;
+
+static int add_file(void *arg, const char *name, const void *p, u32 len)
+{
+    struct file *f = &file[files++];
+
+    assert_true(arg == &files && files <= 3 && len <= sizeof f->data);
+    strcpy(f->name, name);
+    memcpy(f->data, p, len);
+    f->len = len;
+    f->gpa = 0;
+    return 0;
+}
+
+static struct file *named(const char *name)
+{
+    for (unsigned i = 0; i < files; i++)
+        if (!strcmp(file[i].name, name))
+            return &file[i];
+    fail_msg("no file %s", name);
+    return NULL;
+}
+
+static u32 le32(const u8 *p)
+{
+    u32 v;
+    memcpy(&v, p, 4);
+    return v;
+}
+
+static void carry_out(const u8 *e)
+{
+    struct file *f = named((const char *)e + 4), *src;
+    u32 offset = le32(e + 60);
+    u64 v = 0;
+
+    switch (le32(e)) {
+    case 1:
+        f->gpa = e[64] == 2 ? ACPI_BASE : ACPI_BASE + 0x3340;
+        assert_int_equal(f->gpa % offset, 0);
+        break;
+    case 2:
+        src = named((const char *)e + 60);
+        offset = le32(e + 116);
+        assert_true(src->gpa && offset + e[120] <= f->len);
+        memcpy(&v, f->data + offset, e[120]);
+        assert_in_range(v, 0, src->len - 36);
+        v += src->gpa;
+        memcpy(f->data + offset, &v, e[120]);
+        break;
+    case 3:
+        assert_true(le32(e + 64) + le32(e + 68) <= f->len && offset < f->len);
+        assert_int_equal(f->data[offset], 0);                      /* some loaders count it, some do not */
+        for (u32 i = 0; i < le32(e + 68); i++)
+            v += f->data[le32(e + 64) + i];
+        f->data[offset] = (u8)-v;
+        break;
+    default:
+        fail_msg("command %u", le32(e));
+    }
+}
+
+/* After the firmware has placed and joined them, they are the tables that the monitor writes itself. */
+static void test_export(void **state)
+{
+    static const char *const tables[] = { "FACP", "APIC", "MCFG" };
+    u64 own, rsdp, at, facs, dsdt;
+    struct acpi_config many = board;
+    (void)state;
+
+    files = 0;
+    assert_int_equal(acpi_export(&board, add_file, &files), 0);
+    assert_int_equal(files, 3);
+    for (u32 i = 0; i < named("etc/table-loader")->len; i += 128)
+        carry_out(named("etc/table-loader")->data + i);
+    u32 len[3];
+    assert_int_equal(acpi_write(&ram, &board, &own), 0);
+    for (unsigned i = 0; i < 3; i++)
+        len[i] = (u32)peek(table(own, tables[i]) + 4, 4);
+    for (unsigned i = 0; i < files; i++)
+        if (file[i].gpa)
+            assert_int_equal(ram_write(&ram, file[i].gpa, file[i].data, file[i].len), 0);
+    rsdp = named("etc/acpi/rsdp")->gpa;
+    assert_int_equal(rsdp, ACPI_BASE);
+    assert_int_equal(sum(rsdp, 20), 0);
+    assert_int_equal(sum(rsdp, 36), 0);
+    assert_int_equal(sum(peek(rsdp + 16, 4), peek(peek(rsdp + 16, 4) + 4, 4)), 0);
+    for (unsigned i = 0; i < 3; i++) {
+        at = table(rsdp, tables[i]);
+        assert_true(at >= ACPI_BASE + 0x3340);
+        assert_int_equal(peek(at + 4, 4), len[i]);
+    }
+    at = table(rsdp, "FACP");
+    facs = peek(at + 36, 4);
+    dsdt = peek(at + 40, 4);
+    assert_int_equal(peek(facs, 4), 0x53434146);
+    assert_int_equal(facs % 64, 0);
+    assert_int_equal(peek(at + 140, 8), dsdt);
+    assert_int_equal(peek(dsdt, 4), 0x54445344);
+    assert_int_equal(sum(dsdt, peek(dsdt + 4, 4)), 0);
+    many.vcpus = 8000;
+    assert_int_equal(acpi_export(&many, add_file, &files), -ENOSPC);
+}
+
 static void test_no_memory(void **state)
 {
     struct ram small;
@@ -276,6 +388,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_fadt, setup, teardown),
         cmocka_unit_test_setup_teardown(test_madt, setup, teardown),
         cmocka_unit_test_setup_teardown(test_mcfg, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_export, setup, teardown),
         cmocka_unit_test_setup_teardown(test_no_memory, setup, teardown),
         cmocka_unit_test_setup_teardown(test_disassembler, setup, teardown),
     };
