@@ -16,7 +16,7 @@ static const struct help_row exit_rows[] = {
      "With a COMMAND: its exit status; 128+N after signal N; 127 when it was not found, 126 when it could not be run."},
     {"1",
      "An error of the host, told on standard error (also when it could not write what a successful COMMAND said); or "
-     "the guest ended without the COMMAND's status."},
+     "the guest ended without the COMMAND's status, or reset itself three times within a second of its start."},
     {"64", "Wrong options."},
     {"70", "The guest's kernel panicked."},
     {"71", "The guest's processor shut down (triple fault); its state is printed."},

@@ -21,6 +21,7 @@
 #include "ctl/terminal.h"
 
 #define HANGUP_SECONDS 20   /* for the guest to shut down when its terminal has gone */
+#define PRESS_SECONDS 5     /* from one press of the power button to the next */
 #define INTERRUPTS_MAX 3    /* a command that ignores so many SIGINTs is ended with the guest */
 
 /* --- ending --- */
@@ -113,9 +114,23 @@ static void press_power_button(struct run *run)
     vm_resume(run->vm);                                            /* a paused guest could not see it */
     vm_power_button(run->vm);
     run->pressed = true;
+    if (!run->guest.dir[0])
+        timer_arm(&run->press_again, clock_ns(vm_clock(run->vm)) + PRESS_SECONDS * 1000000000ull);
 }
 
-/* A kernel that boots forgets what was pressed before its driver was there. */
+/*
+ * A kernel that boots forgets what was pressed before its driver was there, and a system what came before somebody listened.
+ * The default guest tells when that is so; with others, it is pressed again and again, as a person would.
+ */
+static void on_press_again(void *arg)
+{
+    struct run *run = arg;
+    if (run->ended)
+        return;
+    vm_power_button(run->vm);
+    timer_arm(&run->press_again, clock_ns(vm_clock(run->vm)) + PRESS_SECONDS * 1000000000ull);
+}
+
 static void on_guest_ready(void *arg)
 {
     struct run *run = arg;
@@ -362,6 +377,7 @@ static int open_vm(struct run *run, const struct engine *engine)
         r = without_kvm(run, &config);
     if (r < 0)
         return r;
+    timer_init(&run->press_again, vm_clock(run->vm), on_press_again, run);
     command_attach(run->command, run->vm);
     run->monitor.vm = run->vm;
     return 0;
@@ -464,6 +480,8 @@ static void say_stats(struct run *run)
 static void release(struct run *run)
 {
     gdb_free(run->gdb);
+    if (run->vm)
+        timer_disarm(&run->press_again);
     vm_free(run->vm);
     command_free(run->command);
     monitor_close(&run->monitor);

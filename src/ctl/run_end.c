@@ -2,6 +2,7 @@
  * How a run ended: the exit status, whose fault it was, and what is said about it. The table of statuses is in run.h
  * and, for users, in help.c.
  */
+#define _GNU_SOURCE
 #include <signal.h>
 #include <string.h>
 #include <time.h>
@@ -34,6 +35,15 @@ static void show_last_lines(struct run *run)
     if (text[n - 1] != '\n')
         fputc('\n', run->stderr_stream);
     fflush(run->stderr_stream);
+}
+
+/* A panic before the driver of pvpanic is there looks like a reset (with panic=-1) to all but a reader. */
+static bool console_tells_panic(const struct run *run)
+{
+    static const char words[] = "Kernel panic - not syncing";
+    u8 text[LAST_BYTES];
+    size_t n = run->serial_tail ? chardev_tail_get(run->serial_tail, text, sizeof(text), LAST_LINES) : 0;
+    return memmem(text, n, words, sizeof(words) - 1);
 }
 
 static void show_processor(struct run *run)
@@ -93,6 +103,8 @@ static void ended_in_order(struct run *run, struct status *s)
         if (!run->quit_signal)
             run->quit_signal = SIGTERM;
         ended_by_request(run, s);
+    } else if (reset && console_tells_panic(run)) {
+        guest_failed(run, s, EXIT_GUEST_PANIC, "panic", "the guest's kernel panicked before it could tell by pvpanic, and reset");
     } else {
         guest_failed(run, s, EXIT_HOST_ERROR, s->end, reset ? "the guest reset itself before the command had ended"
                                                             : "the guest powered off before the command had ended");
@@ -116,6 +128,10 @@ void run_end(struct run *run, struct status *s)
         break;
     case VM_END_QUIT:
         ended_by_request(run, s);
+        break;
+    case VM_END_RESET_LOOP:
+        guest_failed(run, s, EXIT_HOST_ERROR, "reset", "the guest reset itself three times, each time within a second of its start; "
+                     "a kernel that panics so early says why on its console: name one with --console");
         break;
     case VM_END_PANIC:
         guest_failed(run, s, EXIT_GUEST_PANIC, "panic", "the guest's kernel panicked");

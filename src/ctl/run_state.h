@@ -44,6 +44,7 @@ struct run {
     /* Why it ends */
     unsigned terms, ints;                                          /* SIGTERMs, SIGINTs so far */
     bool pressed;                                                  /* the power button was, by a signal */
+    struct timer press_again;                                      /* for guests that do not tell when they listen */
     int quit_signal;                                               /* the signal that ended or is to end it; 0: none */
     bool quitting;                                                 /* at once: output is not waited for */
     bool ended;

@@ -170,7 +170,7 @@ static u64 register_read(const struct hpet *h, u64 reg)
     const struct comparator *t = &h->comparator[(reg - REG_TIMER) / TN_SIZE % TIMERS];
 
     switch (reg) {
-    case REG_ID: return (u64)PERIOD_FS << 32 | HPET_ID;
+    case REG_ID: return (u64)PERIOD_FS << 32 | HPET_ID(h->c.legacy);
     case REG_CONFIG: return h->config;
     case REG_STATUS: return h->status;
     case REG_COUNTER: return counter(h);
@@ -184,11 +184,16 @@ static u64 register_read(const struct hpet *h, u64 reg)
     }
 }
 
+static u64 config_bits(const struct hpet *h)
+{
+    return CONFIG_ENABLE | (h->c.legacy ? CONFIG_LEGACY : 0);
+}
+
 static void config_write(struct hpet *h, u64 val)
 {
     u64 now = counter(h), old = h->config;
 
-    h->config = val & (CONFIG_ENABLE | CONFIG_LEGACY);
+    h->config = val & config_bits(h);
     h->counter = now;
     h->start_ns = clock_ns(h->c.clock);
     if ((old ^ h->config) & CONFIG_LEGACY)
@@ -292,7 +297,7 @@ static void hpet_state(struct device *d, struct stream *s)
     }
     if (!s->load || s->error)
         return;
-    h->config &= CONFIG_ENABLE | CONFIG_LEGACY;
+    h->config &= config_bits(h);
     h->status &= BIT(TIMERS) - 1;
     for (unsigned n = 0; n < TIMERS; n++)
         h->comparator[n].config &= TN_WRITABLE;

@@ -12,10 +12,13 @@
 
 #define HPET_BASE 0xfed00000u
 #define HPET_SIZE 0x400u
-#define HPET_ID   0x8086a201u                                      /* bits 31..0 of the capabilities: also in the ACPI table */
+/* bits 31..0 of the capabilities: also in the ACPI table. Legacy replacement is a capability. */
+#define HPET_ID(legacy) (0x80862201u | (legacy) << 15)
 
 struct hpet_config {
     struct clock *clock;
+    /* the lines below exist: not so where the i8254 and its wires are an engine's own */
+    bool legacy;
     /* where legacy replacement and the chips behind it go */
     struct irq_line irq0, irq8;
     struct irq_line pin[4];                                        /* I/O APIC inputs 20 to 23 */

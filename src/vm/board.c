@@ -18,7 +18,7 @@
  *                                                             0xc000 to 0xffff      PCI I/O window
  *
  *   interrupts  0 i8254 (I/O APIC pin 2)   1 keyboard   3 COM2   4 COM1   8 mc146818   9 ACPI   12 mouse
- *               20 to 23 HPET, which also replaces i8254 and mc146818 at 0 and 8 if the guest wants so
+ *               20 to 23 HPET, which also replaces i8254 and mc146818 at 0 and 8 if the guest wants so (not with KVM's PIT)
  *               16 to 19 PCI INTA to INTD on the I/O APIC; in i8259 mode 10 (INTA, INTC) and 11 (INTB, INTD)
  *
  * Locking: the wires have a lock of their own, taken after a device's and before a chip's.
@@ -207,9 +207,18 @@ static int build_interrupts(struct board *b)
     return 0;
 }
 
+/* On every engine that the guest may come to: KVM's PIT has wires of its own, which the HPET cannot cut. */
+static bool has_own_i8254(const struct board *b)
+{
+    const struct vm_config *c = b->config;
+
+    return !c->engine->irqchip && !(c->also && c->also->irqchip);
+}
+
 static int build_hpet(struct board *b, struct hpet **out)
 {
-    struct hpet_config c = { .clock = b->m->clock, .irq0 = isa_irq(b, IRQ_PIT), .irq8 = isa_irq(b, IRQ_RTC) };
+    struct hpet_config c = { .clock = b->m->clock, .legacy = has_own_i8254(b),
+                             .irq0 = isa_irq(b, IRQ_PIT), .irq8 = isa_irq(b, IRQ_RTC) };
 
     for (int i = 0; i < (int)ARRAY_SIZE(c.pin); i++)
         c.pin[i] = ioapic_irq(b->ioapic, HPET_FIRST_PIN + i);
@@ -285,7 +294,7 @@ static struct acpi_config describe(const struct board *b)
         .pci_mem32 = { { PCI_MEM_BASE, PCI_MEM_SIZE }, { PCI_MEM2_BASE, PCI_MEM_END - PCI_MEM2_BASE } },
         .serial = { { COM1_PORT, IRQ_COM1 }, { COM2_PORT, IRQ_COM2 } },
         .hpet_base = HPET_BASE,
-        .hpet_id = HPET_ID,
+        .hpet_id = HPET_ID(has_own_i8254(b)),
         .pvpanic_port = PVPANIC_PORT,
         .fw_cfg_port = FW_CFG_PORT,
         .rtc = true,

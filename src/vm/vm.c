@@ -15,6 +15,10 @@
 #include "vm/board.h"
 #include "vm/boot.h"
 
+/* A guest that gives up so soon will not do better the next time: a kernel's panic before it can tell, with panic=-1. */
+#define EARLY_RESET_NS 1000000000ull
+#define EARLY_RESETS_MAX 3
+
 struct vm {
     struct vm_config config;
     struct machine m;
@@ -28,6 +32,8 @@ struct vm {
     struct vm_result result;
     char message[512];
     struct x86 last;                                               /* of the vCPU that shut down */
+    u64 booted_ns;                                                 /* guest time of the last boot */
+    unsigned early_resets;                                         /* by the guest, in a row */
 };
 
 /* ---- from any thread ---- */
@@ -139,6 +145,7 @@ static int vm_boot(struct vm *vm)
     int r = 0;
 
     board_reset(vm->board);
+    vm->booted_ns = clock_ns(vm->m.clock);
     x = aligned_alloc(64, ALIGN_UP(sizeof *x, 64));
     if (!x)
         return err(-ENOMEM, "out of memory");
@@ -181,6 +188,11 @@ static void vm_service(void *arg)
     vcpus_hold(&vm->m);
     if (end) {
         vm_end(vm);
+        return;
+    }
+    vm->early_resets = clock_ns(vm->m.clock) - vm->booted_ns < EARLY_RESET_NS ? vm->early_resets + 1 : 0;
+    if (vm->early_resets == EARLY_RESETS_MAX) {
+        vm_post_end(vm, VM_END_RESET_LOOP);
         return;
     }
     if (vm_reset(vm) < 0) {

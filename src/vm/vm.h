@@ -39,6 +39,7 @@ struct vm_port {
 enum vm_end {
     VM_END_POWEROFF,      /* the guest powered off (ACPI S5) */
     VM_END_RESET,         /* the guest reset itself and config.no_reboot is set */
+    VM_END_RESET_LOOP,    /* it did so again and again, each time soon after its start */
     VM_END_PANIC,         /* pvpanic */
     VM_END_TRIPLE_FAULT,  /* the CPU's state is in vm_result.x86 */
     VM_END_DEBUG_EXIT,    /* the guest wrote to the debug exit port; vm_result.value says what */

@@ -7,8 +7,9 @@ standard=$top/build/guest-standard
 command_output()                                    # name, guest folder ("": default), vCPUs
 {
     [ -n "$2" ] && export DOPPEL_GUEST=$2 || unset DOPPEL_GUEST
-    doppel "${run[@]}" --cpus "$3" -- sh -c 'uname -sm; nproc; dmesg -r | grep "^<[0-4]>"; exit 3' </dev/null
-    is "$1: output" "$(grep -v '^<' <<<"$out")" $'Linux x86_64\n'"$3"
+    doppel "${run[@]}" --cpus "$3" -- sh -c 'uname -sm; nproc; cut -d" " -f2,6- /proc/mtrr
+        dmesg -r | grep "^<[0-4]>"; exit 3' </dev/null
+    like "$1: output" "$(grep -v '^<' <<<"$out")" $'^Linux x86_64\n'"$3"$'\nbase=0x0c0000000 .*1024MB.* uncachable$'
     # But those of a host that is busy with something else.
     is "$1: the kernel has nothing to complain about" "$(grep '^<' <<<"$out" | grep -v -i -E 'clocksource|hrtimer|rcu')" ""
     is "$1: exit status" "$status" 3

@@ -38,6 +38,21 @@ for k in one-64 one-32 one-raw two-64 two-32 two-raw two-relocatable; do
     is "$k: nothing else is said" "$err" ""
 done
 
+# QEMU's loader tells the same kernel the same, where it can (multiboot 1, 32-bit files): all but its own name, how much memory is below its
+# extended BIOS data area, that it gives a boot device and no section headers, and that its command line begins with the file's name.
+same() { sed -E -e '/^(flags|lower|loader|section headers) /d' -e "s/^command line $1 /command line /" | tr -d '\r'; }
+if command -v qemu-system-x86_64 >/dev/null; then
+    for k in one-32 one-raw; do
+        timeout -s KILL "$BOOT_SECONDS" qemu-system-x86_64 -accel tcg -m 64 -smp 2 -display none -monitor none -no-reboot -kernel $k -initrd module \
+            -append "quiet x=1" -device isa-debug-exit,iobase=0xf4,iosize=4 -debugcon file:qemu.debug -serial file:qemu.serial </dev/null 2>qemu.err
+        is "$k: QEMU's status" $? 43
+        doppel "${run[@]}" --cpus 2 --kernel $k --initrd module --append "quiet x=1" </dev/null
+        is "$k: what QEMU says, too" "$(same $k <"$tmp/out")" "$(cat qemu.debug qemu.serial | same $k)"
+    done
+else
+    skip "what QEMU says, too" "qemu-system-x86_64 is not installed (package qemu-system-x86)"
+fi
+
 doppel "${run[@]}" --kernel one-64 --append x </dev/null
 like "one processor: the second does not come, and there is no module" "$out" $'loader [^\n]*\nusable.*second processor: none'
 
@@ -59,6 +74,28 @@ doppel "${run[@]}" --status-file "$tmp/status" --kernel sector </dev/null
 is "boot sector: status" "$status" $(((0x50 << 1 | 1) & 0xff))
 is "boot sector: drive" "$(od -An -tx1 <"$tmp/out")" " 80"
 like "boot sector: status file" "$(cat "$tmp/status")" $'end=debug-exit\nfailed=none'
+
+# A guest that resets itself at once is started three times, not for ever; and once with --no-reboot.
+cat >reset.S <<'S'
+    .code16
+    mov $'x', %al
+    out %al, $0xe9
+    mov $6, %al
+    mov $0xcf9, %dx
+    out %al, %dx
+1:  hlt
+    jmp 1b
+    .org 510
+    .short 0xaa55
+S
+"${CC:-gcc}" -m32 -c reset.S -o reset.o && objcopy -O binary -j .text reset.o reset
+doppel "${run[@]}" --status-file "$tmp/status" --kernel reset </dev/null
+is "resets at once: status" "$status" 1
+is "resets at once: three starts" "$out" xxx
+like "resets at once: says so" "$err" 'reset itself three times'
+like "resets at once: status file" "$(cat "$tmp/status")" $'status=1\nend=reset\nfailed=guest'
+doppel "${run[@]}" --no-reboot --kernel reset </dev/null
+is "resets at once: with --no-reboot" "$status $out" "0 x"
 
 # The reset vector of a firmware image of 64 KiB of our own, seen below 4 GiB and below 1 MiB.
 cat >firmware.S <<'S'

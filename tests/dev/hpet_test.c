@@ -15,7 +15,7 @@ static struct wire irq0, irq8, pin[4];
 
 static struct hpet_config config_of(void)
 {
-    struct hpet_config c = { .clock = bench.clock, .irq0 = wire_line(&irq0), .irq8 = wire_line(&irq8) };
+    struct hpet_config c = { .clock = bench.clock, .legacy = true, .irq0 = wire_line(&irq0), .irq8 = wire_line(&irq8) };
 
     for (unsigned i = 0; i < 4; i++)
         c.pin[i] = wire_line(&pin[i]);
@@ -195,12 +195,26 @@ static void state_moves(void **state UNUSED)
     chip_free(to);
 }
 
+/* Where the i8254 is an engine's own, there is nothing to replace, and the guest is told. */
+static void no_legacy_replacement(void **state UNUSED)
+{
+    struct hpet_config c = config_of();
+    struct hpet *other;
+
+    c.legacy = false;
+    assert_int_equal(hpet_new(bench.pio, &c, &other), 0);
+    assert_int_equal((u32)bus_read(bench.pio, HPET_BASE, 8), 0x80862201);
+    bus_write(bench.pio, CONFIG, 3, 4);
+    assert_int_equal(bus_read(bench.pio, CONFIG, 4), 1);
+    chip_free(other);
+}
+
 int main(void)
 {
 #define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
     const struct CMUnitTest tests[] = {
         T(capabilities), T(the_counter_counts), T(one_shot), T(periodic), T(level), T(legacy_replacement), T(thirty_two_bits),
-        T(state_moves),
+        T(state_moves), T(no_legacy_replacement),
     };
     return cmocka_run_group_tests_name("hpet", tests, NULL, NULL);
 }

@@ -32,6 +32,7 @@ struct vport {
 
 struct vm {
     struct vm_config c;
+    struct clock *clock;
     enum vm_state state;
     struct trace trace;
     struct vm_result result;
@@ -141,6 +142,8 @@ static void guest_start(void *arg)
         fake_end(vm, VM_END_PANIC);
     else if (!strcmp(g, "triple"))
         fake_end(vm, VM_END_TRIPLE_FAULT);
+    else if (!strcmp(g, "reset-loop"))
+        fake_end(vm, VM_END_RESET_LOOP);
     else if (!strcmp(g, "reset"))
         vm_post_reset(vm);
     else if (!strcmp(g, "hosterror"))
@@ -253,6 +256,9 @@ static void command_start(struct vm *vm)
     } else if (!strcmp(name, "panic")) {
         serial_say(vm, "all is well\r\nKernel panic - not syncing: test\r\n");
         fake_end(vm, VM_END_PANIC);
+    } else if (!strcmp(name, "early-panic")) {
+        serial_say(vm, "Kernel panic - not syncing: early\r\nRebooting\r\n");
+        vm_post_reset(vm);
     } else if (!strcmp(name, "die")) {
         fake_end(vm, VM_END_POWEROFF);
     } else if (!strcmp(name, "reboot")) {
@@ -433,6 +439,7 @@ int vm_new(const struct vm_config *config, struct vm **out)
         return err(-ENOENT, "kernel %s: cannot be opened: %s; name a bzImage", config->kernel, strerror(ENOENT));
     struct vm *vm = calloc(1, sizeof(*vm));
     vm->c = *config;
+    bug_on(clock_new(config->loop, &vm->clock) < 0);
     vm->guest = slash ? slash + 1 : config->kernel;
     vm->trace = config->trace;
     vm->in_end = UINT64_MAX;
@@ -451,6 +458,7 @@ void vm_free(struct vm *vm)
         return;
     for (unsigned n = 0; n < FAKE_PORTS; n++)
         free(vm->port[n].buf);
+    clock_free(vm->clock);
     free(vm->x86);
     free(vm);
 }
@@ -492,6 +500,8 @@ void vm_power_button(struct vm *vm)
 {
     vm->presses++;
     if (!strcmp(vm->guest, "deaf") || !strcmp(vm->guest, "hung"))
+        return;
+    if (!strcmp(vm->guest, "sleepy") && vm->presses < 2)
         return;
     if (vm->c.ports > 1 && !vm->exited && !strcmp(vm->argv[0], "sleep"))
         command_exit(vm, EXIT_SIGNAL, SIGTERM);
@@ -548,9 +558,9 @@ struct vport *vm_port(struct vm *vm, unsigned n)
     return &vm->port[n];
 }
 
-struct clock *vm_clock(struct vm *vm UNUSED)
+struct clock *vm_clock(struct vm *vm)
 {
-    return NULL;
+    return vm->clock;
 }
 
 void vm_info(struct vm *vm, FILE *f)

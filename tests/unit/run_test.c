@@ -290,6 +290,11 @@ static void guest_failures(void **state UNUSED)
     has(status_file(), "status=70\nend=panic\nfailed=guest\n");
     assert_int_equal(run(with_status_file("--kernel triple")), 71);
     has(child.text[1], "triple fault");
+    assert_int_equal(run(with_status_file("--kernel reset-loop")), 1);
+    has(child.text[1], "reset itself three times");
+    has(status_file(), "status=1\nend=reset\nfailed=guest\n");
+    assert_int_equal(run(with_status_file("--kernel triple")), 71);
+    has(child.text[1], "triple fault");
     has(child.text[1], "vCPU 0");
     assert_true(lines(child.text[1]) > 5);                         /* the processor's state */
     has(status_file(), "status=71\nend=triple-fault\nfailed=guest\n");
@@ -441,6 +446,17 @@ static void first_sigterm_is_the_power_button(void **state UNUSED)
     start("run --kernel shell", -1, -1);
     expect(0, "ready$");
     kill(child.pid, SIGTERM);
+    assert_int_equal(finish(), 0);
+}
+
+/* A guest that is not the default one does not tell when it listens: the button is pressed again. */
+static void power_button_again(void **state UNUSED)
+{
+    start("run --kernel sleepy", -1, -1);
+    expect(0, "ready$");
+    kill(child.pid, SIGTERM);
+    usleep(500000);
+    assert_false(reaped());
     assert_int_equal(finish(), 0);
 }
 
@@ -618,6 +634,9 @@ static void guest_fails_under_a_command(void **state UNUSED)
     has(child.text[1], "Kernel panic - not syncing: test");
     has(status_file(), "end=panic\nfailed=guest\n");
     assert_string_equal(child.text[0], "");
+    assert_int_equal(run(with_status_file("-- early-panic")), 70); /* without pvpanic */
+    has(child.text[1], "Kernel panic - not syncing: early");
+    has(status_file(), "status=70\nend=panic\nfailed=guest\n");
     assert_int_equal(run("run -- die"), 1);
     has(child.text[1], "powered off before");
     assert_int_equal(run("run -- reboot"), 1);
@@ -869,6 +888,7 @@ int main(void)
         cmocka_unit_test(all_output_comes_out), cmocka_unit_test(closed_output_harms_nobody),
         cmocka_unit_test(end_of_input_does_not_end_the_guest), cmocka_unit_test(console_file),
         cmocka_unit_test(first_sigterm_is_the_power_button), cmocka_unit_test(second_sigterm_ends),
+        cmocka_unit_test(power_button_again),
         cmocka_unit_test(two_sigterms_in_a_row), cmocka_unit_test(other_signals),
         cmocka_unit_test(sigterm_while_output_waits), cmocka_unit_test(exit_statuses),
         cmocka_unit_test(separate_outputs), cmocka_unit_test(everything_arrives), cmocka_unit_test(input_to_output),
