@@ -79,6 +79,7 @@ static u64 get(struct fixture *f, u64 la, unsigned level)
 
 /* ---- probing ---- */
 static sigjmp_buf landing;
+static volatile bool probe_write;
 
 static void landed(int sig)
 {
@@ -617,6 +618,43 @@ static void test_protect(void **state)
     assert_int_equal(writes(f, VIEW_USER, USER), stamp(DATA));
 }
 
+/* A tracked RAM: what was clean is written by way of a fill, and that one page only. */
+static bool was_written(struct fixture *f, u64 gpa)
+{
+    u64 bits[RAM_SIZE / PAGE_SIZE / 64] = { 0 };
+    ram_take_dirty(&f->ram, 0, bits);
+    shadow_flush(f->c, FLUSH_ALL, 0, 0);
+    return bits[gpa / PAGE_SIZE / 64] >> (gpa / PAGE_SIZE % 64) & 1;
+}
+
+static void test_tracked(void **state)
+{
+    struct fixture *f = *state;
+    for (unsigned i = 0; i < 8; i++)
+        put(f, USER + i * PAGE_SIZE, 1, (DATA + i * PAGE_SIZE) | P | U | W | A | D);
+    put(f, KERNEL, 2, 4 * MiB | P | W | PS | A | D);
+    writes(f, VIEW_USER, USER);
+    writes(f, VIEW_SUPER, KERNEL);
+    assert_int_equal(ram_track(&f->ram, true), 0);
+    shadow_flush(f->c, FLUSH_ALL, 0, 0);                           /* (as tlb_check_epoch() has it done) */
+    for (unsigned round = 0; round < 2; round++) {
+        assert_int_equal(probe(f, VIEW_USER, USER, true), KEEP_OUT);
+        assert_int_equal(probe(f, VIEW_SUPER, KERNEL, true), KEEP_OUT);
+        assert_int_equal(reads(f, VIEW_SUPER, KERNEL + 3 * PAGE_SIZE), stamp(4 * MiB + 3 * PAGE_SIZE));
+        assert_int_equal(writes(f, VIEW_USER, USER + 2 * PAGE_SIZE), stamp(DATA + 2 * PAGE_SIZE));
+        assert_int_equal(writes(f, VIEW_SUPER, KERNEL + 6 * PAGE_SIZE), stamp(4 * MiB + 6 * PAGE_SIZE));
+        for (unsigned i = 0; i < 8; i++) {
+            assert_int_equal(probe(f, VIEW_USER, USER + i * PAGE_SIZE, true) != KEEP_OUT, i == 2);
+            assert_int_equal(probe(f, VIEW_SUPER, KERNEL + i * PAGE_SIZE, true) != KEEP_OUT, i == 6);
+        }
+        assert_true(was_written(f, DATA + (round ? 2 : 6) * PAGE_SIZE));
+    }
+    ram_track(&f->ram, false);
+    shadow_flush(f->c, FLUSH_ALL, 0, 0);
+    assert_int_equal(writes(f, VIEW_SUPER, KERNEL), stamp(4 * MiB));
+    assert_int_equal(probe(f, VIEW_SUPER, KERNEL + 7 * PAGE_SIZE, true), stamp(4 * MiB + 7 * PAGE_SIZE));
+}
+
 /* ---- bounds ---- */
 static unsigned host_mappings(struct fixture *f)                   /* in the windows, as the host counts */
 {
@@ -974,14 +1012,122 @@ static void test_random(void **state)
     free(w);
 }
 
+/* ---- what it costs: figures for DESIGN.md; only their order of magnitude is a test ---- */
+static struct fixture *filling;
+
+static void fill_handler(int sig UNUSED, siginfo_t *info, void *context UNUSED)
+{
+    u64 la;
+    u32 error;
+    enum tlb_view_id view = VIEW_USER;
+    bool ours = shadow_guest(filling->c, view, (u64)(uintptr_t)info->si_addr, &la);
+    if (!ours)
+        ours = shadow_guest(filling->c, view = VIEW_SUPER, (u64)(uintptr_t)info->si_addr, &la);
+    if (!ours || shadow_fill(filling->c, view, la, probe_write ? MMU_WRITE : MMU_READ, &error) != SHADOW_FILLED)
+        abort();
+}
+
+static double cpu_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return 1e9 * (double)t.tv_sec + (double)t.tv_nsec;
+}
+
+static double touch(struct fixture *f, enum tlb_view_id view, u64 la, unsigned n, unsigned step, bool write)
+{
+    double start = cpu_ns();
+    probe_write = write;
+    for (unsigned i = 0; i < n; i++, la += step * PAGE_SIZE) {
+        volatile u64 *p = (u64 *)(uintptr_t)(la + f->c->bt.delta[view][la >> 39 & 511]);
+        if (write)
+            *p = 1;
+        else
+            (void)*p;
+    }
+    return (cpu_ns() - start) / n;
+}
+
+static void map_pages(struct fixture *f, u64 la, unsigned n, unsigned group, u64 flags) /* runs of group frames */
+{
+    for (unsigned i = 0; i < n; i++)
+        put(f, la + i * PAGE_SIZE, 1, (DATA + (i / group ^ (group < n)) * group * PAGE_SIZE + i % group * PAGE_SIZE) | flags);
+}
+
+static double flush_cost(struct fixture *f, unsigned pages)
+{
+    double start = cpu_ns();
+    shadow_flush(f->c, FLUSH_NONGLOBAL, 0, 0);
+    return (cpu_ns() - start) / pages;
+}
+
+static void test_costs(void **state)
+{
+    enum { N = 2048 };
+    struct fixture *f = filling = *state;
+    struct sigaction sa = { .sa_sigaction = fill_handler, .sa_flags = SA_SIGINFO };
+    double single[2] = { 0 }, compare = 0, drop = 0;
+    put(f, USER, 1, DATA | P | U | W | A | D);
+    put(f, KERNEL, 1, DATA | P | W | A | D | G);
+    reads(f, VIEW_USER, USER);
+    reads(f, VIEW_SUPER, KERNEL);
+    sigaction(SIGSEGV, &sa, NULL);
+    for (unsigned write = 0; write < 2; write++)
+        for (unsigned group = 1; group <= 512; group *= group == 1 ? 16 : 32) {
+            u64 flags = P | U | W | A | D;
+            map_pages(f, USER, N, group, flags);
+            double each = touch(f, VIEW_USER, USER, N, 1, write), all = flush_cost(f, N), gone;
+            map_pages(f, USER, N, group, 0);
+            gone = flush_cost(f, N);
+            map_pages(f, USER, N, group, flags);
+            double one = touch(f, VIEW_USER, USER, N / group, group, write);
+            print_message("# %s, runs of %3u: %4.0f ns per page if all are touched, %5.0f for one of each run; flush: %.1f ns per page kept, %.0f per page dropped\n",
+                          write ? "write" : "read ", group, each, one, all, gone);
+            map_pages(f, USER, N, group, 0);
+            flush_cost(f, N);
+            if (group == 1) {
+                single[write] = each;
+                compare = all;
+                drop = gone;
+            }
+        }
+    map_pages(f, USER, N, 1, P | U | W | A);
+    touch(f, VIEW_USER, USER, N, 1, false);
+    print_message("# read-only, then written: %.0f ns per page\n", touch(f, VIEW_USER, USER, N, 1, true));
+    map_pages(f, USER, N, 1, P | U | A);
+    print_message("# flush that makes it read-only: %.0f ns per page\n", flush_cost(f, N));
+    for (unsigned i = 0; i < 3; i++)
+        put(f, KERNEL + i * 2 * MiB, 2, (4 * MiB + i * 2 * MiB) | P | W | PS | A | D | G);
+    print_message("# large page: %.0f ns", touch(f, VIEW_SUPER, KERNEL, 3, 512, true));
+    print_message(", then %.0f for each page written first", touch(f, VIEW_SUPER, KERNEL + PAGE_SIZE, 511, 1, true));
+    double start = cpu_ns();
+    for (unsigned i = 0; i < 200; i++)
+        shadow_protect(f->c, 4 * MiB + 5 * i * PAGE_SIZE);
+    print_message(", a page of it protected %.0f", (cpu_ns() - start) / 200);
+    start = cpu_ns();
+    for (unsigned i = 0; i < 200; i++)
+        shadow_protect(f->c, 8 * MiB + i * PAGE_SIZE);
+    print_message(", next to each other %.0f\n", (cpu_ns() - start) / 200);
+    start = cpu_ns();
+    for (unsigned i = 0; i < 1000; i++)
+        shadow_context(f->c, i & 1);
+    print_message("# switch: %.0f ns", (cpu_ns() - start) / 1000);
+    shadow_context(f->c, 0);
+    start = cpu_ns();
+    for (unsigned i = 0; i < 1000; i++)
+        shadow_flush(f->c, FLUSH_PAGE, USER + i * PAGE_SIZE, 0);
+    print_message(", INVLPG of what has not changed: %.0f ns\n", (cpu_ns() - start) / 1000);
+    assert_true(single[0] > 20 * compare && single[1] > 20 * compare && drop > compare);
+}
+
 int main(void)
 {
 #define TEST(fn) cmocka_unit_test_setup_teardown(fn, setup, teardown)
     const struct CMUnitTest tests[] = {
         TEST(test_closed), TEST(test_open_slot), TEST(test_rights), TEST(test_around), TEST(test_end_of_ram), TEST(test_large), TEST(test_huge),
         TEST(test_revalidate), TEST(test_invlpg), TEST(test_changed_without_flush), TEST(test_contexts), TEST(test_user_global), TEST(test_odd_states),
-        TEST(test_protect), TEST(test_mappings), TEST(test_windows), TEST(test_regions_run_out), TEST(test_no_address_space), TEST(test_pays),
-        TEST(test_random),
+        TEST(test_protect), TEST(test_tracked), TEST(test_mappings), TEST(test_windows), TEST(test_regions_run_out), TEST(test_no_address_space), TEST(test_pays),
+        TEST(test_random), TEST(test_costs),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -249,13 +249,15 @@ void shadow_reset(struct icpu *c)
     for (unsigned i = 0; i < SHADOW_CONTEXTS; i++)
         s->space[i].stale = false;
     s->epoch = c->v->m->ram->epoch;
+    s->clean_epoch = c->v->m->ram->clean_epoch;
     s->stats.resets++;
 }
 
 /* false: everything has been dropped, since nothing that was held can be compared with anything. */
 static bool comparable(struct icpu *c, struct shadow *s)
 {
-    if (likely(four_level(c->x) && s->epoch == c->v->m->ram->epoch))
+    const struct ram *ram = c->v->m->ram;
+    if (likely(four_level(c->x) && s->epoch == ram->epoch && s->clean_epoch == ram->clean_epoch))
         return true;
     shadow_reset(c);
     return false;
@@ -354,11 +356,24 @@ static bool is_code(const struct shadow *s, u64 gpa)
     return s->is_code && s->is_code(s->c, gpa);
 }
 
+/* While RAM is tracked (ram.h), a page is opened for writing by a write to it only, which is noted then. */
+static bool may_write(const struct shadow *s, u64 la, u64 gpa)
+{
+    return !is_code(s, gpa) && (likely(!s->c->v->m->ram->tracked) || la == s->noted);
+}
+
 /* The entry to be mapped at la, its rights as they may be now. */
 static u64 fill_entry(struct shadow *s, const struct look *k, u64 la)
 {
     u64 e = look_entry(k, la, look_raw(k, la));
-    return e & CELL_W && is_code(s, e & PTE_ADDR) ? e & ~CELL_W : e;
+    return e & CELL_W && !may_write(s, la, e & PTE_ADDR) ? e & ~CELL_W : e;
+}
+
+static void note_write(struct shadow *s, u64 la, u64 gpa, bool write)
+{
+    s->noted = write ? la & PAGE_MASK : ~0ull;
+    if (write)
+        ram_mark(s->c->v->m->ram, gpa, 1);
 }
 
 static bool fill_next(struct shadow *s, const struct look *k, const struct shadow_region *r, const struct ram_run *run, u64 la, u64 gpa, u64 like, u64 *e)
@@ -486,7 +501,7 @@ static enum shadow_result fill_window(struct shadow *s, struct shadow_window *w,
     u64 e = look_entry(k, ALIGN_DOWN(la, REGION_SIZE), k->t.large);
     const struct ram_run *run = e ? ram_run_at(s->c->v->m->ram, e & PTE_ADDR) : NULL;
     struct shadow_region *r = region_find(s, w, la);
-    if (block_fits(k, run, e & PTE_ADDR) && (!r || r->block))
+    if (block_fits(k, run, e & PTE_ADDR) && (!r || r->block) && likely(!s->c->v->m->ram->tracked))
         return fill_block(s, w, k, run, la, e, write);
     return r && r->block ? SHADOW_SLOW : fill_cells(s, w, k, la & PAGE_MASK, write);
 }
@@ -524,6 +539,7 @@ static enum shadow_result fill(struct icpu *c, struct shadow *s, enum tlb_view_i
     struct shadow_window *w = window_find(s, owner, slot);
     if (!w && !(w = window_take(s, owner, slot)))
         return SHADOW_SLOW;
+    note_write(s, la, map.gpa, access == MMU_WRITE);
     return fill_window(s, w, &k, la, access == MMU_WRITE);
 }
 

@@ -73,7 +73,8 @@ struct shadow {
     struct shadow_window window[SHADOW_WINDOWS];
     struct shadow_space space[SHADOW_CONTEXTS + 1];                /* the last one is the supervisor's */
     unsigned current, windows;                                     /* context; most windows that there may be */
-    u64 tick, epoch, cost_seen;
+    u64 tick, epoch, clean_epoch, cost_seen;
+    u64 noted;                                                     /* page that is being written, of a tracked RAM */
     u32 borders, limit;                                            /* of all windows; most of them */
     u32 pages, user_globals;                                       /* mapped now; U=1 and G=1: nobody makes such pages, but INVLPG has to find them */
     struct shadow_region *region;
