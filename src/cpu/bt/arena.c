@@ -1,5 +1,5 @@
 /*
- * The translator's code arena and its common routines: in, out, handler calls, look-up of jump targets. Register conventions: bt.h.
+ * The translator's code arena and its common routines: in, out, handler calls. Register conventions: bt.h.
  *
  * The arena is mapped twice, so that no page is both writable and executable, where the host allows that.
  */
@@ -9,55 +9,79 @@
 #include <unistd.h>
 
 #include "base/err.h"
-#include "cpu/bt/bt.h"
-#include "cpu/bt/emit.h"
+#include "cpu/bt/tr.h"
 
-#define OFF(field) offsetof(struct icpu, field)
-static const u8 held[] = { RAX, RCX, RDX, RBX, RBP, RSI, RDI, 8, 9, 10, 12, 13 };
+static const u8 held[] = { RAX, RCX, RDX, RBX, RBP, RSI, RDI, 8, 9, 10, 11, 12, 13 };
 
+/* The guest's registers to icpu; RSP becomes the host's. RAX, RFLAGS are lost. */
 static void spill(struct emit *e)
 {
     for (unsigned i = 0; i < sizeof held; i++)
-        op_gs(e, true, X_STORE, held[i], OFF(r) + 8u * held[i]);
-    op_gs(e, true, X_STORE, R11, OFF(r) + 8u * RSP);
+        op_gs(e, true, X_STORE, held[i], OFF_R(held[i]));
+    PUT(e, 0x9f, 0x0f, 0x90, 0xc0, 0x0f, 0xb7, 0xc0);              /* lahf; seto al; movzx eax, ax */
+    op_gs(e, false, X_STORE, RAX, OFF(fl));
+    lea(e, RAX, RSP, 0);
+    op_gs(e, true, X_ADD, RAX, OFF(bt.nbias));
+    op_gs(e, true, X_STORE, RAX, OFF_R(RSP));
+    op_gs(e, true, X_LOAD, RSP, OFF(bt.host_rsp));
 }
 
 static void fill(struct emit *e)
 {
+    op_gs(e, true, X_LOAD, RSP, OFF_R(RSP));
+    op_gs(e, true, X_ADD, RSP, OFF(bt.bias));
+    op_gs(e, false, X_LOAD, RAX, OFF(fl));
+    PUT(e, 0x04, 0x7f, 0x9e);                                      /* add al, 0x7f (overflows if bit 0 is set); sahf */
     for (unsigned i = 0; i < sizeof held; i++)
-        op_gs(e, true, X_LOAD, held[i], OFF(r) + 8u * held[i]);
-    op_gs(e, true, X_LOAD, R11, OFF(r) + 8u * RSP);
+        op_gs(e, true, X_LOAD, held[i], OFF_R(held[i]));
+}
+
+static void put_stop_check(struct emit *e)
+{
+    op_gs(e, false, 0x83, 7, OFF(bt.stop));                        /* cmp dword [stop], 0 */
+    put8(e, 0);
+}
+
+/* The way back to C, with EAX as result. */
+static void put_return(struct emit *e)
+{
+    PUT(e, 0x48, 0x83, 0xc4, 8, 0x41, 0x5f, 0x41, 0x5e, 0x41, 0x5d, 0x41, 0x5c, 0x5d, 0x5b, 0xc3); /* add rsp, 8; pop r15..r12, rbp, rbx; ret */
 }
 
 /* Callee-saved registers of the System V ABI; the stack is aligned in between. */
 static void put_enter(struct emit *e)
 {
     PUT(e, 0x53, 0x55, 0x41, 0x54, 0x41, 0x55, 0x41, 0x56, 0x41, 0x57, 0x48, 0x83, 0xec, 8); /* push rbx rbp r12..r15; sub rsp, 8 */
-    op_rr(e, true, X_STORE, RDI, R15);
+    op_gs(e, true, X_STORE, RSP, OFF(bt.host_rsp));
+    mov_rr(e, S1, RDI);
+    mov_imm64(e, RAX, BT_EXIT_RIP);
+    put_stop_check(e);
+    u8 *stop = jump_if(e, CC_NZ);
     fill(e);
     PUT(e, 0x41, 0xff, 0xe7);                                      /* jmp r15 */
+    aim(stop, e->p);
+    put_return(e);
 }
 
-static void put_return(struct emit *e)
+/* Jumped to with the site in S1 and the place to go on in S0; a light call has its function in icpu.bt.tmp[5]. */
+static void put_op(struct emit *e, uintptr_t function, bool light)
 {
-    PUT(e, 0x48, 0x83, 0xc4, 8, 0x41, 0x5f, 0x41, 0x5e, 0x41, 0x5d, 0x41, 0x5c, 0x5d, 0x5b, 0xc3);
-}
-
-/* Called with the op in r15 and its block in r14. */
-static void put_handler(struct emit *e)
-{
+    op_gs(e, true, X_STORE, S0, OFF(bt.resume));
     spill(e);
-    PUT(e, 0x48, 0x83, 0xec, 8);
     op_gs(e, true, X_LOAD, RDI, OFF(bt.self));
-    op_rr(e, true, X_STORE, R15, RSI);
-    op_rr(e, true, X_STORE, R14, RDX);
-    mov_imm64(e, RAX, (u64)(uintptr_t)bt_run_op);
-    PUT(e, 0xff, 0xd0, 0x48, 0x83, 0xc4, 8, 0x85, 0xc0);           /* call rax; add rsp, 8; test eax, eax */
+    op_rr(e, false, X_STORE, S1, RSI);
+    if (light)
+        op_gs(e, true, X_LOAD, RDX, OFF(bt.tmp[5]));
+    mov_imm64(e, RAX, function);
+    PUT(e, 0xff, 0xd0, 0x85, 0xc0);                                /* call rax; test eax, eax */
     u8 *leave = jump_if(e, CC_NZ);
+    mov_imm64(e, RAX, BT_EXIT_RIP);
+    put_stop_check(e);
+    u8 *stop = jump_if(e, CC_NZ);
     fill(e);
-    put8(e, 0xc3);
+    op_gs(e, false, 0xff, 4, OFF(bt.resume));                      /* jmp [resume] */
     aim(leave, e->p);
-    PUT(e, 0x48, 0x83, 0xc4, 8);
+    aim(stop, e->p);
     put_return(e);
 }
 
@@ -68,45 +92,25 @@ static void put_leave(struct emit *e, int result)
     put_return(e);
 }
 
-/* Jumped to with the target in r15. */
-static void put_find(struct emit *e, const u8 *leave_rip)
-{
-    op_gs(e, false, 0x83, 7, OFF(bt.stop));                        /* cmp dword [stop], 0 */
-    put8(e, 0);
-    jump_if_to(e, CC_NZ, leave_rip);
-    op_rr(e, true, X_STORE, R15, R14);
-    PUT(e, 0x49, 0xc1, 0xee, BT_JUMP_BITS);                        /* shr r14 */
-    op_rr(e, true, 0x31, R15, R14);                                /* xor r14, r15 */
-    alu_imm(e, false, 4, R14, (1 << BT_JUMP_BITS) - 1);
-    PUT(e, 0x49, 0xc1, 0xe6, 5);                                   /* shl r14, 5 */
-    op_gs(e, true, X_ADD, R14, OFF(bt.jump));
-    op_mem(e, true, X_CMP, R15, R14, NO_REG, 0, offsetof(struct bt_jump, la));
-    jump_if_to(e, CC_NZ, leave_rip);
-    op_mem(e, true, X_LOAD, R15, R14, NO_REG, 0, offsetof(struct bt_jump, tag));
-    op_gs(e, true, X_CMP, R15, OFF(bt.tag));
-    op_mem(e, true, X_LOAD, R15, R14, NO_REG, 0, offsetof(struct bt_jump, la));
-    jump_if_to(e, CC_NZ, leave_rip);
-    alu_imm(e, true, 4, R15, -4096);
-    op_gs(e, true, X_STORE, R15, OFF(bt.page));
-    PUT(e, 0x41, 0xff, 0x66, offsetof(struct bt_jump, code));      /* jmp [r14 + code] */
-}
-
 static void routines(struct bt *t)
 {
     struct emit e = { t->rw, t->rw + 4096, false };
     put_enter(&e);
-    t->handler = (u32)(e.p - t->rw);
-    put_handler(&e);
+    t->op = (u32)(e.p - t->rw);
+    put_op(&e, (uintptr_t)bt_run_op, false);
+    t->light = (u32)(e.p - t->rw);
+    put_op(&e, (uintptr_t)bt_run_light, true);
     t->leave_rip = (u32)(e.p - t->rw);
-    op_gs(&e, true, X_STORE, R15, OFF(rip));
+    op_gs(&e, true, X_STORE, S1, OFF(rip));
     put_leave(&e, BT_EXIT_RIP);
-    t->leave_stale = (u32)(e.p - t->rw);
-    op_gs(&e, true, X_STORE, R15, OFF(rip));
-    put_leave(&e, BT_EXIT_STALE);
-    t->leave_direct = (u32)(e.p - t->rw);
-    put_leave(&e, BT_EXIT_DIRECT);
-    t->find = (u32)(e.p - t->rw);
-    put_find(&e, t->rw + t->leave_rip);
+    t->miss = (u32)(e.p - t->rw);
+    op_gs(&e, true, X_STORE, S1, OFF(rip));
+    put_leave(&e, BT_EXIT_MISS);
+    t->leave_link = (u32)(e.p - t->rw);
+    op_gs(&e, false, X_STORE, S1, OFF(bt.exit_link));
+    put_leave(&e, BT_EXIT_LINK);
+    t->leave_signal = (u32)(e.p - t->rw);                          /* everything is in icpu, RSP and EAX are set */
+    put_return(&e);
     bug_on(e.overflow);
     t->first = t->used = 4096;
     t->enter = (int (*)(const u8 *))(void *)t->rx;

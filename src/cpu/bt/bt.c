@@ -1,13 +1,15 @@
 /*
  * bt: the engine. Its run loop is the interpreter's (boundary, interrupts, single-stepping); only blocks run otherwise, here.
  *
- * Locking: none, as in interp. An event reaches running code through icpu.bt.stop: whoever raises it sets vcpu.events first and stop afterwards; bt_run() clears stop first and
- * looks at the events afterwards, so none is lost. Backward jumps and look-ups poll it.
+ * Locking: none, as in interp. Events: whoever raises one sets vcpu.events, then icpu.bt.stop, and sends a signal if icpu.bt.inside says that translated code may
+ * be running; bt_run() clears stop, sets inside, and looks at the events afterwards, so none is lost. Translated code does not poll: it is left at
+ * the instruction where the signal finds it (fault.c). Handlers of the interpreter's that are called from it are followed by a look at stop.
  */
 #define _GNU_SOURCE
 #include "cpu/bt/bt.h"
 
 #include <asm/prctl.h>
+#include <cpuid.h>
 #include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -15,90 +17,139 @@
 #include <unistd.h>
 
 #include "base/err.h"
-#include "cpu/bt/emit.h"
+#include "cpu/bt/codepage.h"
 #include "cpu/bt/fpstate.h"
-#include "cpu/interp/tlb.h"
+#include "cpu/bt/signal.h"
+#include "cpu/bt/tr.h"
+#include "cpu/interp/ops.h"
 
-#define JUMP_BYTES (sizeof(struct bt_jump) << BT_JUMP_BITS)
-
-static void reset(struct icpu *c, struct bt *t)
+unsigned bt_key(const struct icpu *c)
 {
-    t->used = t->first;
-    t->flushes = c->code->flushes;
-    memset(t->jump, 0, JUMP_BYTES);                                /* tag 0 is never a valid one */
+    return c->tlb->cur;
 }
 
-/*
- * Relative branches are translated without a look at whether their target is canonical: no code where 2 GiB and an instruction further on it might not be.
- * Position independence makes this a question for each entry, not for the translation.
- */
-static bool room_around(u64 la)
+void bt_rebias(struct icpu *c, unsigned key)
 {
-    return tlb_canonical(la + 2 * GiB + PAGE_SIZE) && tlb_canonical(la - 2 * GiB - PAGE_SIZE);
+    u64 d = key & KEY_SHADOW ? c->bt.delta[key & 3][c->r[RSP] >> 39 & 511] : 0;
+    c->bt.bias = d;
+    c->bt.nbias = 0 - d;
 }
 
-static bool translatable(const struct block *b)
+/* ---- handlers of the interpreter's ---- */
+static int op_done(struct icpu *c, struct tb *tb, const struct op *op, int r)
 {
-    return b->gpa != BLOCK_DEAD && b->gpa2 == BLOCK_DEAD;
-}
-
-/* ---- jump targets ---- */
-static struct bt_jump *jump_slot(struct bt *t, u64 la)
-{
-    return &t->jump[(la ^ la >> BT_JUMP_BITS) & ((1u << BT_JUMP_BITS) - 1)];
-}
-
-/* Pages with jump targets, by hash: others can be dropped from the TLB without a consequence here. */
-static u64 *page_bits(struct bt *t, u64 la, u64 *bit)
-{
-    u64 h = (la >> PAGE_SHIFT ^ la >> 28) & (BT_PAGE_BITS - 1);
-    *bit = BIT(h & 63);
-    return &t->page[h >> 6];
-}
-
-/* Supervisor code outlives MOV CR3, so it is noted only where it is global. */
-static void jump_note(struct icpu *c, struct bt *t, const u8 *code)
-{
-    u64 la = c->rip, bit;
-    if (c->cpl != 3) {
-        enum tlb_view_id view = tlb_system_view(c);
-        u32 error;
-        if (!tlb_lookup(c, view, la, MMU_EXEC, &error) || !c->tlb->view[view].page[la >> PAGE_SHIFT & (TLB_SIZE - 1)].global)
-            return;
+    vcpu_count(c->v, COUNT_HANDLERS);
+    if (r != OP_NEXT) {
+        c->bt.op = op;
+        c->bt.insns += (u64)(op - tb->b->op) + (r == OP_NEAR);
+        return r;
     }
-    *jump_slot(t, la) = (struct bt_jump){ la, c->bt.tag, code, 0 };
-    u64 *w = page_bits(t, la, &bit);
-    *w |= bit;
+    c->rip = op_next_rip(c, op);
+    if (unlikely(tb->dead || tb->b->op[0].fn == tb->b->op[tb->b->n].fn)) { /* this block has been written to */
+        vcpu_count(c->v, COUNT_EXIT_REWRITTEN);
+        c->bt.insns += (u64)(op - tb->b->op) + 1;
+        return BT_EXIT_RIP;
+    }
+    bt_rebias(c, tb->key);
+    return OP_NEXT;
 }
 
-static void flushed(struct icpu *c, enum tlb_flush what, u64 la)
+int bt_run_op(struct icpu *c, u32 site)
+{
+    struct tb *tb = &c->bt.bt->tb[site >> 8];
+    const struct op *op = &tb->b->op[site & 0xff];
+    c->block = tb->b;
+    c->r[REG_RIP] = tb->la;
+    enum vcpu_where was = vcpu_where(c->v, WHERE_HANDLER);
+    int r = op->fn(c, op);
+    vcpu_where(c->v, was);
+    return op_done(c, tb, op, r);
+}
+
+int bt_run_light(struct icpu *c, u32 site, int (*fn)(struct icpu *c, const struct op *op))
+{
+    struct tb *tb = &c->bt.bt->tb[site >> 8];
+    const struct op *op = &tb->b->op[site & 0xff];
+    c->r[REG_RIP] = tb->la;
+    return op_done(c, tb, op, fn(c, op));
+}
+
+/* ---- translations ---- */
+void bt_forget(struct icpu *c, struct block *b)
 {
     struct bt *t = c->bt.bt;
-    u64 bit;
-    c->bt.generation[1]++;
-    if (what == FLUSH_NONGLOBAL)
-        return;
-    if (what == FLUSH_PAGE && !(*page_bits(t, la, &bit) & bit)) {
-        c->bt.generation[1]--;
-        return;
-    }
-    c->bt.generation[0]++;
-    memset(t->page, 0, sizeof t->page);
+    if (t->flushes != c->code->flushes)
+        return;                                                    /* everything is forgotten anyway, and b's memory is another's */
+    while (b->translations)
+        tb_kill(c, t, &t->tb[b->translations]);
 }
 
-/* Where it is known that this address leads to this code, the interpreter's tables need not be asked: the code looks at the guest's bytes itself. */
-static const u8 *jump_find(struct icpu *c, struct bt *t)
+static struct tb *translate(struct icpu *c, struct bt *t, struct block *b, u32 page)
 {
-    const struct bt_jump *j = jump_slot(t, c->rip);
-    return j->la == c->rip && j->tag == c->bt.tag ? j->code : NULL;
+    bool full, user = c->cpl == 3;
+    u32 page2 = 0;
+    if (b->gpa == BLOCK_DEAD || !page)
+        return NULL;
+    if (b->gpa2 != BLOCK_DEAD) {
+        page2 = tb_page(c, t, c->rip + PAGE_SIZE, user);
+        if (!page2)
+            return NULL;
+    }
+    enum code_page how = page2 ? CODE_COMPARE : codepage_use(c, b->gpa);  /* a crossing instruction is found by its first page only: it compares */
+    if (how == CODE_WAIT)
+        return NULL;
+    enum vcpu_where was = vcpu_where(c->v, WHERE_TRANSLATE);
+    struct tb *tb = bt_translate(c, t, b, page, page2, how == CODE_COMPARE, &full);
+    vcpu_where(c->v, was);
+    if (full) {
+        code_flush_later(c);
+        c->tlb->generation++;                                      /* so that the next look-up takes the long way */
+        code_retag(c);
+        b->runs = 0;
+    }
+    return tb;
+}
+
+/* Where in a translation to go on when op has been done. */
+static const u8 *code_behind(const struct bt *t, const struct tb *tb, unsigned op)
+{
+    const struct tb_mark *m = &t->mark[tb->mark];
+    for (unsigned i = 0; i < tb->marks; i++)
+        if (m[i].op == op + 1 && !(m[i].flags & MARK_COLD))
+            return t->rx + (tb->start + m[i].off - t->rw);
+    return NULL;
+}
+
+/* An indirect branch has led nowhere: where that is not even canonical, the branch itself faults, as if it had not been. */
+static bool missed(struct icpu *c, struct bt *t)
+{
+    if (likely(tlb_canonical(c->rip)))
+        return false;
+    const struct tb *tb = &t->tb[c->bt.site >> 8];
+    const struct op *op = &tb->b->op[c->bt.site & 0xff];
+    ZydisDecodedInstruction z;
+    if (ZYAN_FAILED(ZydisDecoderDecodeInstruction(&c->code->decoder[IMODE_LONG64], NULL, tb->b->bytes + op->off, op->len, &z)))
+        return false;
+    if (z.mnemonic == ZYDIS_MNEMONIC_RET)
+        c->r[RSP] -= 8 + op->imm;
+    else if (z.mnemonic == ZYDIS_MNEMONIC_CALL)
+        c->r[RSP] += 8;
+    c->r[REG_RIP] = tb->la;
+    icpu_end(c, op, fault_gp(c, 0));
+    return true;
+}
+
+static const u8 *rx(const struct bt *t, const u8 *p)
+{
+    return t->rx + (p - t->rw);
 }
 
 static enum vcpu_counted exit_counted(int r)
 {
     switch (r) {
-    case BT_EXIT_RIP: return COUNT_EXIT_INDIRECT;
-    case BT_EXIT_DIRECT: return COUNT_EXIT_DIRECT;
-    case BT_EXIT_STALE: return COUNT_EXIT_STALE;
+    case BT_EXIT_RIP: return COUNT_EXIT_EVENT;
+    case BT_EXIT_MISS: return COUNT_EXIT_INDIRECT;
+    case BT_EXIT_LINK: return COUNT_EXIT_DIRECT;
     case OP_FAULT: case OP_TRAP: case OP_SHUTDOWN: return COUNT_EXIT_FAULT;
     case OP_HALT: return COUNT_EXIT_HALT;
     case OP_NEAR: return COUNT_EXIT_BRANCH;
@@ -107,140 +158,150 @@ static enum vcpu_counted exit_counted(int r)
     }
 }
 
-/* Translated code from c->rip on. True: the next block may follow at once. */
-static bool run_code(struct icpu *c, struct bt *t, const u8 *code, u32 *patch)
+/* Runs translated code from here on until it is left; what it was left with is dealt with as far as that is possible here. True: the next block may follow. */
+static bool run_code(struct icpu *c, struct bt *t, const u8 *code, unsigned key, u32 *link)
 {
-    if (*patch) {
-        aim(t->rw + *patch, t->rw + (code - t->rx));
-        vcpu_count(c->v, COUNT_CODE_LINKED);
-        *patch = 0;
-    }
-    c->bt.page = c->rip & PAGE_MASK;
-    enum vcpu_where was = vcpu_where(c->v, WHERE_TRANSLATED);
-    int r = t->enter(code);
-    vcpu_where(c->v, was);
-    vcpu_count(c->v, exit_counted(r));
+    int r;
+    do {
+        bt_rebias(c, key);
+        enum vcpu_where was = vcpu_where(c->v, WHERE_TRANSLATED);
+        r = t->enter(code);
+        vcpu_where(c->v, was);
+        vcpu_count(c->v, exit_counted(r));
+        if (r == BT_EXIT_OP) {
+            struct tb *tb = &t->tb[c->bt.exit_site >> 8];
+            unsigned op = c->bt.exit_site & 0xff;
+            r = bt_run_op(c, c->bt.exit_site);
+            if (r == OP_NEXT) {
+                code = code_behind(t, tb, op);
+                if (c->bt.exit_memory) {
+                    tb->b->slow |= (u32)BIT(op);
+                    tb_kill(c, t, tb);
+                    r = BT_EXIT_RIP;
+                }
+            }
+        }
+    } while (r == OP_NEXT && code && !c->bt.single);
     c->v->insns += c->bt.insns;
     c->bt.insns = 0;
-    if (r == BT_EXIT_DIRECT) {
-        c->rip = c->bt.page + c->bt.exit_offset;
-        *patch = c->bt.exit_patch;
+    switch (r) {
+    case BT_EXIT_LINK:
+        *link = c->bt.exit_link;
+        c->rip = t->link[*link].target;
         return true;
+    case BT_EXIT_MISS:
+        return !missed(c, t);
+    case BT_EXIT_RIP:
+        if (unlikely(c->bt.exit_stale)) {
+            struct block *b = t->tb[c->bt.exit_stale].b;
+            vcpu_count(c->v, COUNT_EXIT_STALE);
+            while (b->translations)
+                tb_kill(c, t, &t->tb[b->translations]);
+            c->bt.exit_stale = 0;
+        }
+        return true;
+    case OP_NEXT:
+    case OP_NEAR:
+    case OP_FALL:
+        return true;
+    default:
+        icpu_end(c, c->bt.op, r);
+        return false;
     }
-    if (r == BT_EXIT_STALE)
-        jump_slot(t, c->rip)->tag = 0;
-    if (r >= OP_NEAR)
-        return true;
-    icpu_end(c, c->bt.op, r);
-    return false;
 }
 
-/* The block is interpreted a few times before it is worth a translation. */
-static void consider(struct icpu *c, struct bt *t, struct block *b)
+static bool usable(const struct icpu *c)
 {
-    bool full = false;
-    if (b->code || b->runs >= t->runs || ++b->runs < t->runs || !translatable(b))
-        return;
-    enum vcpu_where was = vcpu_where(c->v, WHERE_TRANSLATE);
-    bool done = bt_translate(c, t, b, &full);
-    vcpu_where(c->v, was);
-    if (!done && full) {
-        code_flush_later(c);
-        c->tlb->generation++;                                      /* so that the next look-up takes the long way */
-        code_retag(c);
-        b->runs = 0;
+    return c->mode == IMODE_LONG64 && c->view != c->tlb->none && !c->v->m->debug.points && !c->v->m->debug.watches && !c->tlb->watch;
+}
+
+/* The translation at c->rip, made if it is worth it. NULL: *b is to be interpreted; both NULL: the fetch has failed. */
+static struct tb *find(struct icpu *c, struct bt *t, struct block **b)
+{
+    u32 page = tb_page(c, t, c->rip, c->cpl == 3);
+    struct tb *tb = page ? tb_find(t, c->rip, page, bt_key(c)) : NULL;
+    *b = NULL;
+    if (unlikely(tb && tb->page2 && tb_page(c, t, c->rip + PAGE_SIZE, c->cpl == 3) != tb->page2)) {
+        tb_kill(c, t, tb);                                         /* a crossing instruction: its second page is another now, or gone */
+        tb = NULL;
     }
+    if (likely(tb && t->flushes == c->code->flushes && !c->code->flush_wanted))
+        return tb;
+    *b = code_find(c);
+    if (!*b)
+        return NULL;
+    if (unlikely(t->flushes != c->code->flushes)) {
+        tb_reset(c, t);
+        page = tb_page(c, t, c->rip, c->cpl == 3);
+    }
+    if ((*b)->runs < t->runs && ++(*b)->runs < t->runs)
+        return NULL;
+    return translate(c, t, *b, page);
 }
 
 static void bt_run(struct icpu *c)
 {
     struct bt *t = c->bt.bt;
-    u32 patch = 0;                                                 /* the direct jump by which translated code was just left: its displacement, 0: none */
-    bool go_on;
-    if (c->mode != IMODE_LONG64 || c->v->m->debug.points || c->v->m->debug.watches) {
+    u32 link = 0;                                                  /* by which translated code was just left */
+    bool go_on = true;
+    if (!usable(c)) {
         enum vcpu_where was = vcpu_where(c->v, WHERE_INTERP);
         icpu_run_blocks(c);
         vcpu_where(c->v, was);
         return;
     }
+    atomic_store_explicit(&c->bt.inside, 1, memory_order_relaxed);
     do {
+        struct block *b;
         atomic_store_explicit(&c->bt.stop, 0, memory_order_relaxed);
         atomic_thread_fence(memory_order_seq_cst);
         if (unlikely(atomic_load(&c->v->events)) && !c->bt.single)
-            return;
-        const u8 *code = c->bt.single ? NULL : jump_find(c, t);
-        if (code && !patch) {
-            go_on = run_code(c, t, code, &patch);
-            continue;
-        }
-        struct block *b = code_find(c);
-        if (unlikely(!b)) {
-            icpu_fetch_failed(c);
-            return;
-        }
-        if (unlikely(t->flushes != c->code->flushes)) {
-            reset(c, t);
-            patch = 0;
-        }
-        consider(c, t, b);
-        if (b->code && room_around(c->rip)) {
-            if (!c->bt.single)
-                jump_note(c, t, b->code);
-            go_on = run_code(c, t, b->code, &patch);
-        } else {
-            patch = 0;
+            break;
+        struct tb *tb = find(c, t, &b);
+        if (tb) {
+            if (!c->bt.single) {
+                if (link)
+                    tb_link(c, t, link, tb);
+                tb_jump_note(c, t, tb);
+            }
+            link = 0;
+            go_on = run_code(c, t, rx(t, tb->start + (tb->page2 ? tb->page_off : tb->code_off)), tb->key, &link);
+        } else if (b) {
+            link = 0;
             vcpu_count(c->v, COUNT_CODE_INTERPRETED);
             enum vcpu_where was = vcpu_where(c->v, WHERE_INTERP);
             go_on = icpu_run_block(c, b);
             vcpu_where(c->v, was);
+        } else {
+            icpu_fetch_failed(c);
+            break;
         }
     } while (go_on && !c->bt.single);
-}
-
-int bt_run_op(struct icpu *c, const struct op *op, struct block *b)
-{
-    c->block = b;
-    c->r[REG_RIP] = c->bt.page | (b->gpa & ~PAGE_MASK);
-    enum vcpu_where was = vcpu_where(c->v, WHERE_HANDLER);
-    int r = op->fn(c, op);
-    vcpu_where(c->v, was);
-    if (r == OP_NEXT && likely(b->op[0].fn != b->op[b->n].fn)) {
-        vcpu_count(c->v, COUNT_HANDLERS);
-        return OP_NEXT;
-    }
-    c->bt.insns += (u64)(op - b->op);
-    if (r == OP_NEXT) {                                            /* this block has been written to */
-        vcpu_count(c->v, COUNT_EXIT_REWRITTEN);
-        c->bt.insns++;
-        c->rip = op_next_rip(c, op);
-        return OP_FALL;
-    }
-    c->bt.insns += r == OP_NEAR;
-    c->bt.op = op;
-    return r;
-}
-
-void bt_forget(struct icpu *c, struct block *b)
-{
-    struct bt *t = c->bt.bt;
-    struct emit e = { t->rw + ((u8 *)b->code - t->rx), NULL, false };
-    e.end = e.p + 16;
-    jump_to(&e, e.p - BT_STALE_BYTES);
-    b->code = NULL;
+    atomic_store_explicit(&c->bt.inside, 0, memory_order_relaxed);
 }
 
 /* ---- the engine ---- */
 static void kick(struct vcpu *v)
 {
     struct icpu *c = v->engine_data;
-    if (c)
-        atomic_store(&c->bt.stop, 1);
+    if (!c)
+        return;
+    atomic_store(&c->bt.stop, 1);
+    if (atomic_load(&c->bt.inside))
+        bt_signal_kick(atomic_load(&c->bt.bt->thread));
 }
 
 static enum run_exit run(struct vcpu *v)
 {
-    syscall(SYS_arch_prctl, ARCH_SET_GS, v->engine_data);
-    return interp_engine.run(v);
+    struct icpu *c = v->engine_data;
+    syscall(SYS_arch_prctl, ARCH_SET_GS, c);
+    if (bt_signal_here(c) < 0)
+        return RUN_FAILED;
+    atomic_store(&c->bt.bt->thread, bt_signal_thread());
+    enum run_exit r = interp_engine.run(v);
+    bt_signal_here(NULL);
+    atomic_store(&c->bt.bt->thread, 0);
+    return r;
 }
 
 static void vcpu_close(struct vcpu *v)
@@ -248,11 +309,31 @@ static void vcpu_close(struct vcpu *v)
     struct icpu *c = v->engine_data;
     if (c && c->bt.bt) {
         bt_arena_close(c->bt.bt);
-        if (c->bt.bt->jump)
-            munmap(c->bt.bt->jump, JUMP_BYTES);
+        tb_close(c->bt.bt);
         free(c->bt.bt);
+        bt_signal_close();
     }
     interp_engine.vcpu_close(v);
+}
+
+static bool host_has_bmi2(void)
+{
+    unsigned a, b = 0, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && b & bit_BMI2;
+}
+
+static void constants(struct icpu *c, struct bt *t)
+{
+    s64 x = (s64)((uintptr_t)c->x - (uintptr_t)c);
+    t->bmi2 = host_has_bmi2();
+    c->bt.self = c;
+    c->bt.x_offset = x == (s32)x && x + (s64)sizeof *c->x == (s32)(x + (s64)sizeof *c->x) ? x : 0;
+    c->bt.mask_slot = 511ull << 39;
+    c->bt.mask_jump = JUMP_MASK;
+    c->bt.mask_page = PAGE_MASK;
+    c->bt.mask_tlb = (u64)(TLB_SIZE - 1) << PAGE_SHIFT;
+    c->bt.mask_entry = (u64)(TLB_SIZE - 1) << 5;
+    _Static_assert(sizeof(struct tlb_entry) == 32, "mask_entry shifts by 5");
 }
 
 static int vcpu_open(struct vcpu *v)
@@ -262,27 +343,27 @@ static int vcpu_open(struct vcpu *v)
         return e;
     struct icpu *c = v->engine_data;
     struct bt *t = calloc(1, sizeof *t);
-    c->bt.bt = t;
-    c->bt.self = c;
-    c->bt.count = v->m->tools.insns;
-    bt_fp_open(c);
-    if (t) {
-        t->runs = v->m->tools.translate_at_once ? 1 : BT_RUNS;
-        t->jump = mmap(NULL, JUMP_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (t->jump == MAP_FAILED)
-            t->jump = NULL;
+    if (!t) {
+        interp_engine.vcpu_close(v);
+        return err(-ENOMEM, "vCPU %u: out of host memory", v->id);
     }
-    e = t && t->jump ? bt_arena_open(c, t) : err(-ENOMEM, "vCPU %u: out of host memory", v->id);
+    c->bt.bt = t;
+    t->runs = v->m->tools.translate_at_once ? 1 : BT_RUNS;
+    c->bt.count = v->m->tools.insns;
+    bt_signal_open();
+    bt_fp_open(c);
+    constants(c, t);
+    e = bt_arena_open(c, t);
+    if (!e)
+        e = tb_open(c, t);
     if (e < 0) {
         vcpu_close(v);
         return e;
     }
-    c->bt.jump = t->jump;
     c->bt.run = bt_run;
     c->bt.forget = bt_forget;
-    c->bt.flushed = flushed;
-    c->bt.generation[0] = c->bt.generation[1] = 1;
-    reset(c, t);
+    c->bt.flushed = bt_flushed;
+    c->bt.invalidate = bt_invalidate;
     return 0;
 }
 

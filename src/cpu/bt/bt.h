@@ -2,62 +2,141 @@
  * bt, the binary translator: 64-bit guest code becomes host code, block by block; everything else is the interpreter's (cpu/interp), whose vCPU, decoder, TLB
  * and handlers this engine shares.
  *
- * A translation belongs to a `struct block` of the interpreter's code cache and begins by comparing the guest's bytes with those it was made from, so it is right
- * for the same reason as an interpreted block is: nobody has to tell it of writes, whoever made them. A block that the interpreter forgets has its
- * translation's first instruction overwritten by one that leaves. Translations are position-independent: of RIP they know the low 12 bits, the
- * rest is icpu.bt.page, so a page that is mapped at several addresses is translated once.
+ * A translation (struct tb) belongs to one vCPU and is keyed by linear address, guest-physical address, and key: the view of memory that its operands use
+ * (tlb.h) and the way in which they do (software TLB or shadow). It is made from an interpreter's block, whose ops it refers to.
  *
  * Host registers in translated code:
- *     rax rcx rdx rbx rbp rsi rdi r8 r9 r10 r12 r13    the guest's
- *     r11                                              the guest's RSP; its R11, R14, R15 are in icpu.r[]
- *     r14 r15                                          scratch
- *     rsp                                              the host's own
- *     GS base                                          struct icpu of this vCPU (the host's x86-64 ABI leaves GS to programs)
- * Arithmetic flags are in the host's RFLAGS where an instruction has just made them, and in icpu.fl at every way in and out.
+ *     rax .. r13     the guest's, but
+ *     rsp            guest RSP + icpu.bt.bias
+ *     r14 r15        scratch; the guest's are in icpu.r[]
+ *     RFLAGS         the guest's arithmetic flags at every instruction boundary
+ *     GS base        struct icpu of this vCPU (the host's x86-64 ABI leaves GS to programs)
  *
- * Memory operands go through the interpreter's TLB inline; what misses calls the instruction's handler for the whole instruction, as do instructions that have
- * no emitter. Translated code therefore never faults: faults are raised by handlers, which find the complete state in struct icpu.
+ * How one comes to a translation:
+ *     entry          r15 holds the linear address that is meant: compared
+ *     page           the linear page is looked up in icpu.bt.itlb: it must still be the page that the translation was made from
+ *     code           the code itself
+ * Branches within a page lead to code, to another page to page, indirect ones to entry by way of icpu.bt.jump. So flushes only have to clear itlb.
  *
- * All of it belongs to the vCPU's thread, except icpu.bt.stop, which whoever raises an event sets.
+ * All of it belongs to the vCPU's thread, except icpu.bt.stop and inside (bt.c).
  */
 #pragma once
 
 #include "cpu/interp/code.h"
 #include "cpu/interp/interp.h"
+#include "cpu/interp/tlb.h"
 
-#define BT_ARENA_BYTES (64 * MiB)
+#define BT_ARENA_BYTES (32 * MiB)
 #define BT_BLOCK_BYTES (24 * KiB)                                  /* the most that one block may become */
-#define BT_STALE_BYTES 32                                          /* in front of each translation stands what leaves it when it is not right any more */
-#define BT_JUMP_BITS 14
-#define BT_PAGE_BITS 65536u
+#define BT_TBS 131072u
+#define BT_LINKS 393216u
+#define BT_MARKS 2097152u
+#define BT_HASH 32768u
+#define BT_PAGES 65536u
 #define BT_RUNS 6                                                  /* interpreted so often before it is translated */
 
-/* What translated code was left with, besides an op's result. */
-enum { BT_EXIT_RIP = OP_FALL, BT_EXIT_DIRECT = OP_FALL + 1, BT_EXIT_STALE };
+enum { KEY_SHADOW = 4 };                                           /* key: enum tlb_view_id, and this */
 
-/* Where indirect branches and those into other pages look first: linear address and icpu.code_tag to translation. */
-struct bt_jump {
-    u64 la, tag;
-    const u8 *code;
-    u64 unused;
+/* What translated code was left with, besides an op's result. */
+enum { BT_EXIT_RIP = 32, BT_EXIT_MISS, BT_EXIT_LINK, BT_EXIT_OP };
+
+struct tr;
+struct cold;
+
+/* Where in a translation's code an instruction begins. */
+struct tb_mark {
+    u16 off;                                                       /* from tb->start */
+    u8 op;
+    u8 flags;
+};
+enum {
+    MARK_COLD = 1,                                                 /* behind the block: not an instruction's beginning */
+    MARK_POLLS = 2,                                                /* takes long, and looks at icpu.bt.stop itself */
+};
+
+/* A linear page that is mapped to a guest-physical one and holds translated code. */
+struct cpage {
+    u64 la, gpa;
+    u32 id, next;                                                  /* id: index in bt.page, what icpu.bt.itlb holds */
+};
+
+struct tb {
+    u64 la, gpa;
+    u8 *start;                                                     /* in the writable mapping; first byte is the entry */
+    u32 page_off, code_off, size;                                  /* of the page and code entries; bytes, cold code included */
+    u32 page, page2;                                               /* cpage ids; page2: of a crossing instruction's second page, 0 none */
+    u32 hash_next, frame_next, block_next;                         /* tb indexes; 0 ends a list */
+    u32 links_in;                                                  /* links that lead here */
+    u32 mark;                                                      /* first of marks in bt.mark */
+    u16 marks;
+    u8 key, n;
+    bool dead;
+    struct block *b;
+};
+
+struct link {                                                      /* a direct way out of a translation */
+    u64 target;                                                    /* linear address */
+    u8 *place, *stub;                                              /* writable: the jump's displacement; where it leads when it is not linked */
+    u32 next;                                                      /* in tb.links_in */
+    u32 from;                                                      /* tb */
+    u8 key;                                                        /* with which it goes on */
+    bool linked;
 };
 
 struct bt {
     u8 *rw, *rx;                                                   /* the arena, twice */
     size_t used, first;                                            /* bytes; first: behind the common routines */
-    unsigned runs;                                                 /* BT_RUNS, or 1 */
     u64 flushes;                                                   /* icode.flushes when it was emptied last */
-    struct bt_jump *jump;
-    u64 page[BT_PAGE_BITS / 64];                                   /* pages with jump targets */
+    struct tb *tb;
+    struct link *link;
+    struct tb_mark *mark;
+    struct cpage *page;
+    u32 tbs, links, marks, pages;                                  /* used of each; index 0 is none */
+    u32 *hash, *frame, *page_hash;                                 /* tbs by linear address, by guest-physical page; pages by both */
+    u32 *itlb_user;                                                /* what icpu.bt.itlb is for supervisor code; which may hold pages that are not global */
+    bool itlb_private;
     int (*enter)(const u8 *code);                                  /* runs translated code until it is left: result of an op, or BT_EXIT_* */
-    u32 handler, leave_rip, leave_stale, leave_direct, find;                    /* offsets of common routines */
+    u32 op, light, leave_rip, leave_link, leave_signal, miss;      /* offsets of common routines */
+    u32 check;                                                     /* enter's look at stop lies before this */
+    bool bmi2;
+    _Atomic int thread;                                            /* that runs it, for kicks */
+    unsigned runs;                                                 /* BT_RUNS, or 1 */
+    u64 killed, resets, signals, steps, slow_ops;                  /* statistics */
 };
 
+#define JUMP_MASK (BT_JUMPS - 1ull)
+
+/* ---- arena.c ---- */
 int bt_arena_open(struct icpu *c, struct bt *t);                   /* maps the arena, generates the common routines */
 void bt_arena_close(struct bt *t);
-/* Translates b; false when it has to be interpreted for ever, or the arena is full (then *full). */
-bool bt_translate(struct icpu *c, struct bt *t, struct block *b, bool *full);
-/* Runs op's handler; called by translated code. The result, OP_NEXT: go on behind it. */
-int bt_run_op(struct icpu *c, const struct op *op, struct block *b);
-/* Makes b's translation leave at once. */
-void bt_forget(struct icpu *c, struct block *b);
+
+/* ---- tb.c: translations, pages, links ---- */
+int tb_open(struct icpu *c, struct bt *t);
+void tb_close(struct bt *t);
+void tb_reset(struct icpu *c, struct bt *t);                       /* forgets everything */
+/* The id of the page that holds c->rip, entered in the itlb; 0: not there, or not RAM. */
+u32 tb_page(struct icpu *c, struct bt *t, u64 la, bool user);
+struct tb *tb_find(struct bt *t, u64 la, u32 page, unsigned key);
+struct tb *tb_at(struct bt *t, const u8 *pc);                      /* that holds this host address (executable mapping), or NULL */
+void tb_insert(struct bt *t, struct tb *tb);
+void tb_kill(struct icpu *c, struct bt *t, struct tb *tb);
+void tb_link(struct icpu *c, struct bt *t, u32 link, struct tb *to);
+void tb_jump_note(struct icpu *c, struct bt *t, struct tb *tb);    /* icpu.bt.jump leads here */
+/* icpu.bt.invalidate: kills what was made from guest-physical [gpa, gpa + len) (0, ~0: all). This vCPU's thread. Whether any are left in gpa's page. */
+bool bt_invalidate(struct icpu *c, u64 gpa, u64 len);
+void bt_flushed(struct icpu *c, enum tlb_flush what, u64 la);
+static inline struct tb *tb_of(struct bt *t, u32 index)
+{
+    return index ? &t->tb[index] : NULL;
+}
+
+/* ---- translate.c ---- */
+/* Translates b at c->rip; NULL when it has to be interpreted for ever, or when there is no room (then *full). */
+struct tb *bt_translate(struct icpu *c, struct bt *t, struct block *b, u32 page, u32 page2, bool compare, bool *full);
+
+/* ---- bt.c ---- */
+/* Runs op's handler; called by translated code. site: tb index << 8 | op. The result, OP_NEXT: go on behind it. */
+int bt_run_op(struct icpu *c, u32 site);
+int bt_run_light(struct icpu *c, u32 site, int (*fn)(struct icpu *c, const struct op *op));
+void bt_rebias(struct icpu *c, unsigned key);                      /* icpu.bt.bias for the guest's RSP */
+unsigned bt_key(const struct icpu *c);

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "base/types.h"
+#include "cpu/x86.h"
 
 struct emit {
     u8 *p, *end;
@@ -86,6 +87,27 @@ static inline void op_gs(struct emit *e, bool w, unsigned opcode, unsigned reg, 
     PUT(e, opcode, (reg & 7) << 3 | 4, 0x25);
     put32(e, (u32)off);
 }
+/* [gs:index * 8 + off] */
+static inline void op_gs_index(struct emit *e, bool w, unsigned opcode, unsigned reg, unsigned index, size_t off)
+{
+    unsigned rex = (w ? 8u : 0u) | (reg >> 3 & 1) << 2 | (index >> 3 & 1) << 1;
+    put8(e, 0x65);
+    if (rex)
+        put8(e, 0x40 | rex);
+    PUT(e, opcode, (reg & 7) << 3 | 4, 0xc5 | (index & 7) << 3);
+    put32(e, (u32)off);
+}
+/* BMI2's PEXT and PDEP (VEX.LZ.F3 and .F2.0F38.W1 F5 /r): dst = src by the mask in [gs:off]; they leave flags alone. */
+static inline void put_pext_gs(struct emit *e, unsigned dst, unsigned src, size_t off)
+{
+    PUT(e, 0x65, 0xc4, (dst >> 3 & 1 ? 0 : 0x80) | 0x62, 0x80 | (~src & 15) << 3 | 2, 0xf5, (dst & 7) << 3 | 4, 0x25);
+    put32(e, (u32)off);
+}
+static inline void put_pdep_gs(struct emit *e, unsigned dst, unsigned src, size_t off)
+{
+    PUT(e, 0x65, 0xc4, (dst >> 3 & 1 ? 0 : 0x80) | 0x62, 0x80 | (~src & 15) << 3 | 3, 0xf5, (dst & 7) << 3 | 4, 0x25);
+    put32(e, (u32)off);
+}
 #define X_ADD 0x03
 #define X_CMP 0x3b
 #define X_STORE 0x89
@@ -100,8 +122,21 @@ static inline void mov_imm64(struct emit *e, unsigned reg, u64 v)
         put32(e, (u32)v);
         return;
     }
+    if ((s64)v == (s32)v) {
+        PUT(e, 0x48 | (reg >> 3 & 1), 0xc7, 0xc0 | (reg & 7));
+        put32(e, (u32)v);
+        return;
+    }
     PUT(e, 0x48 | (reg >> 3 & 1), 0xb8 | (reg & 7));
     put64(e, v);
+}
+static inline void mov_rr(struct emit *e, unsigned dst, unsigned src)
+{
+    op_rr(e, true, X_STORE, src, dst);
+}
+static inline void lea(struct emit *e, unsigned dst, unsigned base, s32 disp)
+{
+    op_mem(e, true, X_LEA, dst, base, NO_REG, 0, disp);
 }
 /* ADD OR AND CMP (/n) with a sign-extended immediate. */
 static inline void alu_imm(struct emit *e, bool w, unsigned n, unsigned reg, s32 imm)
@@ -138,6 +173,21 @@ static inline void jump_to(struct emit *e, const u8 *target)
     u8 *p = jump(e);
     if (!e->overflow)
         aim(p, target);
+}
+/*
+ * Goes on if reg is 0, else jumps, both without touching flags: the address of the displacement. RCX and reg are exchanged where it leads to (put_swap_rcx).
+ */
+static inline void put_swap_rcx(struct emit *e, unsigned reg)
+{
+    op_rr(e, true, 0x87, RCX, reg);
+}
+static inline u8 *jump_unless_zero(struct emit *e, unsigned reg)
+{
+    put_swap_rcx(e, reg);
+    PUT(e, 0xe3, 5);                                               /* jrcxz */
+    u8 *place = jump(e);
+    put_swap_rcx(e, reg);
+    return place;
 }
 static inline void jump_if_to(struct emit *e, unsigned cc, const u8 *target)
 {

@@ -16,6 +16,7 @@
 
 #define OFF(field) offsetof(struct icpu, field)
 #define OFF_R(g) (OFF(r[0]) + 8u * (g))
+/* icpu.bt.tmp: 0 RCX or RAX in a look-up, 1 its tag or flags, 2 its result, 3 a value on its way to the stack, 4 a branch's target, 5 a light function; 6, 7 free */
 enum { S0 = 14, S1 = 15 };                                         /* scratch host registers; the guest's are in icpu.r[] */
 
 struct item {
@@ -44,6 +45,7 @@ struct tr {
     unsigned view;                                                 /* enum tlb_view_id */
     bool shadow;                                                   /* memory operands go through the windows, else through the software TLB */
     unsigned i;                                                    /* the op that is being translated */
+    bool ended;                                                    /* that was the last one: i is their number */
     struct item item[BLOCK_OPS];
     struct cold cold[8 * BLOCK_OPS];
     unsigned colds;
@@ -94,6 +96,8 @@ void tr_address(struct tr *t, const struct ea *m, unsigned dst, bool linear);
 
 /* ---- RSP ---- */
 void tr_rsp_move(struct tr *t, s32 delta);                         /* small steps (up to 32 KiB) next to an access */
+bool tr_rsp_step(struct tr *t, const struct op *op);               /* ADD and SUB of an immediate, if op is one */
+bool tr_rsp_used(const struct tr *t);                              /* does an access by RSP follow in this block? */
 void tr_rsp_get(struct tr *t, unsigned dst);                       /* dst = guest RSP */
 void tr_rsp_set(struct tr *t, unsigned src);                       /* guest RSP = src; uses S0 and S1; src is kept unless it is one of them */
 
@@ -107,6 +111,7 @@ bool tr_plain(struct tr *t, const struct op *op);                  /* integer in
 void tr_exit(struct tr *t, u64 target);
 void tr_exit_view(struct tr *t, u64 target, unsigned view);
 void tr_exit_if(struct tr *t, unsigned cc, u64 target);            /* conditional; the block goes on */
+void tr_count(struct tr *t);                                       /* the ops so far, this one included, are completed (if they are counted): before a way out of one's own */
 void tr_exit_indirect(struct tr *t);                               /* target in S1 */
 /* Leaves the block for C with rip = target: boundary work is to be done (events, mode). */
 void tr_exit_boundary(struct tr *t, u64 target);
@@ -118,7 +123,7 @@ void tr_call_light(struct tr *t, int (*fn)(struct icpu *c, const struct op *op))
 
 /* Emitters of other files: true if done; *last: the block ends here. */
 bool tr_branch(struct tr *t, const struct op *op, bool *last);     /* emit_branch.c */
-bool tr_stack(struct tr *t, const struct op *op);                  /* emit_stack.c: push, pop, leave */
+bool tr_stack(struct tr *t, const struct op *op);                  /* push, pop, leave */
 bool tr_vector(struct tr *t, const struct op *op);                 /* emit_vec.c */
 bool tr_string(struct tr *t, const struct op *op);                 /* emit_string.c */
 bool tr_system(struct tr *t, const struct op *op, bool *last);     /* emit_sys.c */

@@ -117,9 +117,7 @@ int code_ram_changed(struct icpu *c)
 
 void code_retag(struct icpu *c)
 {
-    u64 mode = (u64)c->mode << 1 | (c->cpl == 3);
-    c->code_tag = (c->tlb->generation + 1) << 8 | mode;
-    c->bt.tag = c->bt.generation[c->cpl == 3] << 8 | mode;
+    c->code_tag = (c->tlb->generation + 1) << 8 | (u64)c->mode << 1 | (c->cpl == 3);
 }
 
 /* ---- blocks in the tables ---- */
@@ -155,7 +153,7 @@ static void unlink_page(struct icode *k, struct block *b)
 static void block_dead(struct icpu *c, struct block *b)
 {
     b->gpa = BLOCK_DEAD;
-    if (b->code)
+    if (b->translations)
         c->bt.forget(c, b);
 }
 

@@ -29,7 +29,8 @@ struct block {
     u64 gpa;                           /* of the first byte; BLOCK_DEAD when it must not be found any more */
     u64 gpa2;                          /* page of the second part of a crossing instruction, else BLOCK_DEAD */
     struct block *hash_next, *page_next;
-    void *code;                        /* a translation (cpu/bt), NULL: none */
+    u32 translations;                  /* cpu/bt's, a list; 0: none */
+    u32 slow;                          /* bit n: op n has met a device or the like; a translator calls its handler at once */
     u32 runs;                          /* how often it was interpreted where a translator counts */
     struct op *op;                     /* n, and one more that leaves the block */
     u8 len, n;                         /* bytes, instructions */

@@ -9,6 +9,7 @@
  */
 #include <errno.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "cpu/bt/codepage.h"
 #include "cpu/interp/code.h"
@@ -445,16 +446,15 @@ static void vcpu_close(struct vcpu *v)
     code_close(c);
     codepage_vcpu_close(c);
     tlb_close(c);
-    free(container_of(c, struct interp, c));
+    munmap(container_of(c, struct interp, c), sizeof(struct interp));
     v->engine_data = NULL;
 }
 
 static int vcpu_open(struct vcpu *v)
 {
-    struct interp *in = aligned_alloc(64, ALIGN_UP(sizeof *in, 64));
-    if (!in)
+    struct interp *in = mmap(NULL, sizeof *in, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0); /* large, and used in part */
+    if (in == MAP_FAILED)
         return err(-ENOMEM, "vCPU %u: out of host memory", v->id);
-    memset(in, 0, sizeof *in);
     in->fresh = true;
     in->c.v = v;
     in->c.x = &v->x;

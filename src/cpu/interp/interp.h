@@ -94,17 +94,27 @@ struct codepage_vcpu;              /* pages with code, machine-wide: cpu/bt/code
 enum tlb_flush { FLUSH_ALL, FLUSH_NONGLOBAL, FLUSH_PAGE };
 
 /*
- * What a translator (cpu/bt) keeps beside the interpreter's state, for its generated code. run replaces the fast loop; forget is told of a block that may
- * not be found any more and has a translation.
+ * What a translator (cpu/bt) keeps beside the interpreter's state, where its generated code can address it. run replaces the fast loop; forget is told of a
+ * block that may not be found any more and has translations.
  */
+#define BT_ITLB_SIZE 1024u
+#define BT_JUMPS 2048u
+#define BT_KEYS 8u
 struct icpu_bt {
     struct icpu *self;
-    u64 page;                      /* of the code that runs: RIP without its low 12 bits */
-    struct bt_jump *jump;
-    u64 tmp;
-    u32 exit_offset, exit_patch;   /* the direct jump by which generated code was left: offset of its target in the page, place of its displacement */
+    u64 host_rsp;                  /* the host's stack while translated code runs */
+    u64 bias, nbias;               /* host RSP minus guest RSP, and the negative of it */
+    u64 tmp[8];
+    const u8 *resume;              /* where a handler call goes on */
+    u64 mask_slot, mask_jump;      /* for PEXT: bits 47..39 of an address; which bits of an address choose its place in jump[] */
+    u64 mask_tlb, mask_entry, mask_page;
+    u32 exit_link, exit_site, exit_stale; /* by which link, instruction, translation the code was left */
+    bool exit_memory;              /* exit_site: because of a memory access */
+    u32 site;                      /* the indirect branch that was taken last */
+    u32 *itlb_user;
     const struct op *op;           /* whose result generated code was left with */
     _Atomic u32 stop;              /* look at vcpu.events */
+    _Atomic u32 inside;            /* in translated code: a kick needs a signal */
     void (*run)(struct icpu *c);
     void (*forget)(struct icpu *c, struct block *b);
     void (*flushed)(struct icpu *c, enum tlb_flush what, u64 la); /* translations have been dropped; NULL: nobody asks */
@@ -115,11 +125,13 @@ struct icpu_bt {
      * is left after its instruction. protect takes away the shadow's write rights to a page, or PROTECT_ALL. May be NULL. */
     bool (*invalidate)(struct icpu *c, u64 gpa, u64 len);
     void (*protect)(struct icpu *c, u64 gpa);
-    u64 tag, generation[2];        /* what struct bt_jump must match: as icpu.code_tag, but by generations of supervisor and user code (flushed) */
     struct bt *bt;
     struct shadow *shadow;         /* NULL: there is none */
     u64 delta_changes;             /* counts changes of delta */
     u64 delta[3][512] __attribute__((aligned(64))); /* host less linear address, by view and PML4 slot: shadow.h */
+    s64 x_offset;                  /* from here to v->x, if that can be a displacement, else 0 */
+    u32 itlb[BT_ITLB_SIZE];        /* supervisor code: linear page to cpage.id */
+    const u8 *jump[BT_KEYS][BT_JUMPS]; /* by key: where indirect branches go, checked there */
 };
 
 /*

@@ -1,0 +1,285 @@
+/*
+ * Memory operands: guest registers to a host address, by the shadow's windows or by the software TLB; and RSP, which is biased.
+ *
+ * Shadow (shadow.h): every PML4 slot that the view may use has a window in the host's address space where the slot's pages are mapped as the guest's page tables
+ * have them. `PEXT` takes the slot from the address, a table gives what leads from linear to host address; a slot that is closed gives an address that is not
+ * canonical. There is no compare: what may not be accessed is not mapped.
+ *
+ * Software TLB (interp/tlb.h): look-up inline; what misses is done by the instruction's handler, which fills the TLB.
+ *
+ * A displacement below 1 MiB is left to the host instruction after its base alone has been translated: the windows have guard gaps of 2 GiB, and whoever hits
+ * one gets the exact treatment by the handler.
+ */
+#include "cpu/bt/tr.h"
+
+#define SMALL_DISP (1 << 20)
+
+/* ---- registers ---- */
+void tr_rsp_get(struct tr *t, unsigned dst)
+{
+    struct emit *e = &t->e;
+    if (!t->shadow) {
+        lea(e, dst, RSP, 0);
+        return;
+    }
+    op_gs(e, true, X_LOAD, dst, OFF(bt.nbias));
+    op_mem(e, true, X_LEA, dst, RSP, dst, 0, 0);
+}
+
+void tr_rsp_set(struct tr *t, unsigned src)
+{
+    struct emit *e = &t->e;
+    if (!t->shadow) {
+        mov_rr(e, RSP, src);
+        return;
+    }
+    unsigned d = src == S0 ? S1 : S0;
+    put_pext_gs(e, d, src, OFF(bt.mask_slot));
+    op_gs_index(e, true, X_LOAD, d, d, OFF(bt.delta[0][0]) + t->view * 4096u);
+    op_gs(e, true, X_STORE, d, OFF(bt.bias));
+    op_mem(e, true, X_LEA, RSP, src, d, 0, 0);
+    PUT(e, 0x49, 0xf7, 0xd0 | (d & 7));                            /* not d */
+    lea(e, d, d, 1);
+    op_gs(e, true, X_STORE, d, OFF(bt.nbias));
+}
+
+void tr_rsp_move(struct tr *t, s32 delta)
+{
+    lea(&t->e, RSP, RSP, delta);
+}
+
+void tr_load(struct tr *t, unsigned g, unsigned host)
+{
+    if (g == RSP)
+        tr_rsp_get(t, host);
+    else if (tr_resident(g))
+        mov_rr(&t->e, host, g);
+    else
+        op_gs(&t->e, true, X_LOAD, host, OFF_R(g));
+}
+
+unsigned tr_read(struct tr *t, unsigned g, unsigned scratch)
+{
+    if (tr_resident(g))
+        return g;
+    tr_load(t, g, scratch);
+    return scratch;
+}
+
+void tr_write(struct tr *t, unsigned g, unsigned scratch)
+{
+    if (g == RSP)
+        tr_rsp_set(t, scratch);
+    else
+        op_gs(&t->e, true, X_STORE, scratch, OFF_R(g));
+}
+
+/* ---- addresses ---- */
+bool tr_ea(const struct tr *t, const struct op *op, struct ea *m)
+{
+    *m = (struct ea){ op->base, op->index, op->scale, op->seg, op->disp };
+    if (m->base == REG_RIP)
+        m->disp += (s64)t->tb->la;
+    else if (m->disp != (s32)m->disp)
+        return false;
+    return op->asize == 8 && op->flags & OPF_MEM;
+}
+
+static bool absolute(const struct ea *m)
+{
+    return (m->base == REG_RIP || m->base == REG_ZERO) && m->index == REG_ZERO;
+}
+
+static void add_segment(struct tr *t, const struct ea *m, unsigned dst, unsigned tmp)
+{
+    struct emit *e = &t->e;
+    size_t off = offsetof(struct x86, seg) + m->seg * sizeof(struct x86_seg) + offsetof(struct x86_seg, base);
+    if (m->seg < SEG_FS)
+        return;
+    if (t->c->bt.x_offset) {
+        op_gs(e, true, X_LOAD, tmp, (size_t)t->c->bt.x_offset + off);
+    } else {
+        op_gs(e, true, X_LOAD, tmp, OFF(x));
+        op_mem(e, true, X_LOAD, tmp, tmp, NO_REG, 0, (s32)off);
+    }
+    op_mem(e, true, X_LEA, dst, dst, tmp, 0, 0);
+}
+
+void tr_address(struct tr *t, const struct ea *m, unsigned dst, bool linear)
+{
+    struct emit *e = &t->e;
+    unsigned tmp = dst == S0 ? S1 : S0;
+    if (absolute(m)) {
+        mov_imm64(e, dst, (u64)m->disp);
+    } else {
+        unsigned base = NO_REG, index = NO_REG;
+        s32 disp = (s32)m->disp;
+        if (m->base == REG_RIP) {                                  /* does not exist with an index, but would be right */
+            mov_imm64(e, dst, (u64)m->disp);
+            base = dst;
+            disp = 0;
+        } else if (m->base != REG_ZERO) {
+            base = tr_read(t, m->base, dst);
+        }
+        if (m->index != REG_ZERO)
+            index = tr_read(t, m->index, tmp);
+        op_mem(e, true, X_LEA, dst, base, index, m->scale, disp);
+    }
+    if (linear)
+        add_segment(t, m, dst, tmp);
+}
+
+/* ---- the shadow ---- */
+static void shadow_absolute(struct tr *t, const struct ea *m, struct place *p, unsigned want, unsigned *scratch)
+{
+    struct emit *e = &t->e;
+    op_gs(e, true, X_LOAD, S0, OFF(bt.delta[0][0]) + t->view * 4096u + ((u64)m->disp >> 39 & 511) * 8);
+    *scratch = S1;
+    if (m->disp == (s32)m->disp) {
+        *p = (struct place){ S0, NO_REG, 0, (s32)m->disp };
+        return;
+    }
+    mov_imm64(e, S1, (u64)m->disp);
+    if (want) {
+        op_mem(e, true, X_LEA, S0, S0, S1, 0, 0);
+        *p = (struct place){ S0, NO_REG, 0, 0 };
+    } else {
+        *p = (struct place){ S0, S1, 0, 0 };
+    }
+}
+
+static bool shadow_mem(struct tr *t, const struct ea *m, unsigned want, struct place *p, unsigned *scratch)
+{
+    struct emit *e = &t->e;
+    bool small = m->disp > -SMALL_DISP && m->disp < SMALL_DISP && m->index == REG_ZERO && m->seg < SEG_FS;
+    size_t table = OFF(bt.delta[0][0]) + t->view * 4096u;
+    if (small && m->base == RSP) {
+        *p = (struct place){ RSP, NO_REG, 0, (s32)m->disp };
+        *scratch = S0;
+    } else if (small && m->base < 16) {
+        unsigned base = tr_read(t, m->base, S1);
+        put_pext_gs(e, S0, base, OFF(bt.mask_slot));
+        op_gs_index(e, true, X_LOAD, S0, S0, table);
+        if (base == S1 && want) {
+            op_mem(e, true, X_LEA, S0, S0, S1, 0, 0);
+            *p = (struct place){ S0, NO_REG, 0, (s32)m->disp };
+        } else {
+            *p = (struct place){ base, S0, 0, (s32)m->disp };
+        }
+        *scratch = S1;
+    } else if (absolute(m) && m->seg < SEG_FS) {
+        shadow_absolute(t, m, p, want, scratch);
+    } else {
+        tr_address(t, m, S1, true);
+        put_pext_gs(e, S0, S1, OFF(bt.mask_slot));
+        op_gs_index(e, true, X_LOAD, S0, S0, table);
+        if (want) {
+            op_mem(e, true, X_LEA, S1, S1, S0, 0, 0);
+            *p = (struct place){ S1, NO_REG, 0, 0 };
+        } else {
+            *p = (struct place){ S1, S0, 0, 0 };
+        }
+        *scratch = S0;
+    }
+    return true;
+}
+
+/* ---- the software TLB ---- */
+static bool simple_base(const struct ea *m)
+{
+    return m->seg < SEG_FS && m->index == REG_ZERO && m->base < 16 && (tr_resident(m->base) || m->base == RSP);
+}
+
+static void to_cold(struct tr *t, u8 *from, unsigned reg, bool rcx_saved)
+{
+    struct cold *k = tr_cold(t, from, COLD_HANDLER);
+    k->swapped = reg != NO_REG;
+    k->reg = reg;
+    k->rcx_saved = rcx_saved;
+}
+
+/*
+ * With BMI2, without touching flags: the entry's place by PEXT and PDEP, tags compared by subtraction and JRCXZ. RCX lies in icpu.bt.tmp[0] meanwhile, so
+ * the address is computed while it is still there.
+ */
+static void softtlb_bmi2(struct tr *t, const struct ea *m, unsigned n, enum mmu_access access)
+{
+    struct emit *e = &t->e;
+    struct ea last = *m;
+    last.disp += n - 1;
+    tr_address(t, &last, S1, true);
+    put_pext_gs(e, S0, S1, OFF(bt.mask_page));                     /* the last byte's page ... */
+    put_pdep_gs(e, S0, S0, OFF(bt.mask_page));
+    PUT(e, 0x49, 0xf7, 0xd0 | (S0 & 7));                           /* not r14 */
+    op_gs(e, true, X_STORE, S0, OFF(bt.tmp[1]));
+    if (n > 1)
+        lea(e, S1, S1, 1 - (s32)n);
+    put_pext_gs(e, S0, S1, OFF(bt.mask_tlb));                      /* ... and the first byte's entry */
+    put_pdep_gs(e, S0, S0, OFF(bt.mask_entry));
+    op_gs(e, true, X_STORE, RCX, OFF(bt.tmp[0]));
+    op_gs(e, true, X_LOAD, RCX, OFF(view));
+    op_mem(e, true, X_LEA, S0, S0, RCX, 0, 0);
+    op_gs(e, true, X_LOAD, RCX, OFF(bt.tmp[1]));
+    op_mem(e, true, X_LOAD, S1, S0, NO_REG, 0, (s32)(offsetof(struct tlb_entry, tag) + 8 * access));
+    op_mem(e, true, X_LEA, RCX, RCX, S1, 0, 1);
+    PUT(e, 0xe3, 5);                                               /* jrcxz */
+    to_cold(t, jump(e), NO_REG, true);
+    op_gs(e, true, X_LOAD, RCX, OFF(bt.tmp[0]));
+    op_mem(e, true, X_LOAD, S0, S0, NO_REG, 0, offsetof(struct tlb_entry, addend));
+}
+
+/* Without: flags lie in icpu.bt.tmp[1], the host's way. */
+static void softtlb_plain(struct tr *t, const struct ea *m, unsigned n, enum mmu_access access)
+{
+    struct emit *e = &t->e;
+    tr_address(t, m, S1, true);
+    op_gs(e, true, X_STORE, RAX, OFF(bt.tmp[0]));
+    PUT(e, 0x9f, 0x0f, 0x90, 0xc0);                                /* lahf; seto al */
+    op_gs(e, true, X_STORE, RAX, OFF(bt.tmp[1]));
+    mov_rr(e, S0, S1);
+    PUT(e, 0x49, 0xc1, 0xee, PAGE_SHIFT - 5);                      /* shr r14: the entry's offset, 32 bytes each */
+    _Static_assert(sizeof(struct tlb_entry) == 32, "shifted by 5");
+    op_gs(e, true, 0x23, S0, OFF(bt.mask_entry));                  /* and r14, [] */
+    op_gs(e, true, X_ADD, S0, OFF(view));
+    if (n > 1)
+        alu_imm(e, true, 0, S1, (s32)n - 1);
+    alu_imm(e, true, 4, S1, -4096);
+    op_mem(e, true, X_CMP, S1, S0, NO_REG, 0, (s32)(offsetof(struct tlb_entry, tag) + 8 * access));
+    struct cold *k = tr_cold(t, jump_if(e, CC_NZ), COLD_HANDLER);
+    k->arg = 1;                                                    /* flags and RAX are to be restored first */
+    op_gs(e, true, X_LOAD, RAX, OFF(bt.tmp[1]));
+    PUT(e, 0x04, 0x7f, 0x9e);                                      /* add al, 0x7f; sahf */
+    op_gs(e, true, X_LOAD, RAX, OFF(bt.tmp[0]));
+    op_mem(e, true, X_LOAD, S0, S0, NO_REG, 0, offsetof(struct tlb_entry, addend));
+}
+
+static bool softtlb_mem(struct tr *t, const struct ea *m, unsigned n, enum mmu_access access, unsigned want, struct place *p, unsigned *scratch)
+{
+    struct emit *e = &t->e;
+    if (!absolute(m) && m->disp + (s64)n != (s32)(m->disp + (s64)n))
+        return false;
+    if (t->t->bmi2)
+        softtlb_bmi2(t, m, n, access);
+    else
+        softtlb_plain(t, m, n, access);
+    *scratch = S1;
+    if (simple_base(m)) {
+        *p = (struct place){ m->base, S0, 0, (s32)m->disp };
+        return true;
+    }
+    op_gs(e, true, X_STORE, S0, OFF(bt.tmp[2]));
+    tr_address(t, m, S1, true);
+    op_gs(e, true, X_LOAD, S0, OFF(bt.tmp[2]));
+    if (want) {
+        op_mem(e, true, X_LEA, S0, S0, S1, 0, 0);
+        *p = (struct place){ S0, NO_REG, 0, 0 };
+    } else {
+        *p = (struct place){ S1, S0, 0, 0 };
+    }
+    return true;
+}
+
+bool tr_mem(struct tr *t, const struct ea *m, unsigned n, enum mmu_access access, unsigned want, struct place *p, unsigned *scratch)
+{
+    return t->shadow ? shadow_mem(t, m, want, p, scratch) : softtlb_mem(t, m, n, access, want, p, scratch);
+}

@@ -1,0 +1,165 @@
+/*
+ * Signals on a vCPU's thread while it runs translated code: taken off the host's frame, decided about in fault.c, put back.
+ *
+ * Handlers run on a stack of their own, for RSP is the guest's. Signal disposition is per process: hence the mutable file-scope state, under its own lock (a
+ * leaf in the lock order), and the thread-local pointer. What is not ours goes to whoever was there before.
+ */
+#define _GNU_SOURCE
+#include "cpu/bt/signal.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#include "base/err.h"
+
+#define STACK_BYTES (128 * KiB)
+#define KICK_SIGNAL (SIGRTMIN + 1)
+
+static _Thread_local struct {
+    struct icpu *vcpu;
+    bool ready;
+    int thread;
+} here;
+static pthread_key_t stack_key;
+static pthread_once_t key_once = PTHREAD_ONCE_INIT;
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static unsigned users;
+static const int caught[] = { SIGSEGV, SIGBUS, SIGFPE, SIGTRAP };
+static struct sigaction before[ARRAY_SIZE(caught)];
+
+static const u8 greg[16] = { REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP, REG_RSI, REG_RDI,
+                             REG_R8, REG_R9, REG_R10, REG_R11, REG_R12, REG_R13, REG_R14, REG_R15 };
+
+static void chain(int sig, siginfo_t *si, void *uc)
+{
+    for (unsigned n = 0; n < ARRAY_SIZE(caught); n++) {
+        const struct sigaction *old = &before[n];
+        if (caught[n] != sig)
+            continue;
+        if (old->sa_flags & SA_SIGINFO)
+            old->sa_sigaction(sig, si, uc);
+        else if (old->sa_handler == SIG_DFL || old->sa_handler == SIG_IGN)
+            signal(sig, SIG_DFL);                                  /* the instruction faults again, and ends the process as it would have */
+        else
+            old->sa_handler(sig);
+    }
+}
+
+static void handler(int sig, siginfo_t *si, void *ucontext)
+{
+    greg_t *g = ((ucontext_t *)ucontext)->uc_mcontext.gregs;
+    struct bt_trap s = { .pc = (u64)g[REG_RIP], .flags = (u64)g[REG_EFL], .error = (u64)g[REG_ERR], .address = (u64)(uintptr_t)si->si_addr };
+    int saved = errno;
+    s.what = sig == SIGFPE ? TRAP_ARITHMETIC : sig == SIGTRAP ? TRAP_STEP : sig == SIGSEGV || sig == SIGBUS ? TRAP_MEMORY : TRAP_KICK;
+    s.has_address = sig == SIGSEGV && (si->si_code == SEGV_MAPERR || si->si_code == SEGV_ACCERR);
+    for (unsigned i = 0; i < 16; i++)
+        s.r[i] = (u64)g[greg[i]];
+
+    if (!here.vcpu || !bt_trap(here.vcpu, &s)) {
+        if (s.what != TRAP_KICK)
+            chain(sig, si, ucontext);
+        errno = saved;
+        return;
+    }
+    for (unsigned i = 0; i < 16; i++)
+        g[greg[i]] = (greg_t)s.r[i];
+    g[REG_RIP] = (greg_t)s.pc;
+    g[REG_EFL] = (greg_t)s.flags;
+    errno = saved;
+}
+
+int bt_signal_open(void)
+{
+    struct sigaction sa = { .sa_sigaction = handler, .sa_flags = SA_SIGINFO | SA_ONSTACK | SA_RESTART };
+    sigfillset(&sa.sa_mask);
+    pthread_mutex_lock(&lock);
+    if (users++ == 0) {
+        for (unsigned n = 0; n < ARRAY_SIZE(caught); n++)
+            sigaction(caught[n], &sa, &before[n]);
+        sigaction(KICK_SIGNAL, &sa, NULL);
+    }
+    pthread_mutex_unlock(&lock);
+    return 0;
+}
+
+void bt_signal_close(void)
+{
+    pthread_mutex_lock(&lock);
+    if (--users == 0)
+        for (unsigned n = 0; n < ARRAY_SIZE(caught); n++) {
+            struct sigaction now;
+            /* Whoever came after us keeps his handler. */
+            if (!sigaction(caught[n], NULL, &now) && (now.sa_flags & SA_SIGINFO) && now.sa_sigaction == handler)
+                sigaction(caught[n], &before[n], NULL);
+        }
+    pthread_mutex_unlock(&lock);
+}
+
+static void stack_drop(void *p)                                    /* at the thread's end */
+{
+    stack_t ss = { .ss_flags = SS_DISABLE };
+    sigaltstack(&ss, NULL);
+    munmap(p, STACK_BYTES);
+}
+
+static void make_key(void)
+{
+    pthread_key_create(&stack_key, stack_drop);
+}
+
+/* The thread's own alternate stack will do, if it has one. */
+static int stack_make(void)
+{
+    stack_t ss;
+    if (!sigaltstack(NULL, &ss) && !(ss.ss_flags & SS_DISABLE) && ss.ss_size >= STACK_BYTES / 4)
+        return 0;
+    void *p = mmap(NULL, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
+    if (p == MAP_FAILED)
+        return err(-ENOMEM, "no memory for a signal stack");
+    ss = (stack_t){ .ss_sp = p, .ss_size = STACK_BYTES };
+    if (sigaltstack(&ss, NULL)) {
+        int e = errno;
+        munmap(p, STACK_BYTES);
+        return err(-e, "no signal stack (sigaltstack): %s", strerror(e));
+    }
+    pthread_once(&key_once, make_key);
+    pthread_setspecific(stack_key, p);
+    return 0;
+}
+
+int bt_signal_here(struct icpu *c)
+{
+    sigset_t ours;
+    if (c && !here.ready) {
+        int e = stack_make();
+        if (e < 0)
+            return e;
+        sigemptyset(&ours);
+        sigaddset(&ours, KICK_SIGNAL);
+        for (unsigned n = 0; n < ARRAY_SIZE(caught); n++)
+            sigaddset(&ours, caught[n]);
+        pthread_sigmask(SIG_UNBLOCK, &ours, NULL);
+        here.ready = true;
+        here.thread = (int)syscall(SYS_gettid);
+    }
+    here.vcpu = c;
+    return 0;
+}
+
+int bt_signal_thread(void)
+{
+    return here.thread;
+}
+
+void bt_signal_kick(int thread)
+{
+    if (thread)
+        syscall(SYS_tgkill, getpid(), thread, KICK_SIGNAL);
+}

@@ -1,0 +1,273 @@
+/*
+ * Translations in their tables: look-up, pages, links, and how they end. What a translation is: bt.h.
+ *
+ * The itlb: a small direct-mapped table from linear page to the id of a (linear page, guest-physical page) pair, one for supervisor code and one for user code.
+ * A translation is entered from outside its page only while its page's id stands there, so flushing the TLB means clearing entries here, and nothing else.
+ *
+ * A translation that dies has its ways in overwritten by jumps that leave; its memory stays until everything is forgotten. Everything is the vCPU's thread's.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "base/err.h"
+#include "cpu/bt/tr.h"
+
+static void *zeroed(size_t n)
+{
+    void *p = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return p == MAP_FAILED ? NULL : p;
+}
+
+static void drop(void *p, size_t n)
+{
+    if (p)
+        munmap(p, n);
+}
+
+#define TABLES(M)                                                                                     \
+    M(tb, BT_TBS * sizeof *t->tb) M(link, BT_LINKS * sizeof *t->link) M(mark, BT_MARKS * sizeof *t->mark) M(page, BT_PAGES * sizeof *t->page)     \
+    M(hash, BT_HASH * sizeof *t->hash) M(frame, BT_HASH * sizeof *t->frame) M(page_hash, BT_HASH * sizeof *t->page_hash)                   \
+    M(itlb_user, BT_ITLB_SIZE * sizeof *t->itlb_user)
+
+int tb_open(struct icpu *c, struct bt *t)
+{
+    bool ok = true;
+#define M(field, size) ok = (t->field = zeroed(size)) && ok;
+    TABLES(M)
+#undef M
+    if (!ok)
+        return err(-ENOMEM, "vCPU %u: no memory for the translator's tables", c->v->id);
+    c->bt.itlb_user = t->itlb_user;
+    tb_reset(c, t);
+    return 0;
+}
+
+void tb_close(struct bt *t)
+{
+#define M(field, size) drop(t->field, size);
+    TABLES(M)
+#undef M
+}
+
+static void itlb_clear(u32 *table)
+{
+    for (unsigned i = 0; i < BT_ITLB_SIZE; i++)
+        table[i] = 0;
+}
+
+static void jumps_clear(struct icpu *c, struct bt *t)
+{
+    for (unsigned k = 0; k < BT_KEYS; k++)
+        for (unsigned i = 0; i < BT_JUMPS; i++)
+            c->bt.jump[k][i] = t->rx + t->miss;
+}
+
+static void give_back(void *p, size_t n)
+{
+    madvise(p, n, MADV_DONTNEED);
+}
+
+void tb_reset(struct icpu *c, struct bt *t)
+{
+    give_back(t->hash, BT_HASH * sizeof *t->hash);
+    give_back(t->frame, BT_HASH * sizeof *t->frame);
+    give_back(t->page_hash, BT_HASH * sizeof *t->page_hash);
+    itlb_clear(c->bt.itlb);
+    itlb_clear(t->itlb_user);
+    jumps_clear(c, t);
+    t->used = t->first;
+    t->tbs = t->links = t->marks = t->pages = 1;                   /* 0 is none */
+    t->flushes = c->code->flushes;
+    t->resets++;
+    c->bt.exit_stale = c->bt.site = 0;
+}
+
+/* ---- pages ---- */
+static u32 *page_bucket(struct bt *t, u64 la, u64 gpa)
+{
+    u64 h = la >> PAGE_SHIFT ^ gpa >> (PAGE_SHIFT - 3) ^ la >> 30;
+    return &t->page_hash[(h ^ h >> 15) & (BT_HASH - 1)];
+}
+
+static u32 page_id(struct bt *t, u64 la, u64 gpa)
+{
+    u32 *bucket = page_bucket(t, la, gpa);
+    for (u32 id = *bucket; id; id = t->page[id].next)
+        if (t->page[id].la == la && t->page[id].gpa == gpa)
+            return id;
+    if (t->pages == BT_PAGES)
+        return 0;
+    u32 id = t->pages++;
+    t->page[id] = (struct cpage){ .la = la, .gpa = gpa, .id = id, .next = *bucket };
+    *bucket = id;
+    return id;
+}
+
+u32 tb_page(struct icpu *c, struct bt *t, u64 la, bool user)
+{
+    u32 *slot = &(user ? t->itlb_user : c->bt.itlb)[la >> PAGE_SHIFT & (BT_ITLB_SIZE - 1)], error;
+    la &= PAGE_MASK;
+    if (likely(*slot && t->page[*slot].la == la))
+        return *slot;
+    if (!tlb_canonical(la))
+        return 0;
+    enum tlb_view_id view = user ? VIEW_USER : tlb_system_view(c);
+    struct tlb_entry *e = tlb_lookup(c, view, la, MMU_EXEC, &error);
+    if (!e || e->tag[MMU_EXEC] & TLB_MMIO)
+        return 0;
+    u32 id = page_id(t, la, tlb_gpa(c, view, la));
+    if (id) {
+        *slot = id;
+        if (!user && !c->tlb->view[view].page[la >> PAGE_SHIFT & (TLB_SIZE - 1)].global)
+            t->itlb_private = true;
+    }
+    return id;
+}
+
+void bt_flushed(struct icpu *c, enum tlb_flush what, u64 la)
+{
+    struct bt *t = c->bt.bt;
+    if (what == FLUSH_PAGE) {
+        u32 slot = la >> PAGE_SHIFT & (BT_ITLB_SIZE - 1);
+        c->bt.itlb[slot] = t->itlb_user[slot] = 0;
+        return;
+    }
+    itlb_clear(t->itlb_user);
+    if (what == FLUSH_ALL || t->itlb_private) {
+        itlb_clear(c->bt.itlb);
+        t->itlb_private = false;
+    }
+}
+
+/* ---- translations ---- */
+static u32 *tb_bucket(struct bt *t, u64 la)
+{
+    return &t->hash[(la ^ la >> 15) & (BT_HASH - 1)];
+}
+
+static u32 *frame_bucket(struct bt *t, u64 gpa)
+{
+    u64 frame = gpa >> PAGE_SHIFT;
+    return &t->frame[(frame ^ frame >> 15) & (BT_HASH - 1)];
+}
+
+struct tb *tb_find(struct bt *t, u64 la, u32 page, unsigned key)
+{
+    for (u32 i = *tb_bucket(t, la); i; i = t->tb[i].hash_next) {
+        struct tb *tb = &t->tb[i];
+        if (tb->la == la && tb->page == page && tb->key == key)
+            return tb;
+    }
+    return NULL;
+}
+
+void tb_insert(struct bt *t, struct tb *tb)
+{
+    u32 n = (u32)(tb - t->tb), *hash = tb_bucket(t, tb->la), *frame = frame_bucket(t, tb->gpa);
+    tb->hash_next = *hash;
+    *hash = n;
+    tb->frame_next = *frame;
+    *frame = n;
+    tb->block_next = tb->b->translations;
+    tb->b->translations = n;
+}
+
+struct tb *tb_at(struct bt *t, const u8 *pc)
+{
+    if (pc < t->rx + t->first || pc >= t->rx + t->used)
+        return NULL;
+    u32 lo = 1, hi = t->tbs;                                       /* ascending by start */
+    const u8 *p = t->rw + (pc - t->rx);
+    while (hi - lo > 1) {
+        u32 mid = lo + (hi - lo) / 2;
+        if (t->tb[mid].start <= p)
+            lo = mid;
+        else
+            hi = mid;
+    }
+    return lo < t->tbs && p >= t->tb[lo].start && p < t->tb[lo].start + t->tb[lo].size ? &t->tb[lo] : NULL;
+}
+
+/* ---- links ---- */
+void tb_link(struct icpu *c, struct bt *t, u32 n, struct tb *to)
+{
+    struct link *l = &t->link[n];
+    const struct tb *from = &t->tb[l->from];
+    if (l->linked || from->dead || l->key != to->key || l->target != to->la)
+        return;
+    bool near = from->page == to->page && !to->page2 && !from->page2;
+    aim(l->place, to->start + (near ? to->code_off : to->page_off));
+    l->linked = true;
+    l->next = to->links_in;
+    to->links_in = n;
+    vcpu_count(c->v, COUNT_CODE_LINKED);
+}
+
+static void unlink_in(struct bt *t, struct tb *tb)
+{
+    for (u32 n = tb->links_in; n; n = t->link[n].next) {
+        aim(t->link[n].place, t->link[n].stub);
+        t->link[n].linked = false;
+    }
+    tb->links_in = 0;
+}
+
+void tb_jump_note(struct icpu *c, struct bt *t, struct tb *tb)
+{
+    c->bt.jump[tb->key][tb->la & JUMP_MASK] = t->rx + (tb->start - t->rw);
+}
+
+static void list_remove(struct bt *t, u32 *head, struct tb *tb, size_t next)
+{
+    u32 n = (u32)(tb - t->tb);
+    for (u32 *p = head; *p; p = (u32 *)(void *)((u8 *)&t->tb[*p] + next))
+        if (*p == n) {
+            *p = *(u32 *)(void *)((u8 *)tb + next);
+            return;
+        }
+}
+
+/* Whoever still comes, by icpu.bt.jump or from C, leaves: the first instruction of the entry and the page check become a jump. */
+void tb_kill(struct icpu *c, struct bt *t, struct tb *tb)
+{
+    struct emit e = { tb->start, tb->start + 32, false };
+    if (tb->dead)
+        return;
+    tb->dead = true;
+    t->killed++;
+    unlink_in(t, tb);
+    list_remove(t, tb_bucket(t, tb->la), tb, offsetof(struct tb, hash_next));
+    list_remove(t, frame_bucket(t, tb->gpa), tb, offsetof(struct tb, frame_next));
+    list_remove(t, &tb->b->translations, tb, offsetof(struct tb, block_next));
+    const u8 **jump = &c->bt.jump[tb->key][tb->la & JUMP_MASK];
+    if (*jump == t->rx + (tb->start - t->rw))
+        *jump = t->rx + t->miss;
+    jump_to(&e, t->rw + t->miss);
+}
+
+bool bt_invalidate(struct icpu *c, u64 gpa, u64 len)
+{
+    struct bt *t = c->bt.bt;
+    bool left = false;
+    if (len == ~0ull) {
+        for (u32 i = 1; i < t->tbs; i++)
+            tb_kill(c, t, &t->tb[i]);
+        return false;
+    }
+    for (u64 page = gpa & PAGE_MASK; page < gpa + len; page += PAGE_SIZE) {
+        u32 next;
+        for (u32 i = *frame_bucket(t, page); i; i = next) {
+            struct tb *tb = &t->tb[i];
+            next = tb->frame_next;
+            if ((tb->gpa & PAGE_MASK) != page)
+                continue;
+            if (tb->gpa < gpa + len && gpa < tb->gpa + tb->b->len)
+                tb_kill(c, t, tb);
+            else
+                left = left || page == (gpa & PAGE_MASK);
+        }
+    }
+    return left;
+}
