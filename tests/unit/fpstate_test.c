@@ -55,6 +55,7 @@ static int setup(void **state)
     assert_int_equal(ram_add(&t->ram, 0, 1 * MiB), 0);
     assert_int_equal(cpuid_policy_new(1, 1000000, &t->m.cpuid), 0);
     t->v.m = &t->m;
+    assert_int_equal(interp_engine.machine_open(&t->m), 0);
     assert_int_equal(interp_engine.vcpu_open(&t->v), 0);
     t->c = t->v.engine_data;
     t->f = t->c->fp;
@@ -72,6 +73,7 @@ static int teardown(void **state)
 {
     struct fixture *t = *state;
     interp_engine.vcpu_close(&t->v);
+    interp_engine.machine_close(&t->m);
     cpuid_policy_free(t->m.cpuid);
     ram_close(&t->ram);
     free(t);
@@ -302,6 +304,74 @@ static void test_claim(void **state)
     assert_state(t, &all);
 }
 
+static u16 host_fcw(void)
+{
+    u16 v;
+    asm volatile("fnstcw %0" : "=m"(v));
+    return v;
+}
+
+/* x87's part comes along for a while after interp has used it, if no exception can be raised; its pointers are the guest's. */
+static void test_x87(void **state)
+{
+    struct fixture *t = *state;
+    struct fp_legacy *l = &t->f->x87;
+    static struct fp_legacy seen;
+    bt_fp_begin(t->c);
+    assert_false(t->c->live.x87);
+    assert_false(open_gate(t, FP_GATE_X87));
+    bt_fp_save(t->c);
+    l->fcw = 0xc7f;                                                /* all masked, truncating */
+    l->fsw = 0x4122 | 6 << 11;
+    l->ftw = 0xc1;
+    l->fip = 0x123456789a;
+    l->fdp = 0xffff800000001234;
+    l->fop = 0x5d8;
+    for (unsigned i = 0; i < 8; i++) {
+        l->st[i].mant = BIT(63) | rnd();
+        l->st[i].exp = (u16)rnd() & 0xbfff;
+    }
+    struct fp_legacy was = *l;
+    t->f->x87_uses++;
+    bt_fp_begin(t->c);
+    asm volatile("fxsave64 %0" : "=m"(seen));
+    assert_true(t->c->live.x87);
+    assert_true(open_gate(t, FP_GATE_X87));
+    assert_int_equal(seen.fcw, was.fcw);
+    assert_int_equal(seen.fsw, was.fsw);
+    assert_int_equal(seen.ftw, was.ftw);
+    for (unsigned i = 0; i < 8; i++)
+        assert_memory_equal(&seen.st[i], &was.st[i], 10);
+    asm volatile("fld1");
+    t->c->live.fip = 0x777;
+    bt_fp_save(t->c);
+    assert_int_equal(FSW_TOP(l->fsw), 5);
+    assert_int_equal(l->ftw, 0xe1);
+    assert_int_equal(l->fip, 0x777);
+    assert_int_equal(l->fdp, was.fdp);
+    assert_int_equal(l->fop, was.fop);
+    assert_int_equal(l->st[0].exp, 0x3fff);
+    assert_memory_equal(&l->st[1], &was.st[0], 10);
+    assert_int_equal(host_fcw(), 0x37f);
+    bt_fp_enter(t->c);
+    assert_true(t->c->live.x87);                                   /* the block has looked at the gate already */
+    bt_fp_save(t->c);
+    unsigned loads = 0;
+    for (; loads < 1000; loads++) {
+        bt_fp_begin(t->c);
+        bool with = t->c->live.x87;
+        bt_fp_save(t->c);
+        if (!with)
+            break;
+    }
+    assert_in_range(loads, 1, 999);
+    l->fcw = 0xc7e;
+    t->f->x87_uses++;
+    bt_fp_begin(t->c);
+    assert_false(t->c->live.x87);
+    bt_fp_save(t->c);
+}
+
 static void test_memory_functions(void **state)
 {
     static u8 a[700], b[700], from[700];
@@ -335,6 +405,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_gates, setup, teardown),
         cmocka_unit_test_setup_teardown(test_heavy, setup, teardown),
         cmocka_unit_test_setup_teardown(test_claim, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_x87, setup, teardown),
         cmocka_unit_test(test_memory_functions),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -30,6 +30,8 @@ _Thread_local struct icpu *bt_fp_here;
 #define MASK_IN_16(n) "kmovw 8*" #n "(%0), %%k" #n "\n\t"
 #define MASK_ZERO(n) "kxorw %%k" #n ", %%k" #n ", %%k" #n "\n\t"
 
+#define X87_LOADS 32
+#define FCW_MASKS 0x3fu
 #define BIT_ZMM BIT(XS_ZMM_HI256)
 #define BIT_HIGH BIT(XS_HI16_ZMM)
 #define BIT_MASKS BIT(XS_OPMASK)
@@ -70,6 +72,47 @@ static void forget(struct fp *f, u64 gone)
         zero_words(f->k, 8);
 }
 
+/* x87, MMX: an image of FXSAVE's. The pointers in it are the monitor's own, and are not looked at. */
+static void x87_save(struct icpu *c, struct fp *f)
+{
+    asm volatile("fxsave64 %0\n\tfninit" : "+m"(f->x87));
+    f->x87.fip = c->live.fip;
+    f->x87.fdp = c->live.fdp;
+    f->x87.fop = c->live.fop;
+    f->fcs = c->live.fcs;
+    f->fds = c->live.fds;
+    c->live.x87 = false;
+}
+
+/*
+ * Loading x87's registers costs more than all the vectors, and few guests use them: it is done when interp has used them since the last load, and then for a
+ * while. All exceptions must be masked: others are reported by an instruction behind the one that raised them, with the pointers of that one.
+ */
+static void x87_load(struct icpu *c, struct fp *f)
+{
+    if (f->x87_uses != c->live.x87_uses)
+        c->live.x87_loads = X87_LOADS;
+    c->live.x87_uses = f->x87_uses;
+    if (!c->live.x87_loads || (f->x87.fcw & FCW_MASKS) != FCW_MASKS)
+        return;
+    c->live.fip = f->x87.fip;
+    c->live.fdp = f->x87.fdp;
+    c->live.fop = f->x87.fop;
+    c->live.fcs = f->fcs;
+    c->live.fds = f->fds;
+    asm volatile("fxrstor64 %0" : : "m"(f->x87));
+    c->live.x87 = true;
+}
+
+void bt_fp_begin(struct icpu *c)
+{
+    if (likely(c->live.on))
+        return;
+    if (c->live.x87_loads)
+        c->live.x87_loads--;
+    bt_fp_load(c);
+}
+
 void bt_fp_save(struct icpu *c)
 {
     struct fp *f = c->fp;
@@ -91,6 +134,8 @@ void bt_fp_save(struct icpu *c)
     asm volatile("stmxcsr %0\n\tldmxcsr %1" : "=m"(f->mxcsr) : "m"(f->host_mxcsr));
     if (f->avx && hard & (XSTATE_AVX | BIT_ZMM))
         asm volatile("vzeroupper");
+    if (c->live.x87)
+        x87_save(c, f);
     if (unlikely(f->in_use & mine & ~use))
         forget(f, f->in_use & mine & ~use);
     f->in_use = (f->in_use & ~mine) | use;
@@ -114,6 +159,7 @@ void bt_fp_load(struct icpu *c)
 {
     struct fp *f = c->fp;
     u64 mine = tracked(c), use = f->in_use & mine, leftover;
+    x87_load(c, f);
     if (f->avx)
         asm volatile("vzeroupper");
     if (use & BIT_ZMM)

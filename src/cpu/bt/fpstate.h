@@ -15,7 +15,7 @@
  *
  * May an instruction run natively? CR0.EM and TS, CR4.OSFXSR and OSXSAVE, XCR0 say so, for a class of instructions: icpu.live.gate, which translated code reads
  * before the first instruction of a class in a block. A closed gate is a bad address; the fault leads to interp's handler, which raises what is
- * to be raised. Whoever changes these registers calls icpu_claim().
+ * to be raised. Whoever changes these registers calls icpu_claim(). The gate of x87 and MMX is open while their registers are loaded (fpstate.c says when).
  *
  * A sanitizer's code uses vector registers anywhere, so there nothing is light: the state is taken out whenever translated code is left.
  */
@@ -43,6 +43,9 @@ void bt_fp_open(struct icpu *c);
 void bt_fp_load(struct icpu *c);
 void bt_fp_save(struct icpu *c);
 
+/* Before translated code is entered at a block's beginning: x87's part may stay behind. */
+void bt_fp_begin(struct icpu *c);
+/* Before a block goes on: what was in the registers is there again, since gates are looked at only once in a block. */
 static inline void bt_fp_enter(struct icpu *c)
 {
     if (unlikely(!c->live.on))

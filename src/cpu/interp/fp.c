@@ -180,8 +180,10 @@ static inline __attribute__((always_inline)) int execute(struct icpu *c, const s
     u8 ftw = f->x87.ftw;
     u64 r;
 
-    if (mmx)
+    if (mmx) {
+        f->x87_uses++;
         fp_mmx_enter(f);
+    }
     r = i->code(f, c, mem);
     if (likely(!r))
         return OP_NEXT;

@@ -110,6 +110,7 @@ struct fp {
     u64 in_use;                                                    /* of FP_TRACKED: components that may be other than all zero in v and k */
     struct fp_legacy x87;                                          /* mxcsr and xmm in it are not the guest's */
     u8 bounce[64 + 192] __attribute__((aligned(64)));              /* memory operands that lie across pages, in devices, in code */
+    u32 x87_uses;                                                  /* how often x87 or MMX was used here: a translator may want it in the registers */
     u16 fcs, fds;                                                  /* selectors that belong to x87.fip and x87.fdp (32-bit formats) */
 
     /* facts about host and guest, fixed at fp_open() */

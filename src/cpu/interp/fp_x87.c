@@ -120,6 +120,7 @@ static int run(struct icpu *c, const struct op *op, void *mem)
     u16 ignored = 0, fop = f->x87.fop;
     u64 fdp = f->x87.fdp, r;
 
+    f->x87_uses++;
     if (unlikely(f->x87.fsw & FSW_ES)) {
         ignored = f->x87.fsw & FSW_EXCEPTIONS;
         f->x87.fsw &= (u16) ~(FSW_ES | FSW_B | FSW_EXCEPTIONS);
@@ -195,6 +196,7 @@ int fp_bind_x87(struct icpu *c, const struct decoded *d, struct op *op)
 /* No exception is looked for, only whether the processor may use its FPU at all. */
 static int deny_control(struct icpu *c)
 {
+    icpu_fp(c)->x87_uses++;
     return c->x->cr0 & (CR0_EM | CR0_TS) ? fault_raise(c, VEC_NM) : 0;
 }
 
@@ -244,6 +246,7 @@ static int op_ldcw(struct icpu *c, const struct op *op)
 
     if (fp_deny(c, FP_X87) || mem_load(c, op, 2, &fcw))
         return OP_FAULT;
+    icpu_fp(c)->x87_uses++;
     load_fcw(l, (u16)fcw);
     fp_x87_summary(l);
     return OP_NEXT;
@@ -257,6 +260,7 @@ static int op_wait(struct icpu *c, const struct op *op UNUSED)
         return fault_raise(c, VEC_NM);
     if ((icpu_fp(c)->x87.fsw & FSW_ES) && (x->cr0 & CR0_NE))
         return fault_raise(c, VEC_MF);
+    icpu_fp(c)->x87_uses++;
     return OP_NEXT;
 }
 

@@ -141,6 +141,10 @@ struct icpu_bt {
 enum { FP_GATE_SSE, FP_GATE_AVX, FP_GATE_AVX512, FP_GATE_X87, FP_GATES };
 struct icpu_live {
     bool on, x87;                  /* vectors, masks and MXCSR are in the registers; x87's, too */
+    u8 x87_loads;                  /* so many more loads bring x87's without being asked */
+    u16 fop, fcs, fds;             /* of x87's pointers: those in the registers are the host's */
+    u64 fip, fdp;
+    u32 x87_uses;                  /* struct fp's when the state was loaded */
     u64 gate[FP_GATES];            /* an address that can be read where instructions of the class may run natively now, else one that cannot */
     void (*claim)(struct icpu *c); /* moves it to struct fp */
 };

@@ -197,7 +197,8 @@ static int op_cpuid(struct icpu *c, const struct op *op)
     u32 leaf = (u32)c->r[RAX];
     (void)op;
     vcpu_count(c->v, COUNT_CPUID);
-    icpu_claim(c);
+    if (leaf == 1)
+        icpu_claim(c);
     codepage_leave(c);
     if (leaf == 1 && intc->ops && intc->ops->msr_read(intc->chip, MSR_APIC_BASE, &base))
         base = APIC_BASE_ENABLE;
