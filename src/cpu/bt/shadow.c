@@ -1,7 +1,8 @@
 /*
  * The windowed shadow: contexts, fills, flushes. Model and rules: shadow.h; what is mapped where: shadow_map.c.
  *
- * Left out: 32-bit and PAE paging, 5-level paging, protection keys other than 0, supervisor pages in the lower half (all of them go the interpreter's way).
+ * Left out: 32-bit and PAE paging, 5-level paging, protection keys other than 0, user pages in the upper half (all of them go the interpreter's
+ * way).
  * Locking: none. Other vCPUs change page tables while they are read here, as they do under a processor's walk: entries are read once and whole.
  */
 #define _GNU_SOURCE
@@ -17,7 +18,6 @@
 #define MAPPINGS_MAX 16384u                                        /* per vCPU, also where the host would allow more */
 #define WINDOWS_TOTAL 192u                                         /* of all vCPUs, of 255 for which a process has addresses */
 #define WINDOWS_MIN 8u
-#define CONTEXT_SLOTS (SHADOW_SLOTS / 2)                           /* the lower half */
 
 static u64 cycles(void)
 {
@@ -188,7 +188,7 @@ static void window_compare(struct shadow *s, struct shadow_window *w, bool all)
     struct look k;
     struct range g = { 0, 0 };
     bool ok = true;
-    look_begin(s->c, &k, w->owner != SHADOW_SUPER, false);
+    look_begin(s->c, &k, w->owner < SHADOW_CONTEXTS, false);
     for (u32 i = w->regions, next; ok && i; i = next) {
         struct shadow_region *r = &s->region[i];
         next = r->next;
@@ -216,7 +216,7 @@ static void page_compare(struct shadow *s, struct shadow_window *w, u64 la)
     struct range g = { 0, 0 };
     bool ok = true;
     la &= PAGE_MASK;
-    look_begin(s->c, &k, w->owner != SHADOW_SUPER, false);
+    look_begin(s->c, &k, w->owner < SHADOW_CONTEXTS, false);
     struct shadow_region *r = region_find(s, w, la);
     if (r && r->level < 3)
         ok = r->level == 1 ? region_compare(s, w, r, &k, la, 1, &g) : region_compare(s, w, r, &k, r->la, REGION_PAGES, &g);
@@ -246,7 +246,7 @@ void shadow_reset(struct icpu *c)
     struct shadow *s = c->bt.shadow;
     for (unsigned i = 0; i < SHADOW_WINDOWS; i++)
         window_release(s, &s->window[i]);
-    for (unsigned i = 0; i < SHADOW_CONTEXTS; i++)
+    for (unsigned i = 0; i < SHADOW_OWNERS; i++)
         s->space[i].stale = false;
     s->epoch = c->v->m->ram->epoch;
     s->clean_epoch = c->v->m->ram->clean_epoch;
@@ -263,6 +263,27 @@ static bool comparable(struct icpu *c, struct shadow *s)
     return false;
 }
 
+static void context_stale(struct shadow *s, unsigned ctx)
+{
+    s->space[ctx].stale = s->space[ctx].windows;
+    s->space[SHADOW_LOW(ctx)].stale = s->space[SHADOW_LOW(ctx)].windows;
+}
+
+static void context_compare(struct shadow *s, unsigned ctx)
+{
+    space_compare(s, ctx, true);
+    space_compare(s, SHADOW_LOW(ctx), true);
+}
+
+static void slots_update(struct shadow *s, u64 windows)
+{
+    for (u64 m = windows; m; m &= m - 1) {
+        struct shadow_window *w = &s->window[__builtin_ctzll(m)];
+        w->used = s->tick;
+        window_deltas(s, w->slot);
+    }
+}
+
 void shadow_context(struct icpu *c, unsigned ctx)
 {
     struct shadow *s = c->bt.shadow;
@@ -271,52 +292,63 @@ void shadow_context(struct icpu *c, unsigned ctx)
     s->stats.switches++;
     if (comparable(c, s)) {
         space_compare(s, SHADOW_SUPER, !use_global(c));
-        if (s->space[ctx].stale)
-            space_compare(s, ctx, true);
+        if (s->space[ctx].stale || s->space[SHADOW_LOW(ctx)].stale)
+            context_compare(s, ctx);
     }
     if (ctx != s->current) {
-        for (u64 m = s->space[s->current].windows; m; m &= m - 1)
-            window_open(s, &s->window[__builtin_ctzll(m)], false);
+        u64 before = s->space[s->current].windows | s->space[SHADOW_LOW(s->current)].windows;
         s->current = ctx;
+        slots_update(s, before);
         s->tick++;
-        for (u64 m = s->space[ctx].windows; m; m &= m - 1) {
-            struct shadow_window *w = &s->window[__builtin_ctzll(m)];
-            w->used = s->tick;
-            window_open(s, w, true);
-        }
+        slots_update(s, s->space[ctx].windows | s->space[SHADOW_LOW(ctx)].windows);
     }
     s->stats.flush_cycles += cycles() - start;
 }
 
 /* ---- flushes ---- */
-static void others_stale(struct shadow *s, unsigned except)
+static void others_stale(struct shadow *s)
 {
     for (unsigned i = 0; i < SHADOW_CONTEXTS; i++)
-        if (i != except)
-            s->space[i].stale = s->space[i].windows;
+        if (i != s->current)
+            context_stale(s, i);
+}
+
+static void owner_flush_page(struct shadow *s, unsigned owner, u64 la)
+{
+    struct shadow_window *w = window_find(s, owner, la >> 39 & (SHADOW_SLOTS - 1));
+    if (w)
+        page_compare(s, w, la);
+}
+
+/* In all windows where la may be found now. */
+static void flush_address(struct shadow *s, u64 la)
+{
+    if (la >> 63) {
+        owner_flush_page(s, SHADOW_SUPER, la);
+    } else {
+        owner_flush_page(s, s->current, la);
+        owner_flush_page(s, SHADOW_LOW(s->current), la);
+    }
 }
 
 static void flush_page(struct shadow *s, u64 la)
 {
-    unsigned slot = la >> 39 & (SHADOW_SLOTS - 1), owner = slot < CONTEXT_SLOTS ? s->current : SHADOW_SUPER;
-    struct shadow_window *w = window_find(s, owner, slot);
     s->stats.page_flushes++;
     if (!tlb_canonical(la))
         return;
-    if (w)
-        page_compare(s, w, la);
-    if (owner != SHADOW_SUPER && s->user_globals)
-        others_stale(s, s->current);
+    flush_address(s, la);
+    if (!(la >> 63) && s->context_globals)
+        others_stale(s);
 }
 
-static void flush_space(struct icpu *c, struct shadow *s, unsigned ctx)
+static void flush_context(struct icpu *c, struct shadow *s, unsigned ctx)
 {
     s->stats.flushes++;
     if (ctx != s->current) {
-        s->space[ctx].stale = s->space[ctx].windows;
+        context_stale(s, ctx);
         return;
     }
-    space_compare(s, ctx, true);
+    context_compare(s, ctx);
     space_compare(s, SHADOW_SUPER, !use_global(c));
 }
 
@@ -329,11 +361,11 @@ void shadow_flush(struct icpu *c, enum tlb_flush what, u64 la, unsigned ctx)
         if (what == FLUSH_PAGE) {
             flush_page(s, la);
         } else if (what == FLUSH_NONGLOBAL) {
-            flush_space(c, s, ctx);
+            flush_context(c, s, ctx);
         } else {
             s->stats.flushes++;
-            others_stale(s, s->current);
-            space_compare(s, s->current, true);
+            others_stale(s);
+            context_compare(s, s->current);
             space_compare(s, SHADOW_SUPER, true);
         }
     }
@@ -347,7 +379,7 @@ void shadow_flush_in(struct icpu *c, u64 la, unsigned ctx)
     if (ctx == s->current)
         shadow_flush(c, FLUSH_PAGE, la, ctx);
     else
-        s->space[ctx].stale = s->space[ctx].windows;
+        context_stale(s, ctx);
 }
 
 /* ---- fills ---- */
@@ -506,35 +538,36 @@ static enum shadow_result fill_window(struct shadow *s, struct shadow_window *w,
     return r && r->block ? SHADOW_SLOW : fill_cells(s, w, k, la & PAGE_MASK, write);
 }
 
-/* SDM vol. 3A 4.10.4.1: a page fault invalidates what was held for the address. */
-static void fill_faulted(struct shadow *s, unsigned owner, u64 la)
+/* Whose window a page belongs into that this view has walked to; SHADOW_OWNERS: none. */
+static unsigned fill_owner(struct shadow *s, enum tlb_view_id view, u64 la, bool user)
 {
-    struct shadow_window *w = window_find(s, owner, la >> 39 & (SHADOW_SLOTS - 1));
-    s->stats.faults++;
-    if (w)
-        page_compare(s, w, la);
+    if (la >> 63)
+        return user || view == VIEW_USER ? SHADOW_OWNERS : SHADOW_SUPER;
+    if (user)
+        return view == VIEW_SUPER ? SHADOW_OWNERS : s->current;
+    if (view == VIEW_SUPER_OPEN && window_find(s, s->current, la >> 39))
+        return SHADOW_OWNERS;                                      /* the user's window is open there */
+    return SHADOW_LOW(s->current);
 }
 
 static enum shadow_result fill(struct icpu *c, struct shadow *s, enum tlb_view_id view, u64 la, enum mmu_access access, u32 *error)
 {
     unsigned slot = la >> 39 & (SHADOW_SLOTS - 1);
-    bool upper = slot >= CONTEXT_SLOTS;
-    unsigned owner = upper ? SHADOW_SUPER : s->current;
     struct mmu_map map;
     struct look k;
     if (!tlb_canonical(la) || !comparable(c, s) || !shadow_possible(c))
         return SHADOW_SLOW;
     look_begin(c, &k, view == VIEW_USER, view == VIEW_SUPER_OPEN);
     u32 fault = mmu_walk(c->v->m->ram, &k.ctx, la, access, &map);
-    if (fault) {
+    if (fault) {                                                   /* SDM vol. 3A 4.10.4.1: it invalidates what was held for the address */
         *error = fault & ~MMU_FAULT;
-        fill_faulted(s, owner, la);
+        s->stats.faults++;
+        flush_address(s, la);
         return SHADOW_FAULT;
     }
-    if (map.user == upper || (!upper && view == VIEW_SUPER) || (upper && view == VIEW_USER))
-        return SHADOW_SLOW;
-    k.user = !upper;
-    if (!mmu_leaves(c->v->m->ram, &k.ctx, la, &k.t))
+    unsigned owner = fill_owner(s, view, la, map.user);
+    k.user = map.user;
+    if (owner == SHADOW_OWNERS || !mmu_leaves(c->v->m->ram, &k.ctx, la, &k.t))
         return SHADOW_SLOW;
     struct shadow_window *w = window_find(s, owner, slot);
     if (!w && !(w = window_take(s, owner, slot)))
@@ -583,7 +616,7 @@ void shadow_protect(struct icpu *c, u64 gpa)
 
 void shadow_started(struct icpu *c, unsigned ctx)
 {
-    c->bt.shadow->space[ctx].score = (struct shadow_score){ .pays = ctx == SHADOW_SUPER };
+    c->bt.shadow->score[ctx] = (struct shadow_score){ .pays = ctx == SHADOW_SUPER };
 }
 
 /* On the shadow for now: more than a quarter of the time spent on it is too much, and what failed once has to wait twice as long. */
@@ -619,7 +652,7 @@ static void score_software(struct shadow_score *p, u64 misses)
 void shadow_ran(struct icpu *c, unsigned ctx, u64 run, u64 misses)
 {
     struct shadow *s = c->bt.shadow;
-    struct shadow_score *p = &s->space[ctx].score;
+    struct shadow_score *p = &s->score[ctx];
     u64 cost = s->stats.fill_cycles + s->stats.flush_cycles + (s->stats.fills + s->stats.faults) * SIGNAL_CYCLES;
     p->run += run;
     if (p->pays)
@@ -631,7 +664,7 @@ void shadow_ran(struct icpu *c, unsigned ctx, u64 run, u64 misses)
 
 bool shadow_pays(const struct icpu *c, unsigned ctx)
 {
-    return c->bt.shadow && c->bt.shadow->space[ctx].score.pays;
+    return c->bt.shadow && c->bt.shadow->score[ctx].pays;
 }
 
 /* ---- the rest ---- */
@@ -646,18 +679,14 @@ bool shadow_possible(const struct icpu *c)
     return !(x->cr4 & CR4_PKE) || !(c->pkru & 3);
 }
 
-static bool owner_in_view(const struct shadow *s, unsigned owner, enum tlb_view_id view)
-{
-    return owner == SHADOW_SUPER ? view != VIEW_USER : owner == s->current && view != VIEW_SUPER;
-}
-
 bool shadow_guest(const struct icpu *c, enum tlb_view_id view, u64 host, u64 *la)
 {
     const struct shadow *s = c->bt.shadow;
     for (unsigned i = 0; i < SHADOW_WINDOWS; i++) {
         const struct shadow_window *w = &s->window[i];
         u64 off = host - w->base;
-        if (!w->taken || off + WINDOW_GUARD - REGION_SIZE >= WINDOW_SIZE + 2 * (WINDOW_GUARD - REGION_SIZE) || !owner_in_view(s, w->owner, view))
+        if (!w->taken || off + WINDOW_GUARD - REGION_SIZE >= WINDOW_SIZE + 2 * (WINDOW_GUARD - REGION_SIZE) ||
+            c->bt.delta[view][w->slot] != w->base - w->canon)
             continue;
         *la = w->canon + off;
         return true;

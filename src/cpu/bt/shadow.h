@@ -6,17 +6,16 @@
  *     host address = linear address + icpu.bt.delta[view][bits 47..39 of the linear address]
  *
  * A slot that the view may not use has a delta which makes every address of it, canonical or not, one that the host's processor refuses; so has a non-canonical
- * address in a slot that is open. A window holds pages of one kind: a context's user pages (U=1, with the rights that CPL 3 has), or supervisor pages (U=0).
- * User windows are open in VIEW_USER and VIEW_SUPER_OPEN, the supervisor's in VIEW_SUPER and VIEW_SUPER_OPEN; so whole slots are isolated by the
- * address alone. Guards of more than 2 GiB at each side let one translated base register serve all its displacements.
+ * address in a slot that is open. A window holds pages of one kind: a context's user pages (U=1, with the rights that CPL 3 has), or supervisor pages (U=0; in the
+ * lower half those of one context). So whole slots are isolated by the address alone. Guards of more than 2 GiB at each side let one translated base register serve all its displacements.
  *
  *                    lower half                        upper half
- *     VIEW_SUPER     closed (SMAP)                     supervisor pages
- *     ..._OPEN       user pages of the context         supervisor pages
+ *     VIEW_SUPER     supervisor pages of the context   supervisor pages
+ *     ..._OPEN       user pages, else supervisor pages supervisor pages
  *     VIEW_USER      user pages of the context         closed
  *
- * Whatever does not fit is not in a window but SHADOW_SLOW, and the interpreter's handler makes the access: devices, supervisor pages in the lower half and user
- * pages in the upper, writes with CR0.WP clear to what is read-only, pages with a protection key, writes to pages with translated code.
+ * Whatever does not fit is not in a window but SHADOW_SLOW, and the interpreter's handler makes the access: devices, user pages in the upper half and
+ * supervisor pages in a slot of the lower half that has user pages, writes with CR0.WP clear to what is read-only, pages with a protection key, writes to pages with translated code.
  *
  * The shadow is a TLB, not a copy of the page tables. Pages appear after a walk (shadow_fill), read-only until the leaf's D bit is set, with neighbours that a
  * TLB might hold as well: present and accessed leaves. It holds nothing longer than the processor's TLB may (SDM vol. 3A 4.10.4); a flush

@@ -52,22 +52,25 @@ static u64 host_at(const struct shadow_window *w, u64 la)
 }
 
 /* ---- deltas ---- */
-static void delta_set(struct shadow *s, const struct shadow_window *w, bool open)
+static u64 window_delta(struct shadow *s, unsigned owner, unsigned slot)
 {
-    u64 delta = open ? w->base - w->canon : shadow_closed(w->slot);
-    struct icpu_bt *bt = &s->c->bt;
-    if (w->owner == SHADOW_SUPER)
-        bt->delta[VIEW_SUPER][w->slot] = bt->delta[VIEW_SUPER_OPEN][w->slot] = delta;
-    else if (w->owner == s->current)
-        bt->delta[VIEW_USER][w->slot] = bt->delta[VIEW_SUPER_OPEN][w->slot] = delta;
-    else
-        return;
-    bt->delta_changes++;
+    const struct shadow_window *w = window_find(s, owner, slot);
+    return w ? w->base - w->canon : shadow_closed(slot);
 }
 
-void window_open(struct shadow *s, const struct shadow_window *w, bool open)
+/* In VIEW_SUPER_OPEN, where one slot may have pages of both kinds, the user's window is the one that is open. */
+void window_deltas(struct shadow *s, unsigned slot)
 {
-    delta_set(s, w, open);
+    struct icpu_bt *bt = &s->c->bt;
+    u64 *user = &bt->delta[VIEW_USER][slot], *super = &bt->delta[VIEW_SUPER][slot], *open = &bt->delta[VIEW_SUPER_OPEN][slot];
+    if (slot >= SHADOW_SLOTS / 2) {
+        *super = *open = window_delta(s, SHADOW_SUPER, slot);
+    } else {
+        *user = window_delta(s, s->current, slot);
+        *super = window_delta(s, SHADOW_LOW(s->current), slot);
+        *open = *user == shadow_closed(slot) ? *super : *user;
+    }
+    bt->delta_changes++;
 }
 
 /* ---- chains by frame ---- */
@@ -285,7 +288,7 @@ static void count_pages(struct shadow *s, struct shadow_region *r, u64 e, unsign
     r->nonglobal = (u16)(r->nonglobal + nonglobal);
     w->nonglobal += nonglobal;
     if (w->owner != SHADOW_SUPER)
-        s->user_globals += change - nonglobal;
+        s->context_globals += change - nonglobal;
 }
 
 static void cell_set(struct shadow *s, struct shadow_region *r, unsigned i, u64 e)
@@ -478,9 +481,9 @@ void window_release(struct shadow *s, struct shadow_window *w)
 {
     if (!w->taken)
         return;
-    delta_set(s, w, false);
     s->space[w->owner].windows &= ~BIT(window_index(s, w));
     w->taken = false;
+    window_deltas(s, w->slot);
     window_empty(s, w);
 }
 
@@ -555,7 +558,7 @@ struct shadow_window *window_take(struct shadow *s, unsigned owner, unsigned slo
     w->canon = shadow_slot_base(slot);
     w->used = ++s->tick;
     s->space[owner].windows |= BIT(window_index(s, w));
-    delta_set(s, w, true);
+    window_deltas(s, slot);
     return w;
 }
 

@@ -1,7 +1,7 @@
 /*
  * The windows of the shadow and what is mapped in them; shadow.c decides what is to be mapped. Model and limits: shadow.h.
  *
- * A window covers one PML4 slot of the guest, 512 GiB, for one owner: a context (user pages of one address space) or the supervisor. In it, regions of 2 MiB
+ * A window covers one PML4 slot of the guest, 512 GiB, for one owner. In it, regions of 2 MiB
  * that have something mapped; a region is either one block, all of it from one large page of the guest, or has cells, one per page of 4 KiB. A cell
  * holds the guest's leaf entry as it was when it was mapped, so that a later look at the guest's table is one comparison.
  *
@@ -14,7 +14,10 @@
 #include "mem/mmu.h"
 
 #define SHADOW_WINDOWS 64u
-#define SHADOW_SUPER SHADOW_CONTEXTS                               /* owner of the supervisor's windows */
+/* Owners: a context's user pages (its own number), the supervisor's upper half, a context's supervisor pages in the lower half. */
+#define SHADOW_SUPER SHADOW_CONTEXTS
+#define SHADOW_LOW(ctx) (SHADOW_CONTEXTS + 1 + (ctx))
+#define SHADOW_OWNERS (2 * SHADOW_CONTEXTS + 1)
 #define WINDOW_SIZE BIT(39)
 #define WINDOW_GUARD (4 * GiB)                                     /* at each side */
 #define REGION_SIZE (2 * MiB)
@@ -61,22 +64,22 @@ struct shadow_window {
     bool huge;                                                     /* it has had parts of 1 GiB pages */
 };
 
-struct shadow_space {                                              /* a context */
+struct shadow_space {                                              /* what an owner has */
     u64 windows;                                                   /* bit mask */
-    bool stale;                                                    /* to be revalidated before it is used again */
-    struct shadow_score score;
+    bool stale;                                                    /* to be compared before it is used again */
 };
 
 struct shadow {
     struct icpu *c;
     bool (*is_code)(const struct icpu *c, u64 gpa);
     struct shadow_window window[SHADOW_WINDOWS];
-    struct shadow_space space[SHADOW_CONTEXTS + 1];                /* the last one is the supervisor's */
+    struct shadow_space space[SHADOW_OWNERS];
+    struct shadow_score score[SHADOW_CONTEXTS + 1];                /* by context; the last one is the supervisor's */
     unsigned current, windows;                                     /* context; most windows that there may be */
     u64 tick, epoch, clean_epoch, cost_seen;
     u64 noted;                                                     /* page that is being written, of a tracked RAM */
     u32 borders, limit;                                            /* of all windows; most of them */
-    u32 pages, user_globals;                                       /* mapped now; U=1 and G=1: nobody makes such pages, but INVLPG has to find them */
+    u32 pages, context_globals;                                    /* mapped now; global ones in contexts' windows: INVLPG has to find them */
     struct shadow_region *region;
     struct shadow_cells *cells;
     u32 *cells_region;
@@ -93,7 +96,7 @@ struct shadow_window *window_take(struct shadow *s, unsigned owner, unsigned slo
 void window_empty(struct shadow *s, struct shadow_window *w);
 void window_release(struct shadow *s, struct shadow_window *w);    /* empties it, closes it, takes it from its owner; its address space is kept */
 void shadow_map_close(struct shadow *s);
-void window_open(struct shadow *s, const struct shadow_window *w, bool open); /* of the current context: its delta */
+void window_deltas(struct shadow *s, unsigned slot);               /* as the windows of the current context have it */
 /* Before something is added to w (NULL: no particular one): other windows, or at last w itself, are emptied if tables or the host's mappings run out. */
 void shadow_make_room(struct shadow *s, struct shadow_window *w);
 static inline unsigned window_index(const struct shadow *s, const struct shadow_window *w)
