@@ -36,7 +36,7 @@ help:
 	@echo 'make test     all tests; T="boot dev/*" chooses some'
 	@echo 'make bench    measurements beside native, QEMU and UML; BENCH="--quick", or --rows, --systems, --repeat'
 	@echo 'make fuzz     fuzz targets for SECONDS each (default 600); F=NAME chooses one'
-	@echo 'make soak     the long forms of the tests: SOAK times all over (default 10), and fuzzing'
+	@echo 'make soak     all tests in their long forms, hours of them; T chooses, SOAK=N: N times'
 	@echo 'make install  PREFIX=$(PREFIX) DESTDIR=$(DESTDIR)'
 	@echo 'make clean    removes $(B)/'
 	@echo 'Variables: CC, CFLAGS, B (build folder), SANITIZE, V=1 (show commands)'
@@ -143,11 +143,11 @@ fuzz: $(B)/setup-test
 	$(Q)$(MAKE) --no-print-directory B=$(B)/fuzz CC=clang SANITIZE='-fsanitize=fuzzer-no-link $(ASAN)' fuzz-programs
 	$(Q)tests/run --build $(B) --fuzz-seconds $(SECONDS) $(if $(F),fuzz/$(F),'fuzz/*')
 
-SOAK ?= 10
+SOAK ?= 1
 soak: $(B)/setup-test
 	$(Q)$(MAKE) --no-print-directory test-programs guest-standard
 	$(Q)for i in $$(seq $(SOAK)); do \
-		echo "soak: round $$i of $(SOAK)"; tests/run --build $(B) --fuzz-seconds $(SECONDS) $(T) || exit 1; \
+		echo "soak: round $$i of $(SOAK)"; SOAK_LONG=1 tests/run --build $(B) --fuzz-seconds $(SECONDS) $(T) || exit 1; \
 	done
 
 bench: $(B)/setup-bench $(B)/doppel $(B)/bench/rows guest
