@@ -32,7 +32,9 @@
 #define PORT_EXIT 0xf4
 #define PORT_STORE 0xe0 /* eight ports that give back what was written; every access counts */
 #define PORT_COUNT 0xe8
+#define PORT_MAPS 0xec /* a write of a guest-physical address: this process's mappings are told there (struct maps) */
 #define MMIO_STORE 0xfd000000u
+#define MAPS_MAX 2000
 
 enum end { END_NONE, END_EXIT, END_SHUTDOWN, END_FAILED, END_TIMEOUT };
 
@@ -136,6 +138,31 @@ static u64 count_read(void *dev, u64 off UNUSED, unsigned size UNUSED)
     return v;
 }
 
+/* For tests of isolation: where the monitor is in its own address space, now. A count, and pairs of first address and
+ * end; of more than MAPS_MAX, every second, third, ... one. */
+static void maps_write(void *dev, u64 off UNUSED, u64 val, unsigned size UNUSED)
+{
+    static const char path[] = "/proc/self/maps";
+    struct runner *r = dev;
+    u64 range[2], count = 0, lines = 0, step, n = 0;
+    char line[400];
+    FILE *f = fopen(path, "r");
+
+    while (f && fgets(line, sizeof line, f))
+        lines += !!strchr(line, '\n');
+    step = lines / MAPS_MAX + 1;
+    if (f)
+        rewind(f);
+    while (f && fgets(line, sizeof line, f))
+        if (sscanf(line, "%lx-%lx", &range[0], &range[1]) == 2 && n++ % step == 0 && count < MAPS_MAX)
+            if (ram_write(&r->ram, val + 8 + 16 * count, range, sizeof range) == 0)
+                count++;
+    if (f)
+        fclose(f);
+    if (ram_write(&r->ram, val, &count, sizeof count))
+        fprintf(stderr, "sys_runner: the program wants addresses where there is no memory\n");
+}
+
 static u64 mmio_read(void *dev, u64 off, unsigned size)
 {
     struct runner *r = dev;
@@ -191,6 +218,14 @@ static int add_devices(struct runner *r)
           .write = port_write,
           .dev = r,
           .name = "count" },
+        { .base = PORT_MAPS,
+          .size = 4,
+          .min = 4,
+          .max = 4,
+          .read = text_read,
+          .write = maps_write,
+          .dev = r,
+          .name = "maps" },
     };
     const struct region mmio = {
         .base = MMIO_STORE,
