@@ -228,7 +228,11 @@ int vm_debug_set(struct vm_debug *d, unsigned cpu, const struct x86 *x)
 u8 vm_debug_cr8(struct vm_debug *d, unsigned cpu)
 {
     const struct intc *intc = &d->m->vcpu[cpu]->intc;
+    const struct irqchip_ops *chips = d->m->engine->irqchip;
+    struct lapic_regs r;
 
+    if (chips)
+        return chips->lapic_get(d->m, cpu, &r) == 0 ? r.tpr >> 4 & 15 : 0;
     return intc->ops ? intc->ops->tpr_get(intc->chip) : 0;
 }
 

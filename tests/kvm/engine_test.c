@@ -36,7 +36,7 @@
 #define WAIT_S 4
 
 extern const u8 dirty_code[], dirty_end[], debug_code[], debug_end[];
-extern const u8 at_add[], at_store[], at_load[], at_pushf[], at_pop[], at_dr7[], at_int3[], at_last[], at_after[], at_handler[];
+extern const u8 at_add[], at_store[], at_load[], at_pushf[], at_pop[], at_dr7[], at_int3[], at_last[], at_after[], at_halt[], at_cr8[], at_handler[];
 __asm__(".pushsection .rodata\n"
         ".code16\n"
         "dirty_code: xor %ax, %ax; mov %ax, %ds; mov $0x7000, %si\n"
@@ -55,6 +55,8 @@ __asm__(".pushsection .rodata\n"
         "at_dr7: mov %dr7, %rcx\n"
         "at_int3: int3\n"
         "at_after: jmp at_after\n"
+        "at_halt: cli; hlt; outb %al, $0xf4; 1: jmp 1b\n"
+        "at_cr8: mov $5, %eax; mov %rax, %cr8; xor %eax, %eax; mov %cr8, %rax; outb %al, $0xf4; 1: jmp 1b\n"
         "at_handler: add $1, %rsi; iretq\n"
         "debug_end:\n"
         ".popsection");
@@ -348,7 +350,7 @@ static bool stops(struct test *t, enum debug_stop why, u64 rip, struct x86 *x)
 
 static bool code_is_whole(struct test *t)
 {
-    u8 now[64];
+    u8 now[128];
     u64 n = (u64)(debug_end - debug_code);
 
     return n <= sizeof now && ram_read(&t->ram, CODE, now, n) == 0 && !memcmp(now, debug_code, n);
@@ -469,6 +471,37 @@ static void check_watches(struct test *t, bool user)
           user ? "watchpoint: user: a load, by some of its bytes" : "watchpoint: a load, by some of its bytes");
 }
 
+static u8 tpr(struct test *t)
+{
+    const struct irqchip_ops *chips = t->engine->irqchip;
+    struct lapic_regs r = { 0 };
+
+    if (!chips)
+        return (u8)(t->m.vcpu[0]->intc.ops->tpr_get(t->m.vcpu[0]->intc.chip) << 4);
+    return chips->lapic_get(&t->m, 0, &r) == 0 ? (u8)r.tpr : 0xff;
+}
+
+/* What is not in every engine's registers: CR8 is the local APIC's, a kick of KVM's interface may come before its HLT. */
+static void check_state(struct test *t)
+{
+    struct x86 x;
+
+    begin(t, false);
+    t->m.debug.attached = false;
+    set_rip(t, AT(at_cr8), FLAG_1);
+    check(t, go(t) == EV_EXIT && vcpu_get(t->m.vcpu[0], &x) == 0 && x.gpr[RAX] == 5 && tpr(t) == 0x50,
+          "state: CR8 is the local APIC's TPR");
+    vcpu_set(t->m.vcpu[0], &x);
+    check(t, tpr(t) == 0x50, "state: set() leaves it alone");
+    set_rip(t, AT(at_halt), FLAG_1);
+    vcpu_get(t->m.vcpu[0], &x);
+    x.kvm_unhalted = true;
+    vcpu_set(t->m.vcpu[0], &x);
+    check(t, go(t) == EV_EXIT, "state: a kick that came before its HLT ends it");
+    set_rip(t, AT(at_halt), FLAG_1);
+    check(t, go(t) == EV_NONE, "state: and only that one");
+}
+
 /* Engines that have a limit say so. */
 static void check_limits(struct test *t)
 {
@@ -508,6 +541,7 @@ static int run(struct test *t)
     check_own(t);
     check_syscall(t);
     check_limits(t);
+    check_state(t);
     printf("1..%u\n", t->checks);
     vcpu_free(t->m.vcpu[0]);
     ((struct device *)t->lapic)->ops->free((struct device *)t->lapic);

@@ -453,6 +453,13 @@ const struct irqchip_ops kvm_irqchip = {
     .i8254_set = pit_set,
 };
 
+/* KVM sends the kick of one vCPU to another through the local APICs with delivery mode 3, which was "remote read" once;
+   a message of ours may have it as well. Kernels that refuse lose a kick, as they would have without us. */
+void kvm_kick_ahead(struct vcpu *v)
+{
+    msi(v->m, 0xfee00000u | (u64)(v->id & 0xff) << 12 | (u64)(v->id >> 8) << 40, 3 << 8);
+}
+
 /* ---- an interrupt that was acknowledged and not delivered ---- */
 
 static int pic_unack(struct machine *m, u8 vector)

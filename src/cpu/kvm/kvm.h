@@ -113,6 +113,7 @@ extern const struct irqchip_ops kvm_irqchip;
 int kvm_chips_create(struct machine *m);
 void kvm_time_stop(struct machine *m);
 void kvm_time_start(struct machine *m);
+void kvm_kick_ahead(struct vcpu *v);                               /* its next HLT ends at once */
 /* takes an interrupt that was not delivered after all back from service */
 int kvm_unack(struct vcpu *v, u8 vector);
 

@@ -13,6 +13,8 @@
 #include <string.h>
 #include <sys/ioctl.h>
 
+#include <asm/kvm_para.h>
+
 #include "base/err.h"
 
 #define MSR_TSC 0x10
@@ -317,6 +319,16 @@ static int set_extended(struct vcpu *v, const struct x86 *x)
 
 /* ---- debug registers, events, activity ---- */
 
+/*
+ * A kick (KVM_HC_KICK_CPU) that came before the HLT it is to end is kept by the kernel, which shows it only as the end of
+ * that HLT. So whoever may have one has one: a guest that knows kicks looks again when it wakes for nothing; without its
+ * kick it would sleep for ever.
+ */
+static bool may_be_kicked(const struct vcpu *v, const struct x86 *x)
+{
+    return v->m->vcpus > 1 && cpuid_pv(v->m->cpuid, KVM_FEATURE_PV_UNHALT) && x->kvm_system_time & 1;
+}
+
 static int get_rest(struct vcpu *v, struct x86 *x)
 {
     int fd = kvcpu_of(v)->fd;
@@ -333,7 +345,6 @@ static int get_rest(struct vcpu *v, struct x86 *x)
     x->shadow = e.interrupt.shadow;
     x->nmi_blocked = e.nmi.masked && !e.nmi.injected;
     x->nmi_pending = e.nmi.pending || e.nmi.injected;
-    x->kvm_unhalted = false;                                       /* the kernel shows it only as an end of HLT */
     switch (mp.mp_state) {
     case KVM_MP_STATE_HALTED: x->activity = X86_HALTED; break;
     case KVM_MP_STATE_UNINITIALIZED:
@@ -342,6 +353,7 @@ static int get_rest(struct vcpu *v, struct x86 *x)
     }
     if (kvcpu_of(v)->shut_down)
         x->activity = X86_SHUTDOWN;
+    x->kvm_unhalted = x->activity == X86_RUNNING && may_be_kicked(v, x);
     return 0;
 }
 
@@ -368,6 +380,8 @@ static int set_rest(struct vcpu *v, const struct x86 *x)
         &mp) < 0)
         return err(-errno, "kvm: vCPU %u: cannot set debug registers and events: %s", v->id, strerror(errno));
     kvcpu_of(v)->shut_down = x->activity == X86_SHUTDOWN;
+    if (x->kvm_unhalted && x->activity == X86_RUNNING)
+        kvm_kick_ahead(v);
     return 0;
 }
 
