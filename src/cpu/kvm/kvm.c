@@ -12,7 +12,7 @@
  * entering the guest. After a triple fault AMD's processors leave no state behind: what get() shows then is a reset
  * processor.
  *
- * Not used: coalesced MMIO, ioeventfd and irqfd. The first two let a store return before its device has seen it, which
+ * Not used: coalesced MMIO, ioeventfd and irqfd (DESIGN.md, KVM). The first two let a store return before its device has seen it, which
  * the one access path (bus.h) promises; the devices' own threads raise interrupts by one ioctl as it is.
  *
  * Locking: kvm_machine.lock guards the slots; all else is the vCPU's thread's, or nobody's while it stands still.

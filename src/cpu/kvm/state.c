@@ -9,11 +9,10 @@
  */
 #include "cpu/kvm/kvm.h"
 
+#include <asm/kvm_para.h>
 #include <errno.h>
 #include <string.h>
 #include <sys/ioctl.h>
-
-#include <asm/kvm_para.h>
 
 #include "base/err.h"
 
