@@ -36,7 +36,8 @@
 #define WAIT_S 4
 
 extern const u8 dirty_code[], dirty_end[], debug_code[], debug_end[];
-extern const u8 at_add[], at_store[], at_load[], at_pushf[], at_pop[], at_dr7[], at_int3[], at_last[], at_after[], at_halt[], at_cr8[], at_handler[];
+extern const u8 at_add[], at_store[], at_load[], at_pushf[], at_pop[], at_dr7[], at_int3[], at_last[], at_after[], at_halt[], at_cr8[], at_writes[],
+    at_handler[];
 __asm__(".pushsection .rodata\n"
         ".code16\n"
         "dirty_code: xor %ax, %ax; mov %ax, %ds; mov $0x7000, %si\n"
@@ -57,6 +58,7 @@ __asm__(".pushsection .rodata\n"
         "at_after: jmp at_after\n"
         "at_halt: cli; hlt; outb %al, $0xf4; 1: jmp 1b\n"
         "at_cr8: mov $5, %eax; mov %rax, %cr8; xor %eax, %eax; mov %cr8, %rax; outb %al, $0xf4; 1: jmp 1b\n"
+        "at_writes: mov $200, %ecx; 1: mov %rcx, 0x6000; push %rcx; pop %rax; loop 1b; outb %al, $0xf4; jmp at_writes\n"
         "at_handler: add $1, %rsi; iretq\n"
         "debug_end:\n"
         ".popsection");
@@ -502,6 +504,20 @@ static void check_state(struct test *t)
     check(t, go(t) == EV_NONE, "state: and only that one");
 }
 
+/* With paging, in a loop. The first time, A and D bits are set in the tables. */
+static void check_dirty64(struct test *t)
+{
+    begin(t, false);
+    t->m.debug.attached = false;
+    set_rip(t, AT(at_writes), FLAG_1);
+    check(t, go(t) == EV_EXIT && machine_track(&t->m, true) == 0 && go(t) == EV_EXIT && WRITTEN(t, 4, 6),
+          "dirty: 64-bit code: its data and its stack");
+    check(t, go(t) == EV_EXIT && WRITTEN(t, 4, 6) && WRITTEN(t), "dirty: 64-bit code: once more, after a fetch");
+    put64(t, PAGE_TABLES + 0x3000 + 6 * 8, 6 << PAGE_SHIFT | 7);
+    check(t, WRITTEN(t, 0x23), "dirty: a page-table entry that we have changed");
+    machine_track(&t->m, false);
+}
+
 /* Engines that have a limit say so. */
 static void check_limits(struct test *t)
 {
@@ -540,6 +556,7 @@ static int run(struct test *t)
     }
     check_own(t);
     check_syscall(t);
+    check_dirty64(t);
     check_limits(t);
     check_state(t);
     printf("1..%u\n", t->checks);
