@@ -672,7 +672,7 @@ bool shadow_pays(const struct icpu *c, unsigned ctx)
 bool shadow_possible(const struct icpu *c)
 {
     const struct x86 *x = c->x;
-    if (!c->bt.shadow || !four_level(x) || c->tlb->watch || c->v->m->ram->tracked)
+    if (!c->bt.shadow || !four_level(x) || c->tlb->watch)
         return false;
     if (c->cpl == 3 && x->cr0 & CR0_AM && c->flags & FLAG_AC)
         return false;
