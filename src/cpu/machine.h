@@ -17,11 +17,15 @@ struct engine;
 struct vcpu;
 struct cpuid_policy;
 
-/* What is to be observed; fixed before engines are opened. */
+/* How translated code reaches guest memory (cpu/bt). */
+enum machine_mmu { MACHINE_MMU_AUTO, MACHINE_MMU_SHADOW, MACHINE_MMU_SOFTTLB };
+
+/* What is to be observed, and how engines are to work; fixed before they are opened. */
 struct machine_tools {
     bool insns;                    /* retired instructions are counted, by engines that do so at a cost, too */
     bool handlers;                 /* which instructions of the guest need a handler */
     bool translate_at_once;        /* nothing is interpreted first: tests */
+    enum machine_mmu mmu;
     bool check;                    /* engines are compared (cpu/bt/check.c) */
 };
 

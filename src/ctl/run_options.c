@@ -46,6 +46,17 @@ static int set_cpuid(void *target, const char *value)
     return 0;
 }
 
+static int set_mmu(void *target, const char *value)
+{
+    static const char *const name[] = {[MACHINE_MMU_AUTO] = "auto", [MACHINE_MMU_SHADOW] = "shadow", [MACHINE_MMU_SOFTTLB] = "softtlb"};
+    for (unsigned i = 0; i < ARRAY_SIZE(name); i++)
+        if (!strcmp(value, name[i])) {
+            ((struct run_options *)target)->mmu = (enum machine_mmu)i;
+            return 0;
+        }
+    return err(-EINVAL, "--mmu %.100s: unknown; give auto, shadow or softtlb", value);
+}
+
 static u64 host_memory(void)
 {
     long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
@@ -256,6 +267,9 @@ const struct option run_option_table[] = {
      "says so in the first line on standard error; \"doppel doctor\" explains the choice. interp is the reference: an "
      "interpreter that needs nothing from the host. bt translates 64-bit code and needs nothing either. kvm uses the "
      "processor's virtualization extensions through /dev/kvm.", false, set_engine},
+    {"mmu", "auto|shadow|softtlb",
+     "How bt's translated code reaches the guest's memory. shadow: the host's page tables hold the guest's mappings; fast once they do. softtlb: a table "
+     "is looked up at each access; better for what maps and unmaps much. auto (the default) decides for each address space while it runs.", false, set_mmu},
     {"cpus", "N", "The number of the guest's processors, 1 to 64. Default: 1.", false, set_cpus},
     {"cpuid", "LIST", "Features that the guest's processors are not to have: -NAME,-NAME, for example -avx2,-pv-ipi. "
      "Names are those of /proc/cpuinfo as far as doppel knows them, and for KVM's paravirtual interface kvmclock, "

@@ -9,6 +9,7 @@ enum console_kind { CONSOLE_DEFAULT, CONSOLE_STDIO, CONSOLE_NONE, CONSOLE_FILE, 
 struct run_options {
     const char *engine;                                            /* "auto" or an engine's name */
     unsigned cpus;
+    enum machine_mmu mmu;
     const char *cpuid;                                             /* NULL: all features */
     u64 memory_bytes;
     const char *firmware, *kernel, *initrd, *append;               /* NULL: not given */

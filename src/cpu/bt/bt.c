@@ -19,13 +19,14 @@
 #include "base/err.h"
 #include "cpu/bt/codepage.h"
 #include "cpu/bt/fpstate.h"
+#include "cpu/bt/shadow.h"
 #include "cpu/bt/signal.h"
 #include "cpu/bt/tr.h"
 #include "cpu/interp/ops.h"
 
 unsigned bt_key(const struct icpu *c)
 {
-    return c->tlb->cur;
+    return c->tlb->cur | (shadow_possible(c) ? KEY_SHADOW : 0);
 }
 
 void bt_rebias(struct icpu *c, unsigned key)
@@ -127,12 +128,12 @@ static bool missed(struct icpu *c, struct bt *t)
         return false;
     const struct tb *tb = &t->tb[c->bt.site >> 8];
     const struct op *op = &tb->b->op[c->bt.site & 0xff];
-    ZydisDecodedInstruction z;
-    if (ZYAN_FAILED(ZydisDecoderDecodeInstruction(&c->code->decoder[IMODE_LONG64], NULL, tb->b->bytes + op->off, op->len, &z)))
+    struct decoded d;
+    if (ZYAN_FAILED(ZydisDecoderDecodeFull(&c->code->decoder[IMODE_LONG64], tb->b->bytes + op->off, op->len, &d.insn, d.opnd)))
         return false;
-    if (z.mnemonic == ZYDIS_MNEMONIC_RET)
+    if (d.insn.mnemonic == ZYDIS_MNEMONIC_RET)
         c->r[RSP] -= 8 + op->imm;
-    else if (z.mnemonic == ZYDIS_MNEMONIC_CALL)
+    else if (d.insn.mnemonic == ZYDIS_MNEMONIC_CALL)
         c->r[RSP] += 8;
     c->r[REG_RIP] = tb->la;
     icpu_end(c, op, fault_gp(c, 0));
@@ -174,7 +175,7 @@ static bool run_code(struct icpu *c, struct bt *t, const u8 *code, unsigned key,
             r = bt_run_op(c, c->bt.exit_site);
             if (r == OP_NEXT) {
                 code = code_behind(t, tb, op);
-                if (c->bt.exit_memory) {
+                if (c->bt.exit_slow) {
                     tb->b->slow |= (u32)BIT(op);
                     tb_kill(c, t, tb);
                     r = BT_EXIT_RIP;
@@ -308,6 +309,7 @@ static void vcpu_close(struct vcpu *v)
 {
     struct icpu *c = v->engine_data;
     if (c && c->bt.bt) {
+        shadow_close(c);
         bt_arena_close(c->bt.bt);
         tb_close(c->bt.bt);
         free(c->bt.bt);
@@ -363,6 +365,10 @@ static int vcpu_open(struct vcpu *v)
     c->bt.run = bt_run;
     c->bt.forget = bt_forget;
     c->bt.flushed = bt_flushed;
+    if (t->bmi2 && v->m->tools.mmu != MACHINE_MMU_SOFTTLB && shadow_open(c, codepage_is_code) < 0)
+        trace(v->m->trace, TRACE_EXITS, (int)v->id, "%s: the software TLB is used instead", err_last());
+    if (c->bt.shadow)
+        c->bt.protect = shadow_protect;
     c->bt.invalidate = bt_invalidate;
     return 0;
 }

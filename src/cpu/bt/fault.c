@@ -10,6 +10,8 @@
  *
  * Runs in signal handlers, synchronous ones (translated code holds no lock and is in no library), but for kicks, which only look and set flags.
  */
+#include "cpu/bt/fpstate.h"
+#include "cpu/bt/shadow.h"
 #include "cpu/bt/signal.h"
 #include "cpu/bt/tr.h"
 
@@ -46,6 +48,69 @@ static void leave(struct icpu *c, struct bt *t, const struct tb *tb, unsigned op
     s->flags &= ~(u64)(TRAP_FLAG | FLAG_DF);
 }
 
+/* ---- the shadow ---- */
+static u64 guest_register(const struct icpu *c, const struct bt_trap *s, unsigned g)
+{
+    return g == RSP ? s->r[RSP] + c->bt.nbias : g < 14 ? s->r[g] : g < 16 ? c->r[g] : 0;
+}
+
+/* Linear address of op's explicit memory operand. */
+static u64 operand(const struct icpu *c, const struct tb *tb, const struct op *op, const struct bt_trap *s)
+{
+    u64 base = op->base == REG_RIP ? tb->la : guest_register(c, s, op->base);
+    u64 la = base + (guest_register(c, s, op->index) << op->scale) + (u64)op->disp;
+    if (op->asize == 4)
+        la = (u32)la;
+    return op->seg >= SEG_FS ? la + c->x->seg[op->seg].base : la;
+}
+
+static bool closed(const struct icpu *c, unsigned view, u64 la)
+{
+    unsigned slot = la >> 39 & 511;
+    return tlb_canonical(la) && c->bt.delta[view][slot] == shadow_closed(slot);
+}
+
+/*
+ * The address that faulted. Where the slot is closed the host does not tell it: then it is the operand's, or what RSP or RBP point to. False: none
+ * that the shadow could do something about.
+ */
+static bool faulting(const struct icpu *c, const struct tb *tb, unsigned view, const struct op *op, const struct bt_trap *s, u64 *la)
+{
+    if (s->has_address)
+        return shadow_guest(c, view, s->address, la);
+    if (op->flags & OPF_MEM) {
+        *la = operand(c, tb, op, s);
+        if (closed(c, view, *la))
+            return true;
+    }
+    *la = guest_register(c, s, RSP);
+    if (closed(c, view, *la))
+        return true;
+    *la = guest_register(c, s, RBP);
+    return closed(c, view, *la);
+}
+
+/* True: go on at op's beginning. */
+static bool filled(struct icpu *c, const struct tb *tb, const struct op *op, struct bt_trap *s)
+{
+    enum mmu_access access = s->has_address && s->error & PF_W ? MMU_WRITE : MMU_READ;
+    unsigned view = tb->key & 3;
+    u64 la, changes = c->bt.delta_changes;
+    u32 error;
+    c->bt.exit_slow = false;
+    if (!(tb->key & KEY_SHADOW) || !faulting(c, tb, view, op, s, &la))
+        return false;
+    enum shadow_result r = shadow_fill(c, view, la, access, &error);
+    if (c->bt.delta_changes != changes) {                          /* windows have moved: RSP's perhaps */
+        u64 rsp = s->r[RSP] + c->bt.nbias;
+        c->bt.bias = c->bt.delta[view][rsp >> 39 & 511];
+        c->bt.nbias = 0 - c->bt.bias;
+        s->r[RSP] = rsp + c->bt.bias;
+    }
+    c->bt.exit_slow = r == SHADOW_SLOW;
+    return r == SHADOW_FILLED;
+}
+
 static bool fault(struct icpu *c, struct bt *t, struct bt_trap *s)
 {
     const u8 *pc = (const u8 *)(uintptr_t)s->pc;
@@ -55,8 +120,17 @@ static bool fault(struct icpu *c, struct bt *t, struct bt_trap *s)
     const struct tb_mark *m = mark_at(t, tb, pc);
     if (m->flags & MARK_COLD || m->op >= tb->n)
         return false;
+    c->bt.exit_slow = false;
+    if (s->what == TRAP_MEMORY) {
+        enum vcpu_where was = vcpu_where(c->v, WHERE_SHADOW);
+        bool done = filled(c, tb, &tb->b->op[m->op], s);
+        vcpu_where(c->v, was);
+        if (done) {
+            s->pc = (u64)(uintptr_t)(t->rx + (tb->start + m->off - t->rw));
+            return true;
+        }
+    }
     leave(c, t, tb, m->op, s, BT_EXIT_OP);
-    c->bt.exit_memory = s->what == TRAP_MEMORY;
     t->slow_ops++;
     return true;
 }
@@ -88,12 +162,17 @@ static bool kick(struct icpu *c, struct bt *t, struct bt_trap *s)
     return true;
 }
 
-bool bt_trap(struct icpu *c, struct bt_trap *s)
+static bool trap(struct icpu *c, struct bt *t, struct bt_trap *s)
 {
-    struct bt *t = c->bt.bt;
     if (s->what == TRAP_KICK || (s->what == TRAP_STEP && atomic_load(&c->bt.inside)))
         return kick(c, t, s);
-    if (s->what == TRAP_STEP)
-        return false;
-    return fault(c, t, s);
+    return s->what != TRAP_STEP && fault(c, t, s);
+}
+
+bool bt_trap(struct icpu *c, struct bt_trap *s)
+{
+    struct icpu *live = bt_fp_signal();                            /* the interrupted code's registers are not this handler's */
+    bool ours = trap(c, c->bt.bt, s);
+    bt_fp_signal_end(live);
+    return ours;
 }

@@ -12,6 +12,7 @@
 #include <sys/mman.h>
 
 #include "base/err.h"
+#include "cpu/bt/shadow.h"
 #include "cpu/bt/tr.h"
 
 static void *zeroed(size_t n)
@@ -129,6 +130,8 @@ u32 tb_page(struct icpu *c, struct bt *t, u64 la, bool user)
 void bt_flushed(struct icpu *c, enum tlb_flush what, u64 la)
 {
     struct bt *t = c->bt.bt;
+    if (c->bt.shadow)
+        shadow_flush(c, what, la, 0);
     if (what == FLUSH_PAGE) {
         u32 slot = la >> PAGE_SHIFT & (BT_ITLB_SIZE - 1);
         c->bt.itlb[slot] = t->itlb_user[slot] = 0;

@@ -109,7 +109,7 @@ struct icpu_bt {
     u64 mask_slot, mask_jump;      /* for PEXT: bits 47..39 of an address; which bits of an address choose its place in jump[] */
     u64 mask_tlb, mask_entry, mask_page;
     u32 exit_link, exit_site, exit_stale; /* by which link, instruction, translation the code was left */
-    bool exit_memory;              /* exit_site: because of a memory access */
+    bool exit_slow;                /* exit_site: because of an access that is one for handlers */
     u32 site;                      /* the indirect branch that was taken last */
     u32 *itlb_user;
     const struct op *op;           /* whose result generated code was left with */
