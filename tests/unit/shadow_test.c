@@ -468,6 +468,55 @@ static void test_invlpg(void **state)
     assert_int_equal(probe(f, VIEW_USER, USER, false), KEEP_OUT);
 }
 
+/* What the guest's page fault handler has put right is there when it returns. */
+static void test_expected(void **state)
+{
+    struct fixture *f = *state;
+    struct icpu *c = f->c;
+    u64 entry[] = { 0, P | U | W, P | U | W | A, P | U | A | D, P | W | A | D, P | U | W | A | D };
+    put(f, USER + PAGE_SIZE, 1, (DATA + 5 * PAGE_SIZE) | P | U | W | A | D);
+    reads(f, VIEW_USER, USER + PAGE_SIZE);
+    assert_int_equal(c->bt.expected, 0);
+    for (unsigned i = 0; i < ARRAY_SIZE(entry); i++) {
+        put(f, USER, 1, 0);
+        assert_int_equal(writes(f, VIEW_USER, USER + 8), FAULTED);
+        assert_true(c->bt.expected);
+        put(f, USER, 1, DATA | entry[i]);
+        shadow_expected(c);
+        assert_int_equal(c->bt.expected, 0);
+        assert_int_equal(get(f, USER, 1), DATA | entry[i]);        /* nothing is marked on suspicion */
+        assert_int_equal(probe(f, VIEW_USER, USER, true), i == 5 ? stamp(DATA) : KEEP_OUT);
+    }
+    assert_int_equal(stats(f).expected, 1);
+    assert_int_equal(reads(f, VIEW_USER, USER + 2 * PAGE_SIZE), FAULTED);
+    u64 two = new_table(f);
+    context(f, two, 1);                                            /* somebody else runs now */
+    put(f, USER + 2 * PAGE_SIZE, 1, DATA | P | U | A);
+    shadow_expected(c);
+    assert_int_equal(probe(f, VIEW_USER, USER + 2 * PAGE_SIZE, false), KEEP_OUT);
+}
+
+/* INVLPG of a page that has been copied: the copy is mapped at once. */
+static void test_moved(void **state)
+{
+    struct fixture *f = *state;
+    put(f, USER, 1, DATA | P | U | A);
+    put(f, USER + PAGE_SIZE, 1, (DATA + PAGE_SIZE) | P | U | A);
+    reads(f, VIEW_USER, USER);
+    put(f, USER, 1, (DATA + 7 * PAGE_SIZE) | P | U | W | A | D);
+    put(f, USER + PAGE_SIZE, 1, (DATA + 8 * PAGE_SIZE) | P | U | W | D);
+    shadow_flush(f->c, FLUSH_PAGE, USER, 0);
+    shadow_flush(f->c, FLUSH_PAGE, USER + PAGE_SIZE, 0);
+    assert_int_equal(probe(f, VIEW_USER, USER, true), stamp(DATA + 7 * PAGE_SIZE));
+    assert_int_equal(probe(f, VIEW_USER, USER + PAGE_SIZE, false), KEEP_OUT); /* not accessed */
+    assert_int_equal(stats(f).moved, 1);
+    f->code[DATA >> PAGE_SHIFT] = 1;
+    put(f, USER, 1, DATA | P | U | W | A | D);
+    shadow_flush(f->c, FLUSH_PAGE, USER, 0);
+    assert_int_equal(probe(f, VIEW_USER, USER, true), KEEP_OUT);
+    assert_int_equal(probe(f, VIEW_USER, USER, false), stamp(DATA));
+}
+
 /* A fill finds another frame, or another kind of table, than the last one did, and nobody has flushed. */
 static void test_changed_without_flush(void **state)
 {
@@ -1029,6 +1078,8 @@ static void test_random(void **state)
             flush(w);
         else if (what < 16)
             new_code(w);
+        else if (what < 18)
+            shadow_expected(w->f->c);
         else if (what < 55)
             check_probe(w, view, place, i, write);
         else
@@ -1156,7 +1207,8 @@ int main(void)
 #define TEST(fn) cmocka_unit_test_setup_teardown(fn, setup, teardown)
     const struct CMUnitTest tests[] = {
         TEST(test_closed), TEST(test_open_slot), TEST(test_rights), TEST(test_around), TEST(test_end_of_ram), TEST(test_large), TEST(test_huge),
-        TEST(test_revalidate), TEST(test_invlpg), TEST(test_changed_without_flush), TEST(test_contexts), TEST(test_low_supervisor), TEST(test_user_global), TEST(test_odd_states),
+        TEST(test_revalidate), TEST(test_invlpg), TEST(test_expected), TEST(test_moved),
+        TEST(test_changed_without_flush), TEST(test_contexts), TEST(test_low_supervisor), TEST(test_user_global), TEST(test_odd_states),
         TEST(test_protect), TEST(test_tracked), TEST(test_mappings), TEST(test_windows), TEST(test_regions_run_out), TEST(test_no_address_space), TEST(test_pays),
         TEST(test_random), TEST(test_costs),
     };

@@ -59,6 +59,24 @@ static u64 look_entry(const struct look *k, u64 la, u64 raw)
     return (raw & CELL_IMAGE & ~PTE_ADDR) | (map.gpa & PAGE_MASK) | (map.writable && map.dirty ? CELL_W : 0);
 }
 
+/* ---- what may be mapped of it ---- */
+static bool is_code(const struct shadow *s, u64 gpa)
+{
+    return s->is_code && s->is_code(s->c, gpa);
+}
+
+/* While RAM is tracked (ram.h), a page is opened for writing by a write to it only, which is noted then. */
+static bool may_write(const struct shadow *s, u64 la, u64 gpa)
+{
+    return !is_code(s, gpa) && (likely(!s->c->v->m->ram->tracked) || la == s->noted);
+}
+
+/* An entry with the rights that may be mapped now. */
+static u64 permitted(const struct shadow *s, u64 la, u64 e)
+{
+    return e & CELL_W && !may_write(s, la, e & PTE_ADDR) ? e & ~CELL_W : e;
+}
+
 /* ---- comparing what is mapped with what the guest's tables say now ---- */
 struct range {                                                     /* of pages that the host is to forget, the books have already */
     u64 la, end;
@@ -209,6 +227,22 @@ static void space_compare(struct shadow *s, unsigned owner, bool all)
     s->space[owner].stale = false;
 }
 
+/*
+ * A page that has moved to another frame (copy on write) and may be mapped there at once: what the guest invalidates it has just prepared for use. False: not
+ * the case.
+ */
+static bool page_moved(struct shadow *s, struct shadow_region *r, struct look *k, u64 la)
+{
+    if (r->block || !*cell(s, r, la) || !mmu_leaves(s->c->v->m->ram, &k->ctx, la, &k->t) || r->above != k->t.above || k->t.level != 1)
+        return false;
+    u64 e = permitted(s, la, look_entry(k, la, look_raw(k, la)));
+    const struct ram_run *run = e ? ram_run_at(s->c->v->m->ram, e & PTE_ADDR) : NULL;
+    if (!run || !((e ^ *cell(s, r, la)) & PTE_ADDR) || !cell_replace(s, r, la, e, run))
+        return false;
+    s->stats.moved++;
+    return true;
+}
+
 /* One page, or all of a large one that it lies in. */
 static void page_compare(struct shadow *s, struct shadow_window *w, u64 la)
 {
@@ -218,7 +252,7 @@ static void page_compare(struct shadow *s, struct shadow_window *w, u64 la)
     la &= PAGE_MASK;
     look_begin(s->c, &k, w->owner < SHADOW_CONTEXTS, false);
     struct shadow_region *r = region_find(s, w, la);
-    if (r && r->level < 3)
+    if (r && r->level < 3 && !(r->level == 1 && page_moved(s, r, &k, la)))
         ok = r->level == 1 ? region_compare(s, w, r, &k, la, 1, &g) : region_compare(s, w, r, &k, r->la, REGION_PAGES, &g);
     for (u32 i = w->huge ? w->regions : 0, next; ok && i; i = next) {
         r = &s->region[i];
@@ -383,24 +417,6 @@ void shadow_flush_in(struct icpu *c, u64 la, unsigned ctx)
 }
 
 /* ---- fills ---- */
-static bool is_code(const struct shadow *s, u64 gpa)
-{
-    return s->is_code && s->is_code(s->c, gpa);
-}
-
-/* While RAM is tracked (ram.h), a page is opened for writing by a write to it only, which is noted then. */
-static bool may_write(const struct shadow *s, u64 la, u64 gpa)
-{
-    return !is_code(s, gpa) && (likely(!s->c->v->m->ram->tracked) || la == s->noted);
-}
-
-/* The entry to be mapped at la, its rights as they may be now. */
-static u64 fill_entry(struct shadow *s, const struct look *k, u64 la)
-{
-    u64 e = look_entry(k, la, look_raw(k, la));
-    return e & CELL_W && !may_write(s, la, e & PTE_ADDR) ? e & ~CELL_W : e;
-}
-
 static void note_write(struct shadow *s, u64 la, u64 gpa, bool write)
 {
     s->noted = write ? la & PAGE_MASK : ~0ull;
@@ -408,24 +424,29 @@ static void note_write(struct shadow *s, u64 la, u64 gpa, bool write)
         ram_mark(s->c->v->m->ram, gpa, 1);
 }
 
-static bool fill_next(struct shadow *s, const struct look *k, const struct shadow_region *r, const struct ram_run *run, u64 la, u64 gpa, u64 like, u64 *e)
+/* The entry that is to be mapped so many bytes from la, where raw and e are the guest's entry and what is made of it. Mostly it says the same of the next frame. */
+static u64 next_entry(const struct shadow *s, const struct look *k, u64 la, u64 raw, u64 e, u64 distance)
 {
-    if (*cell(s, r, la) || gpa - run->gpa >= run->size)
-        return false;
-    *e = fill_entry(s, k, la);
-    return *e && (*e & PTE_ADDR) == gpa && (*e & CELL_W) == (like & CELL_W);
+    u64 next = look_raw(k, la + distance);
+    if (likely(k->t.level == 1 && (next & CELL_IMAGE) == (raw & CELL_IMAGE) + distance))
+        return permitted(s, la + distance, e + distance);
+    return permitted(s, la + distance, look_entry(k, la + distance, next));
 }
 
 /* la is not mapped: with as many neighbours as have contiguous frames and the same rights. */
-static enum shadow_result map_run(struct shadow *s, const struct look *k, struct shadow_region *r, u64 la, u64 e)
+static enum shadow_result map_run(struct shadow *s, const struct look *k, struct shadow_region *r, u64 la, u64 raw, u64 e)
 {
-    const struct ram_run *run = ram_run_at(s->c->v->m->ram, e & PTE_ADDR);
+    const u64 *cells = cell(s, r, r->la), like = permitted(s, la, e) & (PTE_ADDR | CELL_W), gpa = e & PTE_ADDR;
+    const struct ram_run *run = ram_run_at(s->c->v->m->ram, gpa);
     unsigned at = la >> PAGE_SHIFT & (REGION_PAGES - 1), lo = at, hi = at + 1;
-    s->run[at] = e;
-    while (lo && fill_next(s, k, r, run, r->la + (lo - 1) * PAGE_SIZE, (e & PTE_ADDR) - (at - lo + 1) * PAGE_SIZE, e, &s->run[lo - 1]))
-        lo--;
-    while (hi < REGION_PAGES && fill_next(s, k, r, run, r->la + hi * PAGE_SIZE, (e & PTE_ADDR) + (hi - at) * PAGE_SIZE, e, &s->run[hi]))
-        hi++;
+    u64 back = MIN((gpa - run->gpa) >> PAGE_SHIFT, at), ahead = MIN((run->size - (gpa - run->gpa)) >> PAGE_SHIFT, REGION_PAGES - at);
+    s->run[at] = permitted(s, la, e);
+    for (u64 d = -PAGE_SIZE; at - lo < back && !cells[lo - 1]; lo--, d -= PAGE_SIZE)
+        if (((s->run[lo - 1] = next_entry(s, k, la, raw, e, d)) & (PTE_ADDR | CELL_W)) != like + d)
+            break;
+    for (u64 d = PAGE_SIZE; hi - at < ahead && !cells[hi]; hi++, d += PAGE_SIZE)
+        if (((s->run[hi] = next_entry(s, k, la, raw, e, d)) & (PTE_ADDR | CELL_W)) != like + d)
+            break;
     if (!cells_map(s, r, r->la + lo * PAGE_SIZE, hi - lo, &s->run[lo], run, hi - lo <= POPULATE_MAX))
         return SHADOW_SLOW;
     s->stats.pages += hi - lo;
@@ -445,8 +466,9 @@ static enum shadow_result upgrade(struct shadow *s, struct shadow_region *r, u64
 static enum shadow_result fill_cells(struct shadow *s, struct shadow_window *w, const struct look *k, u64 la, bool write)
 {
     struct shadow_region *r = region_find(s, w, la);
-    u64 e = fill_entry(s, k, la);
-    if (!e || (write && !(e & CELL_W)) || !ram_run_at(s->c->v->m->ram, e & PTE_ADDR))
+    u64 raw = look_raw(k, la), full = look_entry(k, la, raw), e = permitted(s, la, full);
+    const struct ram_run *run = e ? ram_run_at(s->c->v->m->ram, e & PTE_ADDR) : NULL;
+    if (!run || (write && !(e & CELL_W)))
         return SHADOW_SLOW;
     if (!r && !(r = region_new(s, w, la, true)))
         return SHADOW_SLOW;
@@ -455,15 +477,14 @@ static enum shadow_result fill_cells(struct shadow *s, struct shadow_window *w, 
     w->huge |= r->level == 3;
     u64 old = *cell(s, r, la);
     if (!old) {
-        enum shadow_result result = map_run(s, k, r, la, e);
+        enum shadow_result result = map_run(s, k, r, la, raw, full);
         if (!r->pages)
             region_free(s, r);
         return result;
     }
     if ((old ^ e) & PTE_ADDR) {                                    /* another frame, and the guest has not told: it need not */
-        s->run[0] = e;
         s->stats.pages++;
-        return cells_map(s, r, la, 1, s->run, ram_run_at(s->c->v->m->ram, e & PTE_ADDR), true) ? SHADOW_FILLED : SHADOW_SLOW;
+        return cell_replace(s, r, la, e, run) ? SHADOW_FILLED : SHADOW_SLOW;
     }
     return write && !(old & CELL_W) ? upgrade(s, r, la, e) : SHADOW_SLOW;
 }
@@ -550,9 +571,22 @@ static unsigned fill_owner(struct shadow *s, enum tlb_view_id view, u64 la, bool
     return SHADOW_LOW(s->current);
 }
 
+/* la is mapped as map says, and k knows its table. */
+static enum shadow_result fill_page(struct shadow *s, struct look *k, enum tlb_view_id view, u64 la, bool write, const struct mmu_map *map)
+{
+    unsigned slot = la >> 39 & (SHADOW_SLOTS - 1), owner = fill_owner(s, view, la, map->user);
+    if (owner == SHADOW_OWNERS)
+        return SHADOW_SLOW;
+    struct shadow_window *w = window_find(s, owner, slot);
+    if (!w && !(w = window_take(s, owner, slot)))
+        return SHADOW_SLOW;
+    k->user = map->user;
+    note_write(s, la, map->gpa, write);
+    return fill_window(s, w, k, la, write);
+}
+
 static enum shadow_result fill(struct icpu *c, struct shadow *s, enum tlb_view_id view, u64 la, enum mmu_access access, u32 *error)
 {
-    unsigned slot = la >> 39 & (SHADOW_SLOTS - 1);
     struct mmu_map map;
     struct look k;
     if (!tlb_canonical(la) || !comparable(c, s) || !shadow_possible(c))
@@ -563,17 +597,15 @@ static enum shadow_result fill(struct icpu *c, struct shadow *s, enum tlb_view_i
         *error = fault & ~MMU_FAULT;
         s->stats.faults++;
         flush_address(s, la);
+        s->expected_view = view;
+        s->expected_access = access;
+        s->expected_context = s->current;
+        c->bt.expected = la | 1;
         return SHADOW_FAULT;
     }
-    unsigned owner = fill_owner(s, view, la, map.user);
-    k.user = map.user;
-    if (owner == SHADOW_OWNERS || !mmu_leaves(c->v->m->ram, &k.ctx, la, &k.t))
+    if (!mmu_leaves(c->v->m->ram, &k.ctx, la, &k.t))
         return SHADOW_SLOW;
-    struct shadow_window *w = window_find(s, owner, slot);
-    if (!w && !(w = window_take(s, owner, slot)))
-        return SHADOW_SLOW;
-    note_write(s, la, map.gpa, access == MMU_WRITE);
-    return fill_window(s, w, &k, la, access == MMU_WRITE);
+    return fill_page(s, &k, view, la, access == MMU_WRITE, &map);
 }
 
 enum shadow_result shadow_fill(struct icpu *c, enum tlb_view_id view, u64 la, enum mmu_access access, u32 *error)
@@ -585,6 +617,24 @@ enum shadow_result shadow_fill(struct icpu *c, enum tlb_view_id view, u64 la, en
     s->stats.slow += r == SHADOW_SLOW;
     s->stats.fill_cycles += cycles() - start;
     return r;
+}
+
+void shadow_expected(struct icpu *c)
+{
+    struct shadow *s = c->bt.shadow;
+    u64 start = cycles(), la = c->bt.expected & ~1ull;
+    bool write = s->expected_access == MMU_WRITE;
+    struct mmu_map map;
+    struct look k;
+    c->bt.expected = 0;
+    if (s->expected_context != s->current || !comparable(c, s) || !shadow_possible(c) || c->v->m->ram->tracked)
+        return;
+    look_begin(c, &k, s->expected_view == VIEW_USER, s->expected_view == VIEW_SUPER_OPEN);
+    if (!mmu_leaves(c->v->m->ram, &k.ctx, la, &k.t) || !mmu_leaf(&k.ctx, &k.t, la, look_raw(&k, la), &map))
+        return;
+    if (!mmu_allows(&k.ctx, &map, s->expected_access) && (!write || map.dirty) && fill_page(s, &k, s->expected_view, la, write, &map) == SHADOW_FILLED)
+        s->stats.expected++;
+    s->stats.fill_cycles += cycles() - start;
 }
 
 /* ---- code ---- */

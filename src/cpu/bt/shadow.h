@@ -45,8 +45,8 @@ enum shadow_result {
 
 /* All counts since the vCPU was opened. */
 struct shadow_stats {
-    u64 fills, pages, upgrades, slow, faults;                      /* results of shadow_fill(); pages mapped; pages made writable */
-    u64 flushes, page_flushes, switches, compared, dropped, downgraded; /* compared: pages looked at; taken away; made read-only */
+    u64 fills, pages, upgrades, slow, faults, expected;            /* results of shadow_fill(); pages mapped; pages made writable; fills without a fault */
+    u64 flushes, page_flushes, switches, compared, dropped, downgraded, moved; /* compared: pages looked at; taken away; made read-only; with another frame */
     u64 protects, evictions, refused, resets;
     u64 fill_cycles, flush_cycles;
     u32 windows, regions, mapped, mappings;                        /* now: windows in use, regions, pages, host mappings at most */
@@ -88,6 +88,13 @@ void shadow_context(struct icpu *c, unsigned ctx);
 
 /* After a fault of the host at the address that the guest's la has in this view. */
 enum shadow_result shadow_fill(struct icpu *c, enum tlb_view_id view, u64 la, enum mmu_access access, u32 *error);
+
+/*
+ * SHADOW_FAULT leaves the address in icpu.bt.expected (not 0): the guest's handler makes it accessible, and the instruction is tried again. Whoever returns from
+ * an exception of the guest calls this if something stands there, which spares the second fault of the host. It does what a processor may do at any
+ * time: hold a translation whose A bit (and D bit, if it can write) is set already.
+ */
+void shadow_expected(struct icpu *c);
 
 /* FLUSH_PAGE: la in the current context and all global pages. FLUSH_NONGLOBAL: ctx. FLUSH_ALL: everything, la and ctx do not matter. */
 void shadow_flush(struct icpu *c, enum tlb_flush what, u64 la, unsigned ctx);

@@ -382,16 +382,50 @@ static void refused(struct shadow *s, struct shadow_window *w)
     window_clear(s, w);
 }
 
+/* Borders at the ends of n pages from la on whose first and last have these states. */
+static unsigned ends(struct shadow *s, const struct shadow_region *r, u64 la, unsigned n, u64 first, u64 last)
+{
+    const struct shadow_window *w = &s->window[r->window];
+    u64 end = la + n * PAGE_SIZE;
+    u64 before = la == r->la ? page_state(s, w, la - PAGE_SIZE) : state_in(s, r, la - PAGE_SIZE);
+    u64 behind = end - r->la == REGION_SIZE ? page_state(s, w, end) : state_in(s, r, end);
+    return (first ? first != before + PAGE_SIZE : before != 0) + (behind ? behind != last + PAGE_SIZE : last != 0);
+}
+
+static void border_change(struct shadow *s, const struct shadow_region *r, unsigned change)
+{
+    s->window[r->window].borders += change;
+    s->borders += change;
+}
+
 bool cells_map(struct shadow *s, struct shadow_region *r, u64 la, unsigned n, const u64 *e, const struct ram_run *run, bool populate)
 {
+    unsigned first = la >> PAGE_SHIFT & (REGION_PAGES - 1), nonglobal = 0;
     struct shadow_window *w = &s->window[r->window];
-    unsigned first = la >> PAGE_SHIFT & (REGION_PAGES - 1);
+    u64 *cells = s->cells[r->cells].e;
     if (!host_file(host_at(w, la), n * PAGE_SIZE, e[0] & CELL_W, populate, run, e[0] & PTE_ADDR))
         return false;
-    unsigned before = borders(s, r, la, n);
-    for (unsigned i = 0; i < n; i++)
-        cell_set(s, r, first + i, e[i]);
-    recount(s, r, la, n, before);
+    unsigned before = ends(s, r, la, n, 0, 0);
+    for (unsigned i = 0; i < n; i++) {
+        cells[first + i] = e[i];
+        nonglobal += !(e[i] & PTE_G);
+    }
+    if (e[0] & CELL_W)
+        for (unsigned i = 0; i < n; i++)
+            alias_add(s, r->cells * REGION_PAGES + first + i, e[i] & PTE_ADDR);
+    count_pages(s, r, 0, nonglobal, true);
+    count_pages(s, r, PTE_G, n - nonglobal, true);
+    border_change(s, r, ends(s, r, la, n, state_in(s, r, la), state_in(s, r, la + (n - 1) * PAGE_SIZE)) - before);
+    return true;
+}
+
+bool cell_replace(struct shadow *s, struct shadow_region *r, u64 la, u64 e, const struct ram_run *run)
+{
+    if (!host_file(host_at(&s->window[r->window], la), PAGE_SIZE, e & CELL_W, true, run, e & PTE_ADDR))
+        return false;
+    unsigned before = borders(s, r, la, 1);
+    cell_set(s, r, la >> PAGE_SHIFT & (REGION_PAGES - 1), e);
+    recount(s, r, la, 1, before);
     return true;
 }
 
@@ -400,9 +434,10 @@ bool block_map(struct shadow *s, struct shadow_region *r, u64 e, const struct ra
     struct shadow_window *w = &s->window[r->window];
     if (!host_file(host_at(w, r->la), REGION_SIZE, e & CELL_W, false, run, e & PTE_ADDR))
         return false;
-    unsigned before = borders(s, r, r->la, REGION_PAGES);
+    unsigned before = r->block ? borders(s, r, r->la, REGION_PAGES) : ends(s, r, r->la, REGION_PAGES, 0, 0);
     block_set(s, r, e);
-    recount(s, r, r->la, REGION_PAGES, before);
+    clear(r->ro, sizeof r->ro);
+    border_change(s, r, ends(s, r, r->la, REGION_PAGES, state_in(s, r, r->la), state_in(s, r, r->la + REGION_SIZE - PAGE_SIZE)) - before);
     return true;
 }
 

@@ -85,6 +85,9 @@ struct shadow {
     u32 *cells_region;
     u32 region_list, region_top, cells_list, cells_top;            /* free lists (by next, cells_region); first number never used */
     u32 hash[4096], alias[16384], block_alias[1024];
+    enum tlb_view_id expected_view;                                /* of icpu.bt.expected */
+    enum mmu_access expected_access;
+    unsigned expected_context;
     u64 run[REGION_PAGES];                                         /* entries of the fill that is going on */
     struct shadow_stats stats;
 };
@@ -116,8 +119,9 @@ void region_free(struct shadow *s, struct shadow_region *r);       /* of which n
 u64 page_state(struct shadow *s, const struct shadow_window *w, u64 la);
 
 /* ---- changes; la and n (pages) lie in one region. The host first, then the books, or the reverse where rights are taken. ---- */
-/* Maps cells, with one frame after the other from e on (its address counts up), over whatever was there. false: the host refused, nothing has changed. */
+/* Maps cells that are not mapped, from frames that follow each other and with the same right to write. false: the host refused, nothing has changed. */
 bool cells_map(struct shadow *s, struct shadow_region *r, u64 la, unsigned n, const u64 *e, const struct ram_run *run, bool populate);
+bool cell_replace(struct shadow *s, struct shadow_region *r, u64 la, u64 e, const struct ram_run *run); /* mapped or not */
 bool block_map(struct shadow *s, struct shadow_region *r, u64 e, const struct ram_run *run);
 bool pages_writable(struct shadow *s, struct shadow_region *r, u64 la, unsigned n); /* mapped ones; of a block: clears ro */
 void pages_read_only(struct shadow *s, struct shadow_region *r, u64 la, unsigned n);

@@ -128,6 +128,7 @@ struct icpu_bt {
     struct bt *bt;
     struct shadow *shadow;         /* NULL: there is none */
     u64 delta_changes;             /* counts changes of delta */
+    u64 expected;                  /* address of a page fault of the guest that shadow_expected() may make good; 0: none */
     u64 delta[3][512] __attribute__((aligned(64))); /* host less linear address, by view and PML4 slot: shadow.h */
     s64 x_offset;                  /* from here to v->x, if that can be a displacement, else 0 */
     u32 itlb[BT_ITLB_SIZE];        /* supervisor code: linear page to cpage.id */
