@@ -109,6 +109,37 @@ for k in mb-flags mb-no-elf mb-load-above-header mb-beyond-file mb-bss mb-top mb
 done
 refused "module beyond memory: multiboot" 1 huge "${base[@]}" --kernel mb-good --initrd huge
 refused "module beyond memory: bzImage" 1 huge "${base[@]}" --kernel "$guest/vmlinuz" --initrd huge
+# PVH: an ELF file with Xen's note, and what may be wrong with it.
+cat >pvh.S <<'S'
+    .code32
+    .globl _start
+_start: hlt
+    jmp _start
+    .section .note.pvh, "a", @note
+    .long 4, 8, 18
+    .asciz "Xen"
+    .quad _start
+S
+change() { cp pvh-good "$1"; printf "$3" | dd of="$1" bs=1 seek="$2" conv=notrunc 2>/dev/null; }    # name, offset, bytes
+if "${CC:-gcc}" -m64 -nostdlib -static -no-pie -Wl,--build-id=none -Wl,-Ttext-segment=0x200000 pvh.S -o pvh-good 2>err; then
+    note=$(grep -obUaP 'Xen\x00' pvh-good | head -n 1 | cut -d: -f1)
+    head -c 100 pvh-good >pvh-head
+    change pvh-no-headers 56 '\000\000'
+    change pvh-many-headers 56 '\377\377'
+    change pvh-headers-behind-end 32 '\000\377\377\377\377\377\377\177'
+    change pvh-not-for-this-processor 18 '\267'
+    change pvh-no-such-note "$note" 'Xer'
+    change pvh-huge-note $((note - 8)) '\377\377\377\377'
+    change pvh-entry-above-4-gib $((note + 8)) '\377\377\377\377\377'
+    change pvh-load-at-the-end-of-addresses 88 '\000\360\377\377\377\377\377\377'
+    for k in pvh-{head,no-headers,many-headers,headers-behind-end,not-for-this-processor,no-such-note,huge-note,entry-above-4-gib,load-at-the-end-of-addresses}; do
+        refused "kernel: $k" 1 "$k" "${base[@]}" --kernel $k
+    done
+    refused "module beyond memory: PVH" 1 huge "${base[@]}" --kernel pvh-good --initrd huge
+    survives "PVH: a kernel that does nothing" "${base[@]}" --kernel pvh-good
+else
+    not_ok "the PVH kernel is built" "$(cat err)"
+fi
 for n in 1 511 65535 65537 100000; do
     truncate -s $n "firmware-$n"
     refused "firmware: $n bytes" 1 "firmware-$n" "${base[@]}" --firmware "firmware-$n"
