@@ -79,6 +79,31 @@ kill -TERM $job                                     # which timeout passes on
 wait $job
 is "SIGTERM while the guest boots: it is not lost" $? 143
 
+# Another guest does not tell when it listens: the button is pressed until it does.
+guest=${DOPPEL_GUEST:-${BUILD:-$top/build}/guest}
+mkdir "$tmp/rd"
+cat >"$tmp/rd/late" <<'I'
+#!/bin/busybox sh
+export PATH=/bin:/sbin
+busybox mount -t devtmpfs none /dev
+while read -r m; do insmod "$m"; done </etc/modules
+sleep 2
+for e in /dev/input/event*; do { head -c 1 "$e" >/dev/null; poweroff -f; } & done
+wait
+I
+chmod 755 "$tmp/rd/late"
+(cd "$tmp/rd" && echo late | cpio --quiet -o -H newc) >"$tmp/more.cpio"
+cat "$guest/initrd" "$tmp/more.cpio" >"$tmp/initrd"
+timeout "$BOOT_SECONDS" "$DOPPEL" "${run[@]}" --console none --kernel "$guest/vmlinuz" --initrd "$tmp/initrd" \
+    --append "console=ttyS0 quiet panic=-1 cryptomgr.notests=1 rdinit=/late" </dev/null >"$tmp/out" 2>"$tmp/err" &
+job=$!
+sleep 1
+kill -TERM $job
+for _ in $(seq "$BOOT_SECONDS"); do kill -0 $job 2>/dev/null || break; sleep 1; done
+kill -KILL $job 2>/dev/null
+wait $job
+is "SIGTERM while another guest boots: it is not lost" $? 0
+
 # --- console on a socket, and the monitor ---
 if command -v socat >/dev/null; then
     timeout -k 10 "$BOOT_SECONDS" "$DOPPEL" "${run[@]}" --console "unix:$tmp/socket" </dev/null >"$tmp/out" 2>"$tmp/err" &
