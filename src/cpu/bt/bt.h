@@ -57,7 +57,8 @@ enum {
 /* A linear page that is mapped to a guest-physical one and holds translated code. */
 struct cpage {
     u64 la, gpa;
-    u32 id, next;                                                  /* id: index in bt.page, what icpu.bt.itlb holds */
+    u64 secret;                                                    /* what icpu.bt.itlb holds */
+    u32 next;
 };
 
 struct tb {
@@ -93,7 +94,9 @@ struct bt {
     struct cpage *page;
     u32 tbs, links, marks, pages;                                  /* used of each; index 0 is none */
     u32 *hash, *frame, *page_hash;                                 /* tbs by linear address, by guest-physical page; pages by both */
-    u32 *itlb_user;                                                /* what icpu.bt.itlb is for supervisor code; which may hold pages that are not global */
+    u64 *itlb_user;                                                /* what icpu.bt.itlb is for supervisor code; which may hold pages that are not global */
+    u32 *itlb_id[2];                                               /* indexes of the pages in them, in bt.page: supervisor, user */
+    u64 key[2];                                                    /* secrets are made of it */
     bool itlb_private;
     int (*enter)(const u8 *code);                                  /* runs translated code until it is left: result of an op, or BT_EXIT_* */
     u32 op, light, leave_rip, leave_link, leave_signal, miss;      /* offsets of common routines */

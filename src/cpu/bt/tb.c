@@ -2,7 +2,9 @@
  * Translations in their tables: look-up, pages, links, and how they end. What a translation is: bt.h.
  *
  * The itlb: a small direct-mapped table from linear page to the id of a (linear page, guest-physical page) pair, one for supervisor code and one for user code.
- * A translation is entered from outside its page only while its page's id stands there, so flushing the TLB means clearing entries here, and nothing else.
+ * A translation is entered from outside its page only while its page stands there, so flushing the TLB means clearing entries here, and nothing else. What stands there
+ * is not the id but a number that the guest cannot know: so a translation checks "is this the target that was meant" and "is the page still mapped" by one
+ * comparison of their sum, for which no other target can be found.
  *
  * A translation that dies has its ways in overwritten by jumps that leave; its memory stays until everything is forgotten. Everything is the vCPU's thread's.
  */
@@ -10,6 +12,7 @@
 #include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/random.h>
 
 #include "base/err.h"
 #include "cpu/bt/shadow.h"
@@ -30,7 +33,7 @@ static void drop(void *p, size_t n)
 #define TABLES(M)                                                                                     \
     M(tb, BT_TBS * sizeof *t->tb) M(link, BT_LINKS * sizeof *t->link) M(mark, BT_MARKS * sizeof *t->mark) M(page, BT_PAGES * sizeof *t->page)     \
     M(hash, BT_HASH * sizeof *t->hash) M(frame, BT_HASH * sizeof *t->frame) M(page_hash, BT_HASH * sizeof *t->page_hash)                   \
-    M(itlb_user, BT_ITLB_SIZE * sizeof *t->itlb_user)
+    M(itlb_user, BT_ITLB_SIZE * sizeof *t->itlb_user) M(itlb_id[0], BT_ITLB_SIZE * sizeof *t->itlb_id[0]) M(itlb_id[1], BT_ITLB_SIZE * sizeof *t->itlb_id[1])
 
 int tb_open(struct icpu *c, struct bt *t)
 {
@@ -41,6 +44,8 @@ int tb_open(struct icpu *c, struct bt *t)
     if (!ok)
         return err(-ENOMEM, "vCPU %u: no memory for the translator's tables", c->v->id);
     c->bt.itlb_user = t->itlb_user;
+    if (getrandom(t->key, sizeof t->key, 0) != (ssize_t)sizeof t->key)
+        return err(-EIO, "vCPU %u: no random numbers (getrandom): %s", c->v->id, strerror(errno));
     tb_reset(c, t);
     return 0;
 }
@@ -52,10 +57,12 @@ void tb_close(struct bt *t)
 #undef M
 }
 
-static void itlb_clear(u32 *table)
+static void itlb_clear(struct icpu *c, struct bt *t, bool user)
 {
+    u64 *table = user ? t->itlb_user : c->bt.itlb;
     for (unsigned i = 0; i < BT_ITLB_SIZE; i++)
-        table[i] = 0;
+        if (t->itlb_id[user][i])
+            table[i] = t->itlb_id[user][i] = 0;
 }
 
 static void jumps_clear(struct icpu *c, struct bt *t)
@@ -75,8 +82,8 @@ void tb_reset(struct icpu *c, struct bt *t)
     give_back(t->hash, BT_HASH * sizeof *t->hash);
     give_back(t->frame, BT_HASH * sizeof *t->frame);
     give_back(t->page_hash, BT_HASH * sizeof *t->page_hash);
-    itlb_clear(c->bt.itlb);
-    itlb_clear(t->itlb_user);
+    itlb_clear(c, t, false);
+    itlb_clear(c, t, true);
     jumps_clear(c, t);
     t->used = t->first;
     t->tbs = t->links = t->marks = t->pages = 1;                   /* 0 is none */
@@ -92,6 +99,14 @@ static u32 *page_bucket(struct bt *t, u64 la, u64 gpa)
     return &t->page_hash[(h ^ h >> 15) & (BT_HASH - 1)];
 }
 
+/* Never 0: that is an empty entry. */
+static u64 secret(const struct bt *t, u64 n)
+{
+    n = (n ^ t->key[0]) * 0xff51afd7ed558ccdull;
+    n = (n ^ n >> 33 ^ t->key[1]) * 0xc4ceb9fe1a85ec53ull;
+    return (n ^ n >> 33) | 1;
+}
+
 static u32 page_id(struct bt *t, u64 la, u64 gpa)
 {
     u32 *bucket = page_bucket(t, la, gpa);
@@ -101,26 +116,27 @@ static u32 page_id(struct bt *t, u64 la, u64 gpa)
     if (t->pages == BT_PAGES)
         return 0;
     u32 id = t->pages++;
-    t->page[id] = (struct cpage){ .la = la, .gpa = gpa, .id = id, .next = *bucket };
+    t->page[id] = (struct cpage){ .la = la, .gpa = gpa, .secret = secret(t, id), .next = *bucket };
     *bucket = id;
     return id;
 }
 
 u32 tb_page(struct icpu *c, struct bt *t, u64 la, bool user)
 {
-    u32 *slot = &(user ? t->itlb_user : c->bt.itlb)[la >> PAGE_SHIFT & (BT_ITLB_SIZE - 1)], error;
+    u32 slot = la >> PAGE_SHIFT & (BT_ITLB_SIZE - 1), id = t->itlb_id[user][slot], error;
     la &= PAGE_MASK;
-    if (likely(*slot && t->page[*slot].la == la))
-        return *slot;
+    if (likely(id && t->page[id].la == la))
+        return id;
     if (!tlb_canonical(la))
         return 0;
     enum tlb_view_id view = user ? VIEW_USER : tlb_system_view(c);
     struct tlb_entry *e = tlb_lookup(c, view, la, MMU_EXEC, &error);
     if (!e || e->tag[MMU_EXEC] & TLB_MMIO)
         return 0;
-    u32 id = page_id(t, la, tlb_gpa(c, view, la));
+    id = page_id(t, la, tlb_gpa(c, view, la));
     if (id) {
-        *slot = id;
+        t->itlb_id[user][slot] = id;
+        (user ? t->itlb_user : c->bt.itlb)[slot] = t->page[id].secret;
         if (!user && !c->tlb->view[view].page[la >> PAGE_SHIFT & (TLB_SIZE - 1)].global)
             t->itlb_private = true;
     }
@@ -135,11 +151,12 @@ void bt_flushed(struct icpu *c, enum tlb_flush what, u64 la)
     if (what == FLUSH_PAGE) {
         u32 slot = la >> PAGE_SHIFT & (BT_ITLB_SIZE - 1);
         c->bt.itlb[slot] = t->itlb_user[slot] = 0;
+        t->itlb_id[0][slot] = t->itlb_id[1][slot] = 0;
         return;
     }
-    itlb_clear(t->itlb_user);
+    itlb_clear(c, t, true);
     if (what == FLUSH_ALL || t->itlb_private) {
-        itlb_clear(c->bt.itlb);
+        itlb_clear(c, t, false);
         t->itlb_private = false;
     }
 }

@@ -274,12 +274,21 @@ static void put_cold(struct tr *t, const struct cold *k)
 }
 
 /* ---- the prologue ---- */
-static void cold_wrong_entry(struct tr *t, const struct cold *k)   /* S1 is the target less the address of this block */
+static u64 secret_of(const struct tr *t)
 {
+    return t->t->page[t->tb->page].secret;
+}
+
+/* S1 is the target less this block's address and its page's secret, plus what stands in the itlb (S0). */
+static void cold_wrong_entry(struct tr *t, const struct cold *k)
+{
+    struct emit *e = &t->e;
     (void)k;
-    mov_imm64(&t->e, S0, t->tb->la);
-    op_mem(&t->e, true, X_LEA, S1, S1, S0, 0, 0);
-    jump_to(&t->e, t->t->rw + t->t->miss);
+    PUT(e, 0x49, 0xf7, 0xd0 | (S0 & 7));                           /* not r14 */
+    op_mem(e, true, X_LEA, S1, S1, S0, 0, 1);
+    mov_imm64(e, S0, t->tb->la + secret_of(t));
+    op_mem(e, true, X_LEA, S1, S1, S0, 0, 0);
+    jump_to(e, t->t->rw + t->t->miss);
 }
 
 static void cold_wrong_page(struct tr *t, const struct cold *k)
@@ -309,18 +318,26 @@ static void check_cold(struct tr *t, u8 *from, unsigned reg, void (*put)(struct 
     k->put = put;
 }
 
-static void put_page_check(struct tr *t, u64 la, u32 id)
+/* S0 = what stands in the itlb for this address. */
+static void put_itlb(struct tr *t, u64 la)
 {
     struct emit *e = &t->e;
     u32 slot = la >> PAGE_SHIFT & (BT_ITLB_SIZE - 1);
     if (t->view == VIEW_USER) {
         op_gs(e, true, X_LOAD, S0, OFF(bt.itlb_user));
-        op_mem(e, false, X_LOAD, S0, S0, NO_REG, 0, (s32)(4 * slot));
+        op_mem(e, true, X_LOAD, S0, S0, NO_REG, 0, (s32)(8 * slot));
     } else {
-        op_gs(e, false, X_LOAD, S0, OFF(bt.itlb[0]) + 4 * slot);
+        op_gs(e, true, X_LOAD, S0, OFF(bt.itlb[0]) + 8 * slot);
     }
-    lea(e, S0, S0, -(s32)id);
-    check_cold(t, jump_unless_zero(e, S0), S0, cold_wrong_page);
+}
+
+static void put_page_check(struct tr *t, u64 la, u32 id)
+{
+    struct emit *e = &t->e;
+    put_itlb(t, la);
+    mov_imm64(e, S1, 0 - t->t->page[id].secret);
+    op_mem(e, true, X_LEA, S1, S1, S0, 0, 0);
+    check_cold(t, jump_unless_zero(e, S1), S1, cold_wrong_page);
 }
 
 /* Compares the guest's bytes with what they were: where nobody tells when they are written. */
@@ -366,22 +383,29 @@ static void put_prologue(struct tr *t, bool compare)
 {
     struct emit *e = &t->e;
     struct tb *tb = t->tb;
-    s64 minus = -(s64)tb->la;
     tr_mark(t, 0, MARK_COLD);
-    if (minus == (s32)minus) {
-        lea(e, S1, S1, (s32)minus);
-    } else {
-        mov_imm64(e, S0, (u64)minus);
-        op_mem(e, true, X_LEA, S1, S1, S0, 0, 0);
-    }
+    mov_imm64(e, S0, 0 - (tb->la + secret_of(t)));
+    op_mem(e, true, X_LEA, S1, S1, S0, 0, 0);
+    put_itlb(t, tb->la);
+    op_mem(e, true, X_LEA, S1, S1, S0, 0, 0);
     check_cold(t, jump_unless_zero(e, S1), S1, cold_wrong_entry);
-    tb->page_off = (u32)(e->p - tb->start);
-    put_page_check(t, tb->la, tb->page);
-    if (tb->page2)
+    if (tb->page2)                                                 /* never entered behind this */
         put_page_check(t, tb->la + PAGE_SIZE, tb->page2);
     tb->code_off = (u32)(e->p - tb->start);
     if (compare)
         put_compares(t);
+}
+
+/* From another page, directly. */
+static void put_page_entry(struct tr *t)
+{
+    struct tb *tb = t->tb;
+    tb->page_off = (u32)(t->e.p - tb->start);
+    tr_mark(t, 0, MARK_COLD);
+    put_page_check(t, tb->la, tb->page);
+    if (tb->page2)
+        put_page_check(t, tb->la + PAGE_SIZE, tb->page2);
+    jump_to(&t->e, tb->start + tb->code_off);
 }
 
 /* ---- the block ---- */
@@ -467,6 +491,7 @@ struct tb *bt_translate(struct icpu *c, struct bt *bt, struct block *b, u32 page
         t.ended = true;
         tr_exit(&t, tb->la + b->op[t.i].off);                      /* behind the last one stands an op that leaves */
     }
+    put_page_entry(&t);
     for (unsigned i = 0; i < t.colds; i++)
         put_cold(&t, &t.cold[i]);
     bug_on(t.e.overflow);

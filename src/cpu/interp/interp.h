@@ -98,7 +98,7 @@ enum tlb_flush { FLUSH_ALL, FLUSH_NONGLOBAL, FLUSH_PAGE };
  * block that may not be found any more and has translations.
  */
 #define BT_ITLB_SIZE 1024u
-#define BT_JUMPS 2048u
+#define BT_JUMPS 8192u
 #define BT_KEYS 8u
 struct icpu_bt {
     struct icpu *self;
@@ -111,7 +111,7 @@ struct icpu_bt {
     u32 exit_link, exit_site, exit_stale; /* by which link, instruction, translation the code was left */
     bool exit_slow;                /* exit_site: because of an access that is one for handlers */
     u32 site;                      /* the indirect branch that was taken last */
-    u32 *itlb_user;
+    u64 *itlb_user;                /* user code's itlb, and see there */
     const struct op *op;           /* whose result generated code was left with */
     _Atomic u32 stop;              /* look at vcpu.events */
     _Atomic u32 inside;            /* in translated code: a kick needs a signal */
@@ -131,7 +131,7 @@ struct icpu_bt {
     u64 expected;                  /* address of a page fault of the guest that shadow_expected() may make good; 0: none */
     u64 delta[3][512] __attribute__((aligned(64))); /* host less linear address, by view and PML4 slot: shadow.h */
     s64 x_offset;                  /* from here to v->x, if that can be a displacement, else 0 */
-    u32 itlb[BT_ITLB_SIZE];        /* supervisor code: linear page to cpage.id */
+    u64 itlb[BT_ITLB_SIZE];        /* supervisor code: linear page to cpage.secret */
     const u8 *jump[BT_KEYS][BT_JUMPS]; /* by key: where indirect branches go, checked there */
 };
 
