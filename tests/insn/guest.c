@@ -8,6 +8,8 @@
 #include "base/loop.h"
 #include "cpu/cpuid.h"
 #include "cpu/engine.h"
+#include "cpu/interp/code.h"
+#include "cpu/interp/fp.h"
 #include "cpu/trap.h"
 #include "insn.h"
 
@@ -230,8 +232,30 @@ static void load_state(const struct icase *i, struct x86 *x)
     vectors_put(&i->in.v, &g.layout, x->xsave);
 }
 
+/* What has changed memory must be known to do so: OPF_STORES ends blocks in pages that are written over and over (cpu/bt/codepage.h). */
+static int known_to_store(const struct icase *i)
+{
+    struct icpu *c = g.vcpu[0]->engine_data;
+    u8 mode = c->mode;
+    struct op op;
+
+    if (fp_full(c)) {
+        code_flush_later(c);                                       /* the next one, then */
+        return 0;
+    }
+    c->mode = i->compat ? IMODE_COMPAT32 : IMODE_LONG64;
+    int r = decode_one(c, i->code, i->len, 0, &op);
+    c->mode = mode;
+    if (r != DECODE_MORE && op.flags & OPF_STORES)
+        return 0;
+    fprintf(stderr, "# case %u changed memory, and its op has no OPF_STORES\n", i->number);
+    return -1;
+}
+
 int guest_run(const struct icase *i, const u8 *pattern, struct outcome *out)
 {
+    static u8 before[PAGES][PAGE_SIZE];
+    bool stored = false;
     static struct x86 x;
     struct vcpu *v = g.vcpu[0];
     unsigned words;
@@ -239,6 +263,10 @@ int guest_run(const struct icase *i, const u8 *pattern, struct outcome *out)
 
     load_memory(i, pattern);
     load_state(i, &x);
+    for (unsigned p = 0; p < PAGES; p++) {
+        if (page_kind(p) == KIND_RW)
+            memcpy(before[p], ram_hva(&g.ram, GPA_REGION + p * PAGE_SIZE), PAGE_SIZE);
+    }
     if (interp_engine.set(v, &x) || interp_engine.run(v) != RUN_HALTED || interp_engine.get(v, &x))
         return -1;
     out->vector = (unsigned)((x.rip - 1 - SUPER - GPA_HANDLERS) / 16);
@@ -257,8 +285,10 @@ int guest_run(const struct icase *i, const u8 *pattern, struct outcome *out)
     out->s.gs_base = x.seg[SEG_GS].base;
     vectors_get(&out->s.v, &g.layout, x.xsave);
     for (unsigned p = 0; p < PAGES; p++) {
-        if (page_kind(p) == KIND_RW)
-            memcpy(out->mem[p], ram_hva(&g.ram, GPA_REGION + p * PAGE_SIZE), PAGE_SIZE);
+        if (page_kind(p) != KIND_RW)
+            continue;
+        memcpy(out->mem[p], ram_hva(&g.ram, GPA_REGION + p * PAGE_SIZE), PAGE_SIZE);
+        stored = stored || memcmp(out->mem[p], before[p], PAGE_SIZE);
     }
-    return 0;
+    return stored ? known_to_store(i) : 0;
 }
