@@ -2,43 +2,10 @@
  * A second processor: INIT and SIPI, locked operations, memory order, code and page tables changed by the other one,
  * IPIs. SDM vol. 3A 8.1, 8.2, 8.4, 11.6.
  */
-#include "apic.h"
+#include "smp.h"
 
-#define AP 1
-#define TRAMPOLINE 0x6000ul
-
-static volatile u32 ap_state, ap_id, ap_cs, ap_ip, ap_job, ap_done, ap_starts;
+static volatile u32 ap_id, ap_job, ap_done, ap_starts;
 static volatile u32 arg;
-static u8 ap_stack[8192] __attribute__((aligned(16), used));
-
-/* 16-bit code at 6000h, entered with CS = 600h, IP = 0; then as start.S, with this processor's tables. */
-extern char tramp[], tramp_end[];
-asm(".code16\n"
-    "tramp: cli; movw %cs, %ax; movw %ax, %ds; call 1f\n1: popw %bx; subw $(1b - tramp), %bx\n" /* SP is 0 after INIT:
-                                                                                                   the word at SS:FFFEh
-                                                                                                 */
-    "movw %cs, %cx; lgdtl (tramp_gdt - tramp)\n"
-    "movl %cr0, %eax; orl $0x21, %eax; andl $0x9fffffff, %eax; movl %eax, %cr0; ljmpl $0x38, $tramp32\n"
-    "tramp_gdt: .word 0x7ff; .long gdt\n"
-    "tramp_end:\n"
-    ".code32\n"
-    "tramp32: movw $0x10, %ax; movw %ax, %ds; movw %ax, %es; movw %ax, %ss; movzwl %cx, %ecx; movl %ecx, ap_cs; movzwl "
-    "%bx, %ebx; movl %ebx, ap_ip\n"
-    "movl $0x20, %eax; movl %eax, %cr4; movl $0x100000, %eax; movl %eax, %cr3; movl $0xc0000080, %ecx; rdmsr; orl "
-    "$0x900, %eax; wrmsr\n"
-    "movl %cr0, %eax; orl $0x80000000, %eax; movl %eax, %cr0; ljmpl $8, $tramp64\n"
-    ".code64\n"
-    "tramp64: movl $ap_stack + 8192, %esp; xorl %ebp, %ebp; lidt idt_reg; call ap_main; 1: cli; hlt; jmp 1b\n");
-
-static void pause(void) { asm volatile("pause" ::: "memory"); }
-
-/* Waits for a condition, not for ever. */
-static bool wait_for(volatile u32 *p, u32 v)
-{
-    for (u64 i = 0; i < 400000000 && *p != v; i++)
-        pause();
-    return *p == v;
-}
 
 enum {
     JOB_NONE,
@@ -185,16 +152,6 @@ void ap_main(void)
     }
 }
 
-static bool start_ap(void)
-{
-    ap_state = 0;
-    ipi(AP, ICR_INIT | ICR_ASSERT);
-    for (int i = 0; i < 10000; i++)
-        pause();
-    ipi(AP, ICR_SIPI | ICR_ASSERT | TRAMPOLINE >> 12);
-    return wait_for(&ap_state, 1);
-}
-
 static void job(u32 n)
 {
     ap_done = JOB_NONE;
@@ -205,7 +162,6 @@ static bool finished(u32 n) { return wait_for(&ap_done, n); }
 
 static void start(void)
 {
-    memcpy((void *)TRAMPOLINE, tramp, tramp_end - tramp);
     test("smp: INIT, SIPI: the second processor starts at VV00:0000 in real mode (SDM 3A 8.4.4)");
     must("started", start_ap());
     eq("APIC ID", ap_id, AP);

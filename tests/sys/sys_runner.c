@@ -3,7 +3,7 @@
  * their checks as TAP.
  *
  * The machine is as small as can be: 32 MiB of RAM, two vCPUs with local APICs, a text port (0xe9), an exit port
- * (0xf4), a scratch device of ports and one of memory. A program is loaded at 8000h and entered there in real mode; the
+ * (0xf4), a scratch device of ports, one of memory, and a copier that does DMA. A program is loaded at 8000h and entered there in real mode; the
  * doubleword at 500h counts the shutdowns it has had. A program whose last line is "shutdown NAME" passes that check by
  * a triple fault and is started again; otherwise it has to end with "done".
  *
@@ -35,6 +35,7 @@
 #define PORT_MAPS 0xec /* a write of a guest-physical address: this process's mappings are told there (struct maps) */
 #define MMIO_STORE 0xfd000000u
 #define MAPS_MAX 2000
+#define PORT_COPY 0xd0 /* doublewords: to, from, bytes; a byte: 1 copies at once, 2 on the loop's thread. Reads: 1 busy, 2 failed */
 
 enum end { END_NONE, END_EXIT, END_SHUTDOWN, END_FAILED, END_TIMEOUT };
 
@@ -55,6 +56,11 @@ struct runner {
     size_t out_len;
     u8 port_store[8], mmio_store[PAGE_SIZE];
     u32 port_count;
+    struct copier {
+        pthread_mutex_t lock; /* a device's: held while it writes to RAM */
+        u32 reg[3];
+        u8 state;
+    } copier;
     unsigned checks, failed; /* over all programs */
 };
 
@@ -183,6 +189,47 @@ static void mmio_write(void *dev, u64 off, u64 val, unsigned size)
     pthread_mutex_unlock(&r->lock);
 }
 
+static void copy_now(void *arg)
+{
+    struct runner *r = arg;
+    struct copier *c = &r->copier;
+    u8 buf[PAGE_SIZE];
+
+    pthread_mutex_lock(&c->lock);
+    u32 n = c->reg[2];
+    bool ok = n <= sizeof buf && !ram_read(&r->ram, c->reg[1], buf, n) && !ram_write(&r->ram, c->reg[0], buf, n);
+    c->state = ok ? 0 : 2;
+    pthread_mutex_unlock(&c->lock);
+}
+
+static void copy_write(void *dev, u64 off, u64 val, unsigned size UNUSED)
+{
+    struct runner *r = dev;
+    struct copier *c = &r->copier;
+
+    pthread_mutex_lock(&c->lock);
+    if (off < 12)
+        c->reg[off / 4] = (u32)val;
+    else
+        c->state = 1;
+    pthread_mutex_unlock(&c->lock);
+    if (off >= 12 && val == 1)
+        copy_now(r);
+    else if (off >= 12)
+        loop_post(r->loop, copy_now, r);
+}
+
+static u64 copy_read(void *dev, u64 off UNUSED, unsigned size UNUSED)
+{
+    struct runner *r = dev;
+    u64 v;
+
+    pthread_mutex_lock(&r->copier.lock);
+    v = r->copier.state;
+    pthread_mutex_unlock(&r->copier.lock);
+    return v;
+}
+
 static int add_devices(struct runner *r)
 {
     const struct region port[] = {
@@ -226,6 +273,14 @@ static int add_devices(struct runner *r)
           .write = maps_write,
           .dev = r,
           .name = "maps" },
+        { .base = PORT_COPY,
+          .size = 16,
+          .min = 1,
+          .max = 4,
+          .read = copy_read,
+          .write = copy_write,
+          .dev = r,
+          .name = "copier" },
     };
     const struct region mmio = {
         .base = MMIO_STORE,
@@ -484,7 +539,9 @@ int main(int argc, char **argv)
     static const struct option opts[] = { { "engine", required_argument, NULL, 'e' },
                                           { "timeout", required_argument, NULL, 't' },
                                           { NULL, 0, NULL, 0 } };
-    static struct runner r = { .timeout_s = 60, .lock = PTHREAD_MUTEX_INITIALIZER };
+    static struct runner r = { .timeout_s = 60,
+                               .lock = PTHREAD_MUTEX_INITIALIZER,
+                               .copier.lock = PTHREAD_MUTEX_INITIALIZER };
     int c;
 
     r.engine = engine_find("interp");
