@@ -165,6 +165,7 @@ if nested_build "$tmp/nested" 2>"$tmp/err"; then
     mkdir "$tmp/nested/root/sysbin"
     cp "$build"/sys/*.bin "$tmp/nested/root/sysbin/"
     rm -f "$tmp/nested/root/sysbin/debug32.bin"             # QEMU 7.2 itself dies of its breakpoints: nested-differs.txt
+    rm -f "$tmp/nested/root/sysbin/xmc64.bin"               # TCG 7.2 goes on with code that another processor has changed (as smp64, for longer)
     cp "$top/tests/kvm/inside.sh" "$build/hostile/once.elf" "$build/hostile/kvm_refuse.so" "$tmp/nested/root/"
     # QEMU's processors are slow: the interpreter inside needs a tenth of a second for what takes this host two milliseconds.
     nested_run "$tmp/nested" 600 "export REFUSE=/kvm_refuse.so ONCE=/once.elf DOPPEL=/bin/doppel SWITCH=/bin/switch ENGINE_TEST=/bin/engine_test \
