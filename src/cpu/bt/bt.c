@@ -99,6 +99,8 @@ static struct tb *translate(struct icpu *c, struct bt *t, struct block *b, u32 p
     enum code_page how = page2 ? CODE_COMPARE : codepage_use(c, b->gpa);  /* a crossing instruction is found by its first page only: it compares */
     if (how == CODE_WAIT)
         return NULL;
+    if (how == CODE_OK && memcmp(b->bytes, ram_hva(c->v->m->ram, b->gpa), b->len))
+        return NULL;                                               /* written since it was decoded, before the page was ours */
     enum vcpu_where was = vcpu_where(c->v, WHERE_TRANSLATE);
     struct tb *tb = bt_translate(c, t, b, page, page2, how == CODE_COMPARE, &full);
     vcpu_where(c->v, was);
