@@ -395,6 +395,11 @@ static int set(struct vcpu *v, const struct x86 *x)
     return interp_engine.set(v, x);
 }
 
+static void stats(const struct vcpu *v, struct stats *s)
+{
+    shadow_report(v->engine_data, s);
+}
+
 const struct engine bt_engine = {
     .name = "bt",
     .machine_open = machine_open,
@@ -404,6 +409,7 @@ const struct engine bt_engine = {
     .run = run,
     .debug_points = DEBUG_POINTS_MAX,
     .kick = kick,
+    .stats = stats,
     .get = get,
     .set = set,
 };

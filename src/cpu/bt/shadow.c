@@ -13,6 +13,7 @@
 
 #include "base/err.h"
 #include "cpu/bt/shadow_map.h"
+#include "cpu/stats.h"
 
 #define POPULATE_MAX 16u                                           /* runs up to so many pages are made present at once, in longer ones the host's own faults do it */
 #define MAPPINGS_MAX 16384u                                        /* per vCPU, also where the host would allow more */
@@ -748,15 +749,31 @@ void shadow_stats(const struct icpu *c, struct shadow_stats *out)
 {
     const struct shadow *s = c->bt.shadow;
     *out = s->stats;
-    out->windows = out->regions = 0;
-    for (unsigned i = 0; i < SHADOW_WINDOWS; i++) {
-        const struct shadow_window *w = &s->window[i];
-        out->windows += w->taken;
-        for (u32 r = w->regions; r; r = s->region[r].next)
-            out->regions++;
-    }
+    out->windows = 0;
+    for (unsigned i = 0; i < SHADOW_WINDOWS; i++)
+        out->windows += s->window[i].taken;
+    out->regions = s->regions;
     out->mapped = s->pages;
     out->mappings = s->borders + out->windows;
+}
+
+void shadow_report(const struct icpu *c, struct stats *out)
+{
+    struct shadow_stats st;
+    u64 khz = clock_tsc_khz(c->v->m->clock);
+    if (!c->bt.shadow)
+        return;
+    shadow_stats(c, &st);
+    stats_group(out, "shadow");
+#define ROW(field, name) stats_u64(out, name, st.field);
+    ROW(fills, "fills") ROW(expected, "fills-expected") ROW(pages, "pages") ROW(upgrades, "made-writable") ROW(slow, "slow") ROW(faults, "guest-faults")
+    ROW(flushes, "flushes") ROW(page_flushes, "flushes-page") ROW(switches, "switches") ROW(compared, "compared") ROW(dropped, "dropped")
+    ROW(downgraded, "made-read-only") ROW(moved, "moved") ROW(protects, "protected") ROW(evictions, "evictions") ROW(refused, "refused")
+    ROW(resets, "resets") ROW(windows, "windows") ROW(regions, "regions") ROW(mapped, "mapped") ROW(mappings, "mappings")
+#undef ROW
+    stats_u64(out, "fill-us", st.fill_cycles * 1000 / khz);        /* without the host's part of the fault */
+    stats_u64(out, "flush-us", st.flush_cycles * 1000 / khz);
+    stats_group_end(out);
 }
 
 static void *table(size_t bytes)

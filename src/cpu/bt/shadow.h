@@ -36,6 +36,7 @@
 #define SHADOW_SLOTS 512u
 
 struct shadow;
+struct stats;
 
 enum shadow_result {
     SHADOW_FILLED,                                                 /* try again */
@@ -120,3 +121,4 @@ void shadow_ran(struct icpu *c, unsigned ctx, u64 cycles, u64 misses);
 bool shadow_pays(const struct icpu *c, unsigned ctx);
 
 void shadow_stats(const struct icpu *c, struct shadow_stats *out);
+void shadow_report(const struct icpu *c, struct stats *out);       /* the same for --stats (cpu/stats.h) */

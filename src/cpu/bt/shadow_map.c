@@ -200,6 +200,7 @@ struct shadow_region *region_new(struct shadow *s, struct shadow_window *w, u64 
     r->la = ALIGN_DOWN(la, REGION_SIZE);
     r->window = (u16)window_index(s, w);
     r->cells = number;
+    s->regions++;
     w->cells += number != 0;
     u32 *head = &s->hash[region_hash(r->window, r->la)];
     r->hash_next = *head;
@@ -228,6 +229,7 @@ void region_free(struct shadow *s, struct shadow_region *r)
         s->cells_region[r->cells] = s->cells_list;
         s->cells_list = r->cells;
     }
+    s->regions--;
     r->next = s->region_list;
     s->region_list = n;
 }

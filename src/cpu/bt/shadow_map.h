@@ -83,6 +83,7 @@ struct shadow {
     struct shadow_region *region;
     struct shadow_cells *cells;
     u32 *cells_region;
+    u32 regions;                                                   /* in use */
     u32 region_list, region_top, cells_list, cells_top;            /* free lists (by next, cells_region); first number never used */
     u32 hash[4096], alias[16384], block_alias[1024];
     enum tlb_view_id expected_view;                                /* of icpu.bt.expected */
