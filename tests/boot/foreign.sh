@@ -150,7 +150,7 @@ while read -r m; do insmod $m; done </etc/modules
 mount -r -t ext4 /dev/vda1 /mnt
 echo "shell: $(uname -m) $(nproc) $(ls /mnt | tr '\n' ' ')"
 echo "tables: $(ls /sys/firmware/acpi/tables | tr '\n' ' ')"
-echo "complaints: $(dmesg | grep -c -i -E "acpi.*(error|warn|bug)|can.t claim|no compatible bridge|address conflict")"
+echo "complaints: $(dmesg | grep -v "report a bug" | grep -c -i -E "acpi.*(error|warn|bug)|can.t claim|no compatible bridge|address conflict")"
 poweroff -f
 I
         chmod 755 more/look && (cd more && echo look | cpio --quiet -o -H newc) >more.cpio &&
