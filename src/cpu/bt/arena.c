@@ -34,6 +34,7 @@ static void fill(struct emit *e)
     PUT(e, 0x04, 0x7f, 0x9e);                                      /* add al, 0x7f (overflows if bit 0 is set); sahf */
     for (unsigned i = 0; i < sizeof held; i++)
         op_gs(e, true, X_LOAD, held[i], OFF_R(held[i]));
+    op_gs(e, true, X_LOAD, S0, OFF(bt.kept));
 }
 
 static void put_stop_check(struct emit *e)

@@ -113,13 +113,17 @@ static struct tb *translate(struct icpu *c, struct bt *t, struct block *b, u32 p
     return tb;
 }
 
-/* Where in a translation to go on when op has been done. */
-static const u8 *code_behind(const struct bt *t, const struct tb *tb, unsigned op)
+/* Where in a translation to go on when op has been done; what it expects in S0 is put there. */
+static const u8 *code_behind(struct icpu *c, const struct bt *t, const struct tb *tb, unsigned op)
 {
     const struct tb_mark *m = &t->mark[tb->mark];
     for (unsigned i = 0; i < tb->marks; i++)
-        if (m[i].op == op + 1 && !(m[i].flags & MARK_COLD))
+        if (m[i].op == op + 1 && !(m[i].flags & MARK_COLD)) {
+            unsigned kept = m[i].flags >> MARK_KEPT;
+            if (kept)
+                c->bt.kept = c->bt.delta[tb->key & 3][c->r[kept - 1] >> 39 & 511];
             return t->rx + (tb->start + m[i].off - t->rw);
+        }
     return NULL;
 }
 
@@ -176,7 +180,7 @@ static bool run_code(struct icpu *c, struct bt *t, const u8 *code, unsigned key,
             unsigned op = c->bt.exit_site & 0xff;
             r = bt_run_op(c, c->bt.exit_site);
             if (r == OP_NEXT) {
-                code = code_behind(t, tb, op);
+                code = code_behind(c, t, tb, op);
                 if (c->bt.exit_slow) {
                     tb->b->slow |= (u32)BIT(op);
                     tb_kill(c, t, tb);

@@ -52,6 +52,7 @@ struct tb_mark {
 enum {
     MARK_COLD = 1,                                                 /* behind the block: not an instruction's beginning */
     MARK_POLLS = 2,                                                /* takes long, and looks at icpu.bt.stop itself */
+    MARK_KEPT = 3,                                                 /* from this bit on: 1 + the guest register whose slot's delta is in S0 here, or 0 */
 };
 
 /* A linear page that is mapped to a guest-physical one and holds translated code. */

@@ -7,6 +7,8 @@
  *
  * Software TLB (interp/tlb.h): look-up inline; what misses is done by the instruction's handler, which fills the TLB.
  *
+ * Several operands by the same base register, unchanged in between, look its slot up once: the delta is kept in S0 (tr.kept), up to the block's end.
+ *
  * A displacement below 1 MiB is left to the host instruction after its base alone has been translated: the windows have guard gaps of 2 GiB, and whoever hits
  * one gets the exact treatment by the handler.
  */
@@ -34,6 +36,7 @@ void tr_rsp_set(struct tr *t, unsigned src)
         return;
     }
     unsigned d = src == S0 ? S1 : S0;
+    t->kept = NO_REG;
     put_pext_gs(e, d, src, OFF(bt.mask_slot));
     op_gs_index(e, true, X_LOAD, d, d, OFF(bt.delta[0][0]) + t->view * 4096u);
     op_gs(e, true, X_STORE, d, OFF(bt.bias));
@@ -50,6 +53,8 @@ void tr_rsp_move(struct tr *t, s32 delta)
 
 void tr_load(struct tr *t, unsigned g, unsigned host)
 {
+    if (host == S0)
+        t->kept = NO_REG;
     if (g == RSP)
         tr_rsp_get(t, host);
     else if (tr_resident(g))
@@ -109,6 +114,8 @@ void tr_address(struct tr *t, const struct ea *m, unsigned dst, bool linear)
 {
     struct emit *e = &t->e;
     unsigned tmp = dst == S0 ? S1 : S0;
+    if (dst == S0 || (m->index != REG_ZERO && !tr_resident(m->index)) || (linear && m->seg >= SEG_FS))
+        t->kept = NO_REG;
     if (absolute(m)) {
         mov_imm64(e, dst, (u64)m->disp);
     } else {
@@ -133,6 +140,7 @@ void tr_address(struct tr *t, const struct ea *m, unsigned dst, bool linear)
 static void shadow_absolute(struct tr *t, const struct ea *m, struct place *p, unsigned want, unsigned *scratch)
 {
     struct emit *e = &t->e;
+    t->kept = NO_REG;
     op_gs(e, true, X_LOAD, S0, OFF(bt.delta[0][0]) + t->view * 4096u + ((u64)m->disp >> 39 & 511) * 8);
     *scratch = S1;
     if (m->disp == (s32)m->disp) {
@@ -156,6 +164,9 @@ static bool shadow_mem(struct tr *t, const struct ea *m, unsigned want, struct p
     if (small && m->base == RSP) {
         *p = (struct place){ RSP, NO_REG, 0, (s32)m->disp };
         *scratch = S0;
+    } else if (small && m->base == t->kept) {
+        *p = (struct place){ m->base, S0, 0, (s32)m->disp };
+        *scratch = S1;
     } else if (small && m->base < 16) {
         unsigned base = tr_read(t, m->base, S1);
         put_pext_gs(e, S0, base, OFF(bt.mask_slot));
@@ -166,11 +177,13 @@ static bool shadow_mem(struct tr *t, const struct ea *m, unsigned want, struct p
         } else {
             *p = (struct place){ base, S0, 0, (s32)m->disp };
         }
+        t->kept = tr_resident(m->base) ? m->base : NO_REG;
         *scratch = S1;
     } else if (absolute(m) && m->seg < SEG_FS) {
         shadow_absolute(t, m, p, want, scratch);
     } else {
         tr_address(t, m, S1, true);
+        t->kept = NO_REG;
         put_pext_gs(e, S0, S1, OFF(bt.mask_slot));
         op_gs_index(e, true, X_LOAD, S0, S0, table);
         if (want) {

@@ -126,6 +126,9 @@ static bool fault(struct icpu *c, struct bt *t, struct bt_trap *s)
         bool done = filled(c, tb, &tb->b->op[m->op], s);
         vcpu_where(c->v, was);
         if (done) {
+            unsigned kept = m->flags >> MARK_KEPT;
+            if (kept)
+                s->r[S0] = c->bt.delta[tb->key & 3][guest_register(c, s, kept - 1) >> 39 & 511];
             s->pc = (u64)(uintptr_t)(t->rx + (tb->start + m->off - t->rw));
             return true;
         }

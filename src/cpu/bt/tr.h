@@ -7,7 +7,7 @@
  *   - changes guest state (registers, RSP, memory) only behind its last instruction that can fault: a fault anywhere in it rolls back to its beginning
  *     and lets interp's handler do the instruction (and raise what is to be raised);
  *   - never pushes anything that the guest does not push;
- *   - may use S0 and S1.
+ *   - may use S0 and S1. Where it changes S0 by itself it says so: t->kept = NO_REG.
  */
 #pragma once
 
@@ -45,6 +45,7 @@ struct tr {
     unsigned view;                                                 /* enum tlb_view_id */
     bool shadow;                                                   /* memory operands go through the windows, else through the software TLB */
     unsigned i;                                                    /* the op that is being translated */
+    unsigned kept;                                                 /* S0 holds the delta of this guest register's slot (shadow); NO_REG: it does not */
     bool ended;                                                    /* that was the last one: i is their number */
     struct item item[BLOCK_OPS];
     struct cold cold[8 * BLOCK_OPS];

@@ -133,6 +133,8 @@ bool tr_rsp_used(const struct tr *t)
 void tr_mark(struct tr *t, unsigned op, unsigned flags)
 {
     bug_on(t->marks == ARRAY_SIZE(t->mark));
+    if (!(flags & MARK_COLD) && t->kept != NO_REG)
+        flags |= (t->kept + 1) << MARK_KEPT;
     t->mark[t->marks++] = (struct tb_mark){ (u16)(t->e.p - t->tb->start), (u8)op, (u8)flags };
 }
 
@@ -447,6 +449,20 @@ static bool put_item(struct tr *t, const struct item *it, const struct op *op, b
     }
 }
 
+/* Does S0 still hold what it did when this op is done? What emitters of other files do with it is not known here. */
+static bool keeps(const struct tr *t, const struct item *it)
+{
+    if (it->kind != K_PLAIN && it->kind != K_NOTHING && it->kind != K_LEA && it->kind != K_STACK && it->kind != K_BRANCH)
+        return false;
+    for (unsigned i = 0; i < it->d.insn.operand_count; i++) {
+        const ZydisDecodedOperand *o = &it->d.opnd[i];
+        bool high;
+        if (o->type == ZYDIS_OPERAND_TYPE_REGISTER && o->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE && decode_gpr(o->reg.value, &high) == t->kept)
+            return false;
+    }
+    return true;
+}
+
 static void put_op(struct tr *t, bool *last)
 {
     const struct op *op = &t->b->op[t->i];
@@ -455,8 +471,12 @@ static void put_op(struct tr *t, bool *last)
     u32 links = t->t->links;
     tr_mark(t, t->i, 0);
     marks = t->marks;
-    if (!(t->b->slow & BIT(t->i)) && put_item(t, &t->item[t->i], op, last))
+    if (!(t->b->slow & BIT(t->i)) && put_item(t, &t->item[t->i], op, last)) {
+        if (t->kept != NO_REG && !keeps(t, &t->item[t->i]))
+            t->kept = NO_REG;
         return;
+    }
+    t->kept = NO_REG;
     t->e.p = p;
     t->colds = colds;
     t->marks = marks;
@@ -474,7 +494,7 @@ static bool room(const struct bt *t)
 struct tb *bt_translate(struct icpu *c, struct bt *bt, struct block *b, u32 page, u32 page2, bool compare, bool *full)
 {
     unsigned key = bt_key(c);
-    struct tr t = { .c = c, .t = bt, .b = b, .view = key & 3, .shadow = key & KEY_SHADOW };
+    struct tr t = { .c = c, .t = bt, .b = b, .view = key & 3, .shadow = key & KEY_SHADOW, .kept = NO_REG };
     *full = !room(bt);
     if (*full)
         return NULL;

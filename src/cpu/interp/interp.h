@@ -105,6 +105,7 @@ struct icpu_bt {
     u64 host_rsp;                  /* the host's stack while translated code runs */
     u64 bias, nbias;               /* host RSP minus guest RSP, and the negative of it */
     u64 tmp[8];
+    u64 kept;                      /* S0 when translated code is entered: bt.h, MARK_KEPT */
     const u8 *resume;              /* where a handler call goes on */
     u64 mask_slot, mask_jump;      /* for PEXT: bits 47..39 of an address; which bits of an address choose its place in jump[] */
     u64 mask_tlb, mask_entry, mask_page;
