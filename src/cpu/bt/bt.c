@@ -106,8 +106,6 @@ static struct tb *translate(struct icpu *c, struct bt *t, struct block *b, u32 p
     vcpu_where(c->v, was);
     if (full) {
         code_flush_later(c);
-        c->tlb->generation++;                                      /* so that the next look-up takes the long way */
-        code_retag(c);
         b->runs = 0;
     }
     return tb;
@@ -219,7 +217,7 @@ static bool run_code(struct icpu *c, struct bt *t, const u8 *code, unsigned key,
 
 static bool usable(const struct icpu *c)
 {
-    return c->mode == IMODE_LONG64 && c->view != c->tlb->none && !c->v->m->debug.points && !c->v->m->debug.watches && !c->tlb->watch;
+    return c->mode == IMODE_LONG64 && c->view != c->tlb->none.e && !c->v->m->debug.points && !c->v->m->debug.watches && !c->tlb->watch;
 }
 
 /* The translation at c->rip, made if it is worth it. NULL: *b is to be interpreted; both NULL: the fetch has failed. */
@@ -371,6 +369,7 @@ static int vcpu_open(struct vcpu *v)
     c->bt.run = bt_run;
     c->bt.forget = bt_forget;
     c->bt.flushed = bt_flushed;
+    c->bt.context_changed = bt_context_changed;
     if (t->bmi2 && v->m->tools.mmu != MACHINE_MMU_SOFTTLB && shadow_open(c, codepage_is_code) < 0)
         trace(v->m->trace, TRACE_EXITS, (int)v->id, "%s: the software TLB is used instead", err_last());
     if (c->bt.shadow)

@@ -62,6 +62,15 @@ struct cpage {
     u32 next;
 };
 
+/* What an itlb holds: indexes in bt.page; and which entries have been filled, if there are not too many. */
+struct itlb {
+    u32 id[BT_ITLB_SIZE];
+    u16 filled[BT_ITLB_SIZE];
+    unsigned n;
+};
+#define ITLB_SUPER 0u
+#define ITLB_USER(context) (1u + (context))
+
 struct tb {
     u64 la, gpa;
     u8 *start;                                                     /* in the writable mapping; first byte is the entry */
@@ -95,10 +104,10 @@ struct bt {
     struct cpage *page;
     u32 tbs, links, marks, pages;                                  /* used of each; index 0 is none */
     u32 *hash, *frame, *page_hash;                                 /* tbs by linear address, by guest-physical page; pages by both */
-    u64 *itlb_user;                                                /* what icpu.bt.itlb is for supervisor code; which may hold pages that are not global */
-    u32 *itlb_id[2];                                               /* indexes of the pages in them, in bt.page: supervisor, user */
+    u64 (*itlb_user)[BT_ITLB_SIZE];                                /* by context (tlb.h) what icpu.bt.itlb is for supervisor code */
+    struct itlb *itlb;                                             /* what stands in them: the supervisor's, and the contexts' */
     u64 key[2];                                                    /* secrets are made of it */
-    bool itlb_private;
+    bool itlb_private;                                             /* the supervisor's may hold pages that are not global */
     int (*enter)(const u8 *code);                                  /* runs translated code until it is left: result of an op, or BT_EXIT_* */
     u32 op, light, leave_rip, leave_link, leave_signal, miss;      /* offsets of common routines */
     u32 check;                                                     /* enter's look at stop lies before this */
@@ -128,7 +137,8 @@ void tb_link(struct icpu *c, struct bt *t, u32 link, struct tb *to);
 void tb_jump_note(struct icpu *c, struct bt *t, struct tb *tb);    /* icpu.bt.jump leads here */
 /* icpu.bt.invalidate: kills what was made from guest-physical [gpa, gpa + len) (0, ~0: all). This vCPU's thread. Whether any are left in gpa's page. */
 bool bt_invalidate(struct icpu *c, u64 gpa, u64 len);
-void bt_flushed(struct icpu *c, enum tlb_flush what, u64 la);
+void bt_flushed(struct icpu *c, enum tlb_flush what, u64 la, unsigned context);
+void bt_context_changed(struct icpu *c, unsigned context);
 static inline struct tb *tb_of(struct bt *t, u32 index)
 {
     return index ? &t->tb[index] : NULL;

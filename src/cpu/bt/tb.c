@@ -1,7 +1,8 @@
 /*
  * Translations in their tables: look-up, pages, links, and how they end. What a translation is: bt.h.
  *
- * The itlb: a small direct-mapped table from linear page to the id of a (linear page, guest-physical page) pair, one for supervisor code and one for user code.
+ * The itlb: a small direct-mapped table from linear page to the id of a (linear page, guest-physical page) pair, one for supervisor code and one for user code
+ * in each context of the TLB's.
  * A translation is entered from outside its page only while its page stands there, so flushing the TLB means clearing entries here, and nothing else. What stands there
  * is not the id but a number that the guest cannot know: so a translation checks "is this the target that was meant" and "is the page still mapped" by one
  * comparison of their sum, for which no other target can be found.
@@ -33,7 +34,7 @@ static void drop(void *p, size_t n)
 #define TABLES(M)                                                                                     \
     M(tb, BT_TBS * sizeof *t->tb) M(link, BT_LINKS * sizeof *t->link) M(mark, BT_MARKS * sizeof *t->mark) M(page, BT_PAGES * sizeof *t->page)     \
     M(hash, BT_HASH * sizeof *t->hash) M(frame, BT_HASH * sizeof *t->frame) M(page_hash, BT_HASH * sizeof *t->page_hash)                   \
-    M(itlb_user, BT_ITLB_SIZE * sizeof *t->itlb_user) M(itlb_id[0], BT_ITLB_SIZE * sizeof *t->itlb_id[0]) M(itlb_id[1], BT_ITLB_SIZE * sizeof *t->itlb_id[1])
+    M(itlb_user, TLB_CONTEXTS * sizeof *t->itlb_user) M(itlb, ITLB_USER(TLB_CONTEXTS) * sizeof *t->itlb)
 
 int tb_open(struct icpu *c, struct bt *t)
 {
@@ -43,7 +44,7 @@ int tb_open(struct icpu *c, struct bt *t)
 #undef M
     if (!ok)
         return err(-ENOMEM, "vCPU %u: no memory for the translator's tables", c->v->id);
-    c->bt.itlb_user = t->itlb_user;
+    c->bt.itlb_user = t->itlb_user[c->tlb->context];
     if (getrandom(t->key, sizeof t->key, 0) != (ssize_t)sizeof t->key)
         return err(-EIO, "vCPU %u: no random numbers (getrandom): %s", c->v->id, strerror(errno));
     tb_reset(c, t);
@@ -57,12 +58,46 @@ void tb_close(struct bt *t)
 #undef M
 }
 
-static void itlb_clear(struct icpu *c, struct bt *t, bool user)
+/* ---- the itlb ---- */
+static u64 *itlb_secrets(struct icpu *c, struct bt *t, unsigned which)
 {
-    u64 *table = user ? t->itlb_user : c->bt.itlb;
-    for (unsigned i = 0; i < BT_ITLB_SIZE; i++)
-        if (t->itlb_id[user][i])
-            table[i] = t->itlb_id[user][i] = 0;
+    return which == ITLB_SUPER ? c->bt.itlb : t->itlb_user[which - 1];
+}
+
+static void itlb_put(struct bt *t, struct itlb *l, u64 *secrets, u32 slot, u32 id)
+{
+    if (!l->id[slot]) {
+        if (l->n < BT_ITLB_SIZE)
+            l->filled[l->n] = (u16)slot;
+        l->n += l->n <= BT_ITLB_SIZE;
+    }
+    l->id[slot] = id;
+    secrets[slot] = t->page[id].secret;
+}
+
+static void itlb_drop(struct icpu *c, struct bt *t, unsigned which, u32 slot)
+{
+    if (t->itlb[which].id[slot])
+        itlb_secrets(c, t, which)[slot] = t->itlb[which].id[slot] = 0;
+}
+
+static void itlb_clear(struct icpu *c, struct bt *t, unsigned which)
+{
+    struct itlb *l = &t->itlb[which];
+    if (l->n > BT_ITLB_SIZE)
+        for (u32 i = 0; i < BT_ITLB_SIZE; i++)
+            itlb_drop(c, t, which, i);
+    else
+        for (unsigned i = 0; i < l->n; i++)
+            itlb_drop(c, t, which, l->filled[i]);
+    l->n = 0;
+}
+
+static void itlb_clear_all(struct icpu *c, struct bt *t)
+{
+    t->itlb_private = false;
+    for (unsigned i = 0; i < ITLB_USER(TLB_CONTEXTS); i++)
+        itlb_clear(c, t, i);
 }
 
 static void jumps_clear(struct icpu *c, struct bt *t)
@@ -82,8 +117,7 @@ void tb_reset(struct icpu *c, struct bt *t)
     give_back(t->hash, BT_HASH * sizeof *t->hash);
     give_back(t->frame, BT_HASH * sizeof *t->frame);
     give_back(t->page_hash, BT_HASH * sizeof *t->page_hash);
-    itlb_clear(c, t, false);
-    itlb_clear(c, t, true);
+    itlb_clear_all(c, t);
     jumps_clear(c, t);
     t->used = t->first;
     t->tbs = t->links = t->marks = t->pages = 1;                   /* 0 is none */
@@ -123,7 +157,8 @@ static u32 page_id(struct bt *t, u64 la, u64 gpa)
 
 u32 tb_page(struct icpu *c, struct bt *t, u64 la, bool user)
 {
-    u32 slot = la >> PAGE_SHIFT & (BT_ITLB_SIZE - 1), id = t->itlb_id[user][slot], error;
+    struct itlb *l = &t->itlb[user ? ITLB_USER(c->tlb->context) : ITLB_SUPER];
+    u32 slot = la >> PAGE_SHIFT & (BT_ITLB_SIZE - 1), id = l->id[slot], error;
     la &= PAGE_MASK;
     if (likely(id && t->page[id].la == la))
         return id;
@@ -135,30 +170,65 @@ u32 tb_page(struct icpu *c, struct bt *t, u64 la, bool user)
         return 0;
     id = page_id(t, la, tlb_gpa(c, view, la));
     if (id) {
-        t->itlb_id[user][slot] = id;
-        (user ? t->itlb_user : c->bt.itlb)[slot] = t->page[id].secret;
-        if (!user && !c->tlb->view[view].page[la >> PAGE_SHIFT & (TLB_SIZE - 1)].global)
+        itlb_put(t, l, user ? c->bt.itlb_user : c->bt.itlb, slot, id);
+        if (!user && !(c->tlb->view[view]->page[la >> PAGE_SHIFT & (TLB_SIZE - 1)] & TLB_GLOBAL))
             t->itlb_private = true;
     }
     return id;
 }
 
-void bt_flushed(struct icpu *c, enum tlb_flush what, u64 la)
+static void itlb_private_clear(struct icpu *c, struct bt *t)
+{
+    if (t->itlb_private)
+        itlb_clear(c, t, ITLB_SUPER);
+    t->itlb_private = false;
+}
+
+/* The shadow knows itself what is large. */
+static void flushed_shadow(struct icpu *c, enum tlb_flush what, u64 la, unsigned context)
+{
+    if (what == FLUSH_ALL)
+        shadow_flush(c, FLUSH_ALL, 0, 0);
+    else if (what != FLUSH_NONGLOBAL && context != c->tlb->context)
+        shadow_flush_in(c, la, context);
+    else if (what != FLUSH_NONGLOBAL)
+        shadow_flush(c, FLUSH_PAGE, la, context);
+    else if (context != TLB_EVERY)
+        shadow_flush(c, FLUSH_NONGLOBAL, 0, context);
+    else
+        for (unsigned i = 0; i < TLB_CONTEXTS; i++)
+            shadow_flush(c, FLUSH_NONGLOBAL, 0, i);
+}
+
+void bt_flushed(struct icpu *c, enum tlb_flush what, u64 la, unsigned context)
 {
     struct bt *t = c->bt.bt;
     if (c->bt.shadow)
-        shadow_flush(c, what, la, 0);
-    if (what == FLUSH_PAGE) {
-        u32 slot = la >> PAGE_SHIFT & (BT_ITLB_SIZE - 1);
-        c->bt.itlb[slot] = t->itlb_user[slot] = 0;
-        t->itlb_id[0][slot] = t->itlb_id[1][slot] = 0;
-        return;
+        flushed_shadow(c, what, la, context);
+    switch (what) {
+    case FLUSH_PAGE:
+        for (unsigned i = 0; i < ITLB_USER(TLB_CONTEXTS); i++)     /* it may be global */
+            itlb_drop(c, t, i, la >> PAGE_SHIFT & (BT_ITLB_SIZE - 1));
+        break;
+    case FLUSH_NONGLOBAL:
+        for (unsigned i = 0; i < TLB_CONTEXTS; i++)
+            if (i == context || context == TLB_EVERY)
+                itlb_clear(c, t, ITLB_USER(i));
+        if (context == c->tlb->context || context == TLB_EVERY)
+            itlb_private_clear(c, t);
+        break;
+    default:
+        itlb_clear_all(c, t);
     }
-    itlb_clear(c, t, true);
-    if (what == FLUSH_ALL || t->itlb_private) {
-        itlb_clear(c, t, false);
-        t->itlb_private = false;
-    }
+}
+
+void bt_context_changed(struct icpu *c, unsigned context)
+{
+    struct bt *t = c->bt.bt;
+    c->bt.itlb_user = t->itlb_user[context];
+    itlb_private_clear(c, t);
+    if (c->bt.shadow)
+        shadow_context(c, context);
 }
 
 /* ---- translations ---- */

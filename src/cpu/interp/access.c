@@ -162,7 +162,7 @@ static bool holds_code(const struct icpu *c, u64 gpa)
 static void retag(struct icpu *c, enum tlb_view_id view, const struct piece *p)
 {
     if (!holds_code(c, p->gpa))
-        tlb_slot(c->tlb->view[view].e, p->la)->tag[MMU_WRITE] &= ~(u64)TLB_CODE;
+        tlb_slot(c->tlb->view[view]->e, p->la)->tag[MMU_WRITE] &= ~(u64)TLB_CODE;
 }
 
 /* To RAM. The TLB's word is not enough: the page may have become code since the look-up (another piece's device was waited for). */
@@ -215,7 +215,7 @@ static int view_store(struct icpu *c, enum tlb_view_id view, u64 la, const u8 *b
 /* #AC for accesses of 2, 4 and 8 bytes (SDM vol. 3A 6.15 interrupt 17); armed: the fast view is the one that never matches. */
 static bool misaligned(const struct icpu *c, u64 la, unsigned size)
 {
-    return unlikely(c->view == c->tlb->none) && la & (size - 1);
+    return unlikely(c->view == c->tlb->none.e) && la & (size - 1);
 }
 
 static u64 host_load(const void *p, unsigned size)
@@ -288,7 +288,7 @@ void *lin_host(struct icpu *c, u64 la, unsigned n, enum mmu_access access)
     u32 error;
     if (likely(p))
         return p;
-    if (c->view == c->tlb->none || (la & ~PAGE_MASK) + n > PAGE_SIZE || !tlb_canonical(la))
+    if (c->view == c->tlb->none.e || (la & ~PAGE_MASK) + n > PAGE_SIZE || !tlb_canonical(la))
         return NULL;
     struct tlb_entry *e = tlb_lookup(c, c->tlb->cur, la, access, &error);
     return e && e->tag[access] == (la & PAGE_MASK) ? (u8 *)(uintptr_t)(la + e->addend) : NULL;

@@ -96,6 +96,7 @@ static void code_flush(struct icpu *c)
 void code_flush_later(struct icpu *c)
 {
     c->code->flush_wanted = true;
+    jump_clear(c->code);                                           /* so that the next look-up takes the long way */
 }
 
 int code_ram_changed(struct icpu *c)
@@ -117,7 +118,9 @@ int code_ram_changed(struct icpu *c)
 
 void code_retag(struct icpu *c)
 {
-    c->code_tag = (c->tlb->generation + 1) << 8 | (u64)c->mode << 1 | (c->cpl == 3);
+    u64 mode = (u64)c->mode << 1 | (c->cpl == 3);
+    const struct tlb *t = c->tlb;
+    c->code_tag = (c->cpl == 3 || t->local ? t->ctx[t->context].generation : t->super_generation) << 8 | mode;
 }
 
 /* ---- blocks in the tables ---- */
@@ -157,14 +160,12 @@ static void block_dead(struct icpu *c, struct block *b)
         c->bt.forget(c, b);
 }
 
-/* Takes b out of the hash; the jump cache forgets everything. b's memory stays until the next flush: it may be running. */
+/* Takes b out of the tables; the jump cache does not find dead ones. b's memory stays until the next flush: it may be running. */
 static void block_kill(struct icpu *c, struct block *b)
 {
     unlink_hash(c->code, b);
     unlink_page(c->code, b);
     block_dead(c, b);
-    c->tlb->generation++;
-    code_retag(c);
 }
 
 static int op_leave(struct icpu *c, const struct op *op)
@@ -232,8 +233,6 @@ static void page_forget(struct icpu *c, u64 gpa)
         block_dead(c, b);
     }
     k->page_state[gpa >> PAGE_SHIFT] = 0;
-    c->tlb->generation++;
-    code_retag(c);
 }
 
 void code_written(struct icpu *c, u64 gpa, unsigned n, bool forget)
@@ -387,10 +386,15 @@ struct fetch {
     const u8 *host;                                                /* NULL: no RAM */
 };
 
+static enum tlb_view_id code_view(const struct icpu *c)
+{
+    return c->cpl == 3 ? VIEW_USER : tlb_system_view(c);
+}
+
 static int fetch_page(struct icpu *c, u64 la, struct fetch *f)
 {
     u32 error;
-    enum tlb_view_id view = c->cpl == 3 ? VIEW_USER : tlb_system_view(c);
+    enum tlb_view_id view = code_view(c);
     struct tlb_entry *e = tlb_lookup(c, view, la, MMU_EXEC, &error);
     if (!e)
         return fault_page(c, la, error);
@@ -494,8 +498,10 @@ static struct block *find_slow(struct icpu *c, u64 la)
         if (!b)
             b = decode_crossing(c, &f);
     }
-    if (b && b->gpa2 == BLOCK_DEAD && !point_at(c, la))
+    if (b && b->gpa2 == BLOCK_DEAD && !point_at(c, la)) {
+        tlb_note_code(c, code_view(c), la);
         *code_jump_slot(c->code, la) = (struct jump_entry){ la, c->code_tag, b, f.host };
+    }
     return b;
 }
 

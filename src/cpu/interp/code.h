@@ -113,7 +113,8 @@ static inline struct block *code_find(struct icpu *c)
 {
     u64 la = (c->cs_base + c->rip) & c->rip_mask;
     struct jump_entry *j = code_jump_slot(c->code, la);
-    if (likely(j->la == la && j->tag == c->code_tag && c->rip + j->block->len - 1 <= c->rip_limit && block_matches(j->block, j->host)))
+    if (likely(j->la == la && j->tag == c->code_tag && c->rip + j->block->len - 1 <= c->rip_limit && j->block->gpa != BLOCK_DEAD &&
+               block_matches(j->block, j->host)))
         return j->block;
     return code_find_slow(c, la);
 }

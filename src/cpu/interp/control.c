@@ -93,10 +93,8 @@ int cr3_write(struct icpu *c, u64 val)
     }
     trace(c->v->m->trace, TRACE_CR3, (int)c->v->id, "cr3 0x%llx -> 0x%llx", (unsigned long long)x->cr3,
           (unsigned long long)val);
-    bool same = val == x->cr3;
     x->cr3 = val;
-    if (!(keep && same)) /* the TLB has no tags: another PCID's entries cannot stay, whatever bit 63 allows */
-        tlb_flush_nonglobal(c);
+    tlb_cr3(c, keep);
     return OP_END;
 }
 

@@ -91,7 +91,11 @@ struct icode;                      /* block cache: code.h */
 struct codepage_vcpu;              /* pages with code, machine-wide: cpu/bt/codepage.h */
 
 #define PROTECT_ALL (~0ull)
-enum tlb_flush { FLUSH_ALL, FLUSH_NONGLOBAL, FLUSH_PAGE };
+/*
+ * What was dropped: everything; of one context (TLB_EVERY: of each) what is not global; the page at la in one context, and in all of them where it is global; the
+ * same, but la is or was in a large page, of up to 1 GiB, and all of that is meant.
+ */
+enum tlb_flush { FLUSH_ALL, FLUSH_NONGLOBAL, FLUSH_PAGE, FLUSH_LARGE };
 
 /*
  * What a translator (cpu/bt) keeps beside the interpreter's state, where its generated code can address it. run replaces the fast loop; forget is told of a
@@ -118,7 +122,8 @@ struct icpu_bt {
     _Atomic u32 inside;            /* in translated code: a kick needs a signal */
     void (*run)(struct icpu *c);
     void (*forget)(struct icpu *c, struct block *b);
-    void (*flushed)(struct icpu *c, enum tlb_flush what, u64 la); /* translations have been dropped; NULL: nobody asks */
+    void (*flushed)(struct icpu *c, enum tlb_flush what, u64 la, unsigned context); /* translations have been dropped; NULL: nobody asks */
+    void (*context_changed)(struct icpu *c, unsigned context);    /* tlb.context is another one; NULL: nobody asks */
     bool single;                   /* run() runs one translation and returns, whatever events there are, and links nothing: check.c */
     bool count;                    /* translated code counts the instructions that it completes in `insns`, which run() adds to vcpu.insns */
     u64 insns;
@@ -173,7 +178,7 @@ struct icpu {
     u64 rip_mask;                  /* ~0 in 64-bit mode, else 0xffffffff */
     u64 rip_limit;                 /* ~0 in 64-bit mode, else CS.limit */
     u64 cs_base;                   /* 0 in 64-bit mode */
-    u64 code_tag;                  /* translation generation, mode and privilege: what a jump cache entry must match (code.h) */
+    u64 code_tag;                  /* generation of translations, mode and privilege: what a jump cache entry must match (code.h) */
     u32 pkru;                      /* the register; who changes it calls tlb_views() */
     bool step;                     /* one instruction at a time: repeated string instructions return OP_RESTART after each iteration */
     bool ss_shadow;                /* single-stepping: the shadow is that of MOV SS or POP SS, which holds back debug exceptions, too */
@@ -255,8 +260,12 @@ void stack_move(struct icpu *c, s64 delta);
 
 /* ---- translations: tlb.c; called after the change ---- */
 void tlb_flush_all(struct icpu *c);                                /* global ones too */
-void tlb_flush_nonglobal(struct icpu *c);                          /* MOV CR3 */
+void tlb_flush_nonglobal(struct icpu *c);                          /* of the current PCID */
+void tlb_cr3(struct icpu *c, bool keep);                           /* MOV CR3; keep: bit 63 with PCIDs */
 void tlb_flush_page(struct icpu *c, u64 la);                       /* INVLPG: also global ones, all views */
+void tlb_flush_pcid_page(struct icpu *c, u64 pcid, u64 la);        /* INVPCID, types 0, 1 and 3; 2 is tlb_flush_all() */
+void tlb_flush_pcid(struct icpu *c, u64 pcid);
+void tlb_flush_pcids(struct icpu *c);
 void tlb_views(struct icpu *c);                                    /* CPL, CR0, CR4, EFER, AC or PKRU changed: select or drop views as needed */
 
 /* ---- state changes ---- */

@@ -55,7 +55,6 @@ enum { INVPCID_ADDRESS, INVPCID_CONTEXT, INVPCID_ALL_GLOBAL, INVPCID_ALL };
 static int op_invpcid(struct icpu *c, const struct op *op)
 {
     u64 la, pcid, addr, type = in_64bit(c) ? c->r[op->reg] : (u32)c->r[op->reg];
-    u64 current = c->x->cr4 & CR4_PCIDE ? c->x->cr3 & 0xfff : 0;
     if (c->cpl)
         return fault_gp(c, 0);
     if (mem_linear(c, op, 16, MMU_READ, &la) || lin_load(c, la, 8, &pcid))
@@ -68,20 +67,18 @@ static int op_invpcid(struct icpu *c, const struct op *op)
         return fault_gp(c, 0);
     if (type == INVPCID_ADDRESS && !is_canonical(addr))
         return fault_gp(c, 0);
-    switch (type) {                        /* the TLB holds entries of the current PCID only */
+    switch (type) {
     case INVPCID_ADDRESS:
-        if (pcid == current)
-            tlb_flush_page(c, addr);
+        tlb_flush_pcid_page(c, pcid, addr);
         break;
     case INVPCID_CONTEXT:
-        if (pcid == current)
-            tlb_flush_nonglobal(c);
+        tlb_flush_pcid(c, pcid);
         break;
     case INVPCID_ALL_GLOBAL:
         tlb_flush_all(c);
         break;
     case INVPCID_ALL:
-        tlb_flush_nonglobal(c);
+        tlb_flush_pcids(c);
         break;
     }
     return OP_END;
