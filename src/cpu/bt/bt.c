@@ -51,6 +51,10 @@ static int op_done(struct icpu *c, struct tb *tb, const struct op *op, int r)
         c->bt.insns += (u64)(op - tb->b->op) + 1;
         return BT_EXIT_RIP;
     }
+    if (unlikely((tb->key & 3u) != c->tlb->cur)) {                 /* STAC, CLAC: what follows sees memory otherwise */
+        c->bt.insns += (u64)(op - tb->b->op) + 1;
+        return BT_EXIT_RIP;
+    }
     bt_rebias(c, tb->key);
     return OP_NEXT;
 }
