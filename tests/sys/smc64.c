@@ -103,6 +103,192 @@ static void self(void)
     eq("value", r, 8);
 }
 
+/*
+ * Every kind of store, each into the instruction that follows it: [the store] movabs $imm64, %rax; ret, with RDI = the
+ * immediate. Whatever memory holds afterwards is what must have been executed. Often enough that a translator has made
+ * something of it.
+ */
+#define SEEN 0x0101010101010101ull
+static const struct storing {
+    const char *name;
+    u8 n, b[15];
+    u64 rax; /* the value, or what is compared with */
+} storing[] = {
+    {"MOV byte", 2, {0x88, 0x07}, 0x12},
+    {"MOV word", 3, {0x66, 0x89, 0x07}, 0x1234},
+    {"MOV", 2, {0x89, 0x07}, 0x12345678},
+    {"MOV quadword", 3, {0x48, 0x89, 0x07}, 0x123456789abcdef0},
+    {"MOV immediate", 6, {0xc7, 0x07, 1, 2, 3, 4}, 0},
+    {"MOV to an absolute address", 10, {0x48, 0xa3}, 0x1122334455667788}, /* the address is filled in */
+    {"MOVNTI", 4, {0x48, 0x0f, 0xc3, 0x07}, 0x1122334455667788},
+    {"MOVBE", 4, {0x0f, 0x38, 0xf1, 0x07}, 0x12345678},
+    {"STOSQ", 2, {0x48, 0xab}, 0x1122334455667788},
+    {"REP STOSB", 2, {0xf3, 0xaa}, 0x55},
+    {"REP MOVSB", 2, {0xf3, 0xa4}, 0},
+    {"MOVSQ", 2, {0x48, 0xa5}, 0},
+    {"ADD", 2, {0x01, 0x07}, 7},
+    {"LOCK ADD", 3, {0xf0, 0x01, 0x07}, 7},
+    {"NOT", 3, {0x48, 0xf7, 0x17}, 0},
+    {"NEG", 2, {0xf6, 0x1f}, 0},
+    {"LOCK INC", 3, {0xf0, 0xff, 0x07}, 0},
+    {"SHL", 2, {0xd1, 0x27}, 0},
+    {"SETNZ", 3, {0x0f, 0x94, 0x07}, 0},
+    {"BTS", 4, {0x0f, 0xba, 0x2f, 7}, 0},
+    {"LOCK BTC", 6, {0xf0, 0x48, 0x0f, 0xba, 0x3f, 40}, 0},
+    {"XCHG", 2, {0x87, 0x07}, 0x12345678},
+    {"XADD", 3, {0x0f, 0xc1, 0x07}, 9},
+    {"LOCK XADD", 4, {0xf0, 0x0f, 0xc1, 0x07}, 9},
+    {"CMPXCHG", 4, {0x48, 0x0f, 0xb1, 0x0f}, SEEN},
+    {"LOCK CMPXCHG", 5, {0xf0, 0x48, 0x0f, 0xb1, 0x0f}, SEEN},
+    {"LOCK CMPXCHG8B", 4, {0xf0, 0x0f, 0xc7, 0x0f}, SEEN & 0xffffffff},
+    {"PUSH", 11, {0x49, 0x89, 0xe0, 0x48, 0x8d, 0x67, 0x08, 0x53, 0x4c, 0x89, 0xc4}, 0},
+    {"CALL", 15, {0x49, 0x89, 0xe0, 0x48, 0x8d, 0x67, 0x08, 0xe8, 0, 0, 0, 0, 0x4c, 0x89, 0xc4}, 0},
+    {"POP", 4, {0x53, 0x8f, 0x07, 0x90}, 0},
+    {"PUSHF", 11, {0x49, 0x89, 0xe0, 0x48, 0x8d, 0x67, 0x08, 0x9c, 0x4c, 0x89, 0xc4}, 0},
+    {"MOVD", 4, {0x66, 0x0f, 0x7e, 0x07}, 0},
+    {"MOVQ", 4, {0x66, 0x0f, 0xd6, 0x07}, 0},
+    {"MOVHPS", 3, {0x0f, 0x17, 0x07}, 0},
+    {"MOVUPS", 3, {0x0f, 0x11, 0x07}, 0},
+    {"MOVDQU", 4, {0xf3, 0x0f, 0x7f, 0x07}, 0},
+    {"MASKMOVDQU", 4, {0x66, 0x0f, 0xf7, 0xc0}, 0},
+    {"PEXTRW", 6, {0x66, 0x0f, 0x3a, 0x15, 0x07, 0}, 0},
+    {"STMXCSR", 3, {0x0f, 0xae, 0x1f}, 0},
+    {"FSTP", 4, {0xd9, 0xe8, 0xdd, 0x1f}, 0},
+    {"FNSTCW", 2, {0xd9, 0x3f}, 0},
+    {"SMSW", 3, {0x0f, 0x01, 0x27}, 0},
+    {"STR", 3, {0x0f, 0x00, 0x0f}, 0},
+};
+
+/* The code for a store at offset off of the frames; the immediate's offset. */
+static unsigned put_storing(const struct storing *s, unsigned off)
+{
+    static const u8 tail[] = {0xc3, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90};
+    unsigned n = off;
+
+    memcpy(frames + n, s->b, s->n);
+    n += s->n;
+    memcpy(frames + n, (const u8[]){0x48, 0xb8}, 2);
+    n += 2;
+    memset(frames + n, 1, 8);
+    memcpy(frames + n + 8, tail, sizeof(tail));
+    return n;
+}
+
+static ulong call_storing(const struct storing *s, unsigned off, ulong target)
+{
+    static u64 xmm[2] __attribute__((aligned(16))), source;
+    ulong r = s->rax, c = s->b[0] == 0xf3 && (s->b[1] | 1) != 0x0f ? 8 : 0x5566778811223344, d = SEEN >> 32, b = 0x99aabbccddeeff11;
+    ulong di = target, si = (ulong)&source;
+
+    xmm[0] = 0x8877665544332211;
+    xmm[1] = 0x90909090909090c3; /* what is there already behind the immediate */
+    source = 0x1020304050607080;
+    asm volatile("movaps %0, %%xmm0" ::"m"(xmm));
+    asm volatile(TRY("movq %%rsp, %%r9; call *%[at]")
+                 : "+a"(r), "+c"(c), "+d"(d), "+D"(di), "+S"(si), "+b"(b)
+                 : [at] "r"(code + off)
+                 : "r8", "r9", "memory", "cc");
+    return r;
+}
+
+static void stores(void)
+{
+    for (unsigned i = 0; i < ARRAY_SIZE(storing); i++) {
+        const struct storing *s = &storing[i];
+        bool movbe = s->b[0] == 0x0f && s->b[1] == 0x38;
+
+        test("smc: into the next instruction, by %s", s->name);
+        if (movbe && !(cpuid(1, 0).c & BIT(22))) {
+            skip("no MOVBE");
+            continue;
+        }
+        for (unsigned round = 0; round < 120; round++) {
+            unsigned off = 0x400 + 64 * (round & 1), imm = put_storing(s, off);
+            ulong target = (ulong)(round & 2 ? ALIAS : VA_TEST) + imm, r;
+
+            if (s->b[1] == 0xa3)
+                memcpy(frames + off + 2, &target, 8);
+            r = call_storing(s, off, target);
+            eq("executed what is there", r, *(u64 *)(frames + imm));
+            must("written", r != SEEN);
+        }
+    }
+}
+
+static u64 tsc(void)
+{
+    u32 lo, hi;
+    asm volatile("rdtsc" : "=a"(lo), "=d"(hi));
+    return (u64)hi << 32 | lo;
+}
+
+static void loops(void)
+{
+    ulong r;
+
+    test("smc: a loop whose body changes the loop's own first instruction");
+    /* xor %edx,%edx; mov $1000,%ecx; L: mov $0,%eax; add %eax,%edx; incl L+1; dec %ecx; jnz L; mov %edx,%eax; ret */
+    for (int i = 0; i < 20; i++) {
+        PUT(0x600, 0x31, 0xd2, 0xb9, 0xe8, 3, 0, 0, 0xb8, 0, 0, 0, 0, 0x01, 0xc2, 0xff, 0x05, 0xf4, 0xff, 0xff, 0xff, 0xff, 0xc9,
+            0x75, 0xef, 0x89, 0xd0, 0xc3);
+        eq("sum of 0..999", call(code + 0x600), 499500);
+    }
+    test("smc: a counter in the page of the loop that counts");
+    /* mov $100000,%ecx; L: incl counter(%rip); dec %ecx; jnz L; mov counter,%eax; ret */
+    PUT(0x640, 0xb9, 0xa0, 0x86, 1, 0, 0xff, 0x05, 0x35, 0, 0, 0, 0xff, 0xc9, 0x75, 0xf6, 0x8b, 0x05, 0x2b, 0, 0, 0, 0xc3);
+    memset(frames + 0x680, 0, 4);
+    u64 t = tsc();
+    eq("count", call(code + 0x640), 100000);
+    note("100000 stores beside the code: %u cycles each", (u32)((tsc() - t) / 100000));
+    test("smc: the stack in the page of the code that uses it");
+    /* mov %rsp,%r8; mov %rdi,%rsp; mov $20000,%ecx; xor %eax,%eax; L: call F; dec %ecx; jnz L; mov %r8,%rsp; ret; F: push %rcx; pop %rdx; add %edx,%eax;
+     * ret */
+    PUT(0x6c0, 0x49, 0x89, 0xe0, 0x48, 0x89, 0xfc, 0xb9, 0x20, 0x4e, 0, 0, 0x31, 0xc0, 0xe8, 8, 0, 0, 0, 0xff, 0xc9, 0x75, 0xf7, 0x4c,
+        0x89, 0xc4, 0xc3, 0x51, 0x5a, 0x01, 0xd0, 0xc3);
+    t = tsc();
+    asm volatile(TRY("call *%1") : "=a"(r) : "r"(code + 0x6c0), "D"(code + 0x800) : "rcx", "rdx", "r8", "memory", "cc");
+    eq("sum", r, 200010000);
+    note("20000 calls with the stack beside the code: %u cycles each", (u32)((tsc() - t) / 20000));
+    test("smc: a page that is code and data by turns");
+    for (u32 i = 0; i < 300; i++) {
+        PUT(0x1000, 0xb8, i, i >> 8, 0, 0, 0xc3);
+        eq("code", call(code + 0x1000), i);
+        eq("code", call(code + 0x1000), i);
+        memset(frames + 0x1000, i, 4096);
+        for (unsigned k = 0; k < 4096; k += 512)
+            eq("data", frames[0x1000 + k], (u8)i);
+    }
+    test("smc: 100000 times a function is written and called");
+    t = tsc();
+    for (u32 i = 0; i < 100000; i++) {
+        *(volatile u32 *)(code + 0x901) = i;
+        if (!i)
+            code[0x900] = 0xb8, code[0x905] = 0xc3;
+        asm volatile("call *%1" : "=a"(r) : "r"(code + 0x900) : "memory");
+        if (r != i)
+            break;
+    }
+    eq("last", r, 99999);
+    note("100000 functions of one instruction, written and called: %u cycles each", (u32)((tsc() - t) / 100000));
+    test("smc: 2000 times a page is filled with functions, and each called twice");
+    t = tsc();
+    for (u32 i = 0; i < 2000; i++) {
+        u32 sum = 0;
+        for (unsigned k = 0; k < 32; k++) {
+            frames[0x1000 + 128 * k] = 0xb8;
+            *(volatile u32 *)(frames + 0x1001 + 128 * k) = i + k;
+            frames[0x1005 + 128 * k] = 0xc3;
+        }
+        for (unsigned k = 0; k < 64; k++) {
+            asm volatile("call *%1" : "=a"(r) : "r"(code + 0x1000 + 128 * (k & 31)) : "memory");
+            sum += r;
+        }
+        if (sum != 2 * (32 * i + 496))
+            must("sum", false);
+    }
+    note("64000 functions, written and called twice: %u cycles each", (u32)((tsc() - t) / 64000));
+}
+
 static void mapping(void)
 {
     u8 *other = pages_new(1);
@@ -317,7 +503,11 @@ int main(void)
         map(VA_TEST + 0x1000 * i, (u64)frames + 0x1000 * i, 3);
         map(ALIAS + 0x1000 * i, (u64)frames + 0x1000 * i, 3);
     }
+    write_cr4(read_cr4() | CR4_OSFXSR | CR4_OSXMMEXCPT);
+    asm volatile("fninit");
     self();
+    stores();
+    loops();
     mapping();
     fetch_faults();
     length();
