@@ -15,6 +15,7 @@
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#include <x86intrin.h>
 
 #include "base/err.h"
 #include "cpu/bt/codepage.h"
@@ -26,7 +27,28 @@
 
 unsigned bt_key(const struct icpu *c)
 {
-    return c->tlb->cur | (shadow_possible(c) ? KEY_SHADOW : 0);
+    enum tlb_view_id view = c->tlb->cur;
+    if (!shadow_possible(c))
+        return view;
+    if (c->bt.bt->choose && !(view == VIEW_SUPER ? shadow_pays(c, SHADOW_CONTEXTS) : shadow_pays(c, c->tlb->context)))
+        return view;
+    return view | KEY_SHADOW;
+}
+
+void bt_account(struct icpu *c, unsigned context)
+{
+    struct bt *t = c->bt.bt;
+    u64 now = __rdtsc(), space = c->x->cr3 & ~0xfffull;
+    const u64 *count = c->v->count;
+    u64 misses = count[COUNT_TLB_WALK_READ] + count[COUNT_TLB_WALK_WRITE];
+    shadow_ran(c, context, now - t->since, misses - t->misses);
+    t->since = now;
+    t->misses = misses;
+    context = c->tlb->context;
+    if (t->space[context] != space) {
+        t->space[context] = space;
+        shadow_started(c, context);
+    }
 }
 
 void bt_rebias(struct icpu *c, unsigned key)
@@ -259,6 +281,8 @@ static void bt_run(struct icpu *c)
         vcpu_where(c->v, was);
         return;
     }
+    if (t->choose && !(++t->turns & 63))
+        bt_account(c, c->tlb->context);
     atomic_store_explicit(&c->bt.inside, 1, memory_order_relaxed);
     do {
         struct block *b;
@@ -307,6 +331,7 @@ static enum run_exit run(struct vcpu *v)
     if (bt_signal_here(c) < 0)
         return RUN_FAILED;
     atomic_store(&c->bt.bt->thread, bt_signal_thread());
+    c->bt.bt->since = __rdtsc();
     enum run_exit r = interp_engine.run(v);
     bt_signal_here(NULL);
     atomic_store(&c->bt.bt->thread, 0);
@@ -376,6 +401,7 @@ static int vcpu_open(struct vcpu *v)
     c->bt.context_changed = bt_context_changed;
     if (t->bmi2 && v->m->tools.mmu != MACHINE_MMU_SOFTTLB && shadow_open(c, codepage_is_code) < 0)
         trace(v->m->trace, TRACE_EXITS, (int)v->id, "%s: the software TLB is used instead", err_last());
+    t->choose = c->bt.shadow && v->m->tools.mmu == MACHINE_MMU_AUTO;
     if (c->bt.shadow)
         c->bt.protect = shadow_protect;
     c->bt.invalidate = bt_invalidate;

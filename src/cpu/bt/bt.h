@@ -114,6 +114,11 @@ struct bt {
     bool bmi2;
     _Atomic int thread;                                            /* that runs it, for kicks */
     unsigned runs;                                                 /* BT_RUNS, or 1 */
+    /* --mmu auto */
+    bool choose;
+    u64 since, misses;                                             /* time stamp and misses of the software TLB when time was last accounted for */
+    u64 space[TLB_CONTEXTS];                                       /* CR3 that each context had then */
+    unsigned context, turns;
     u64 killed, resets, signals, steps, slow_ops;                  /* statistics */
 };
 
@@ -154,3 +159,4 @@ int bt_run_op(struct icpu *c, u32 site);
 int bt_run_light(struct icpu *c, u32 site, int (*fn)(struct icpu *c, const struct op *op));
 void bt_rebias(struct icpu *c, unsigned key);                      /* icpu.bt.bias for the guest's RSP */
 unsigned bt_key(const struct icpu *c);
+void bt_account(struct icpu *c, unsigned context);                 /* the time since the last call was this context's */

@@ -227,6 +227,9 @@ void bt_context_changed(struct icpu *c, unsigned context)
     struct bt *t = c->bt.bt;
     c->bt.itlb_user = t->itlb_user[context];
     itlb_private_clear(c, t);
+    if (t->choose)
+        bt_account(c, t->context);
+    t->context = context;
     if (c->bt.shadow)
         shadow_context(c, context);
 }
