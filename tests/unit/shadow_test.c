@@ -481,6 +481,7 @@ static void test_expected(void **state)
         put(f, USER, 1, 0);
         assert_int_equal(writes(f, VIEW_USER, USER + 8), FAULTED);
         assert_true(c->bt.expected);
+        shadow_flush(c, FLUSH_PAGE, USER, 0);
         put(f, USER, 1, DATA | entry[i]);
         shadow_expected(c);
         assert_int_equal(c->bt.expected, 0);
@@ -494,6 +495,27 @@ static void test_expected(void **state)
     put(f, USER + 2 * PAGE_SIZE, 1, DATA | P | U | A);
     shadow_expected(c);
     assert_int_equal(probe(f, VIEW_USER, USER + 2 * PAGE_SIZE, false), KEEP_OUT);
+}
+
+/* Pages that are used once are not made good at once after a while; pages that are used again are. */
+static void test_reuse(void **state)
+{
+    struct fixture *f = *state;
+    unsigned expected[2] = { 0 };
+    for (unsigned again = 0; again < 2; again++)
+        for (unsigned i = 0; i < 2000; i++) {
+            u64 la = USER + i % 512 * PAGE_SIZE;
+            put(f, la, 1, 0);
+            shadow_flush(f->c, FLUSH_PAGE, la, 0);
+            assert_int_equal(writes(f, VIEW_USER, la), FAULTED);
+            put(f, la, 1, (DATA + i % 512 * PAGE_SIZE) | P | U | W | A | D);
+            expected[again] += i >= 1000 && f->c->bt.expected;
+            if (f->c->bt.expected)
+                shadow_expected(f->c);
+            if (again)
+                assert_int_equal(writes(f, VIEW_USER, la), stamp(DATA + i % 512 * PAGE_SIZE));
+        }
+    assert_true(expected[0] == 0 && expected[1] > 800 && expected[1] < 1000);
 }
 
 /* INVLPG of a page that has been copied: the copy is mapped at once. */
@@ -1207,7 +1229,7 @@ int main(void)
 #define TEST(fn) cmocka_unit_test_setup_teardown(fn, setup, teardown)
     const struct CMUnitTest tests[] = {
         TEST(test_closed), TEST(test_open_slot), TEST(test_rights), TEST(test_around), TEST(test_end_of_ram), TEST(test_large), TEST(test_huge),
-        TEST(test_revalidate), TEST(test_invlpg), TEST(test_expected), TEST(test_moved),
+        TEST(test_revalidate), TEST(test_invlpg), TEST(test_expected), TEST(test_reuse), TEST(test_moved),
         TEST(test_changed_without_flush), TEST(test_contexts), TEST(test_low_supervisor), TEST(test_user_global), TEST(test_odd_states),
         TEST(test_protect), TEST(test_tracked), TEST(test_mappings), TEST(test_windows), TEST(test_regions_run_out), TEST(test_no_address_space), TEST(test_pays),
         TEST(test_random), TEST(test_costs),

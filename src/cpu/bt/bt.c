@@ -290,6 +290,8 @@ static void bt_run(struct icpu *c)
         atomic_thread_fence(memory_order_seq_cst);
         if (unlikely(atomic_load(&c->v->events)) && !c->bt.single)
             break;
+        if (unlikely(c->bt.expected) && c->cpl == 3)
+            shadow_expected(c);
         struct tb *tb = find(c, t, &b);
         if (tb) {
             if (!c->bt.single) {

@@ -586,6 +586,43 @@ static enum shadow_result fill_page(struct shadow *s, struct look *k, enum tlb_v
     return fill_window(s, w, k, la, write);
 }
 
+/* ---- pages that the guest has just made accessible ---- */
+/*
+ * Is a page used again after the access that faulted? (That one is made by the interpreter, since RF is set.) One fault in eight is not made good at once, to see
+ * whether a fill follows. reuse is the share that did, of 256.
+ */
+#define SAMPLE_EVERY 8u
+#define SAMPLE_AGE 24u                                             /* so many faults later it is given up */
+#define REUSE_WORTH 160
+
+static void sample_end(struct shadow *s, bool used)
+{
+    s->reuse += ((used ? 256 : 0) - s->reuse) / 8;
+    s->sample = 0;
+}
+
+static void sample_filled(struct shadow *s, u64 la)
+{
+    if (unlikely(s->sample && !((s->sample ^ la) & PAGE_MASK)))
+        sample_end(s, true);
+}
+
+static void expect(struct shadow *s, enum tlb_view_id view, u64 la, enum mmu_access access)
+{
+    u64 mark = (la & PAGE_MASK) | 1;                               /* not 0 */
+    s->expected_view = view;
+    s->expected_access = access;
+    s->expected_context = s->current;
+    s->c->bt.expected = s->reuse > REUSE_WORTH ? mark : 0;
+    if (s->sample && s->sample_fault + SAMPLE_AGE < s->stats.faults)
+        sample_end(s, false);
+    if (!s->sample && s->stats.faults % SAMPLE_EVERY == 0) {
+        s->sample = mark;
+        s->sample_fault = s->stats.faults;
+        s->c->bt.expected = 0;
+    }
+}
+
 static enum shadow_result fill(struct icpu *c, struct shadow *s, enum tlb_view_id view, u64 la, enum mmu_access access, u32 *error)
 {
     struct mmu_map map;
@@ -598,10 +635,7 @@ static enum shadow_result fill(struct icpu *c, struct shadow *s, enum tlb_view_i
         *error = fault & ~MMU_FAULT;
         s->stats.faults++;
         flush_address(s, la);
-        s->expected_view = view;
-        s->expected_access = access;
-        s->expected_context = s->current;
-        c->bt.expected = la | 1;
+        expect(s, view, la, access);
         return SHADOW_FAULT;
     }
     if (!mmu_leaves(c->v->m->ram, &k.ctx, la, &k.t))
@@ -614,6 +648,8 @@ enum shadow_result shadow_fill(struct icpu *c, enum tlb_view_id view, u64 la, en
     struct shadow *s = c->bt.shadow;
     u64 start = cycles();
     enum shadow_result r = fill(c, s, view, la, access, error);
+    if (r == SHADOW_FILLED)
+        sample_filled(s, la);
     s->stats.fills += r == SHADOW_FILLED;
     s->stats.slow += r == SHADOW_SLOW;
     s->stats.fill_cycles += cycles() - start;
@@ -623,7 +659,7 @@ enum shadow_result shadow_fill(struct icpu *c, enum tlb_view_id view, u64 la, en
 void shadow_expected(struct icpu *c)
 {
     struct shadow *s = c->bt.shadow;
-    u64 start = cycles(), la = c->bt.expected & ~1ull;
+    u64 start = cycles(), la = c->bt.expected & PAGE_MASK;
     bool write = s->expected_access == MMU_WRITE;
     struct mmu_map map;
     struct look k;
@@ -829,6 +865,7 @@ int shadow_open(struct icpu *c, bool (*code)(const struct icpu *c, u64 gpa))
     s->windows = MIN(MAX(WINDOWS_TOTAL / vcpus, WINDOWS_MIN), SHADOW_WINDOWS);
     s->limit = MIN(max_map_count() / 4 * 3 / vcpus, MAPPINGS_MAX);
     s->epoch = c->v->m->ram->epoch;
+    s->reuse = 256;
     shadow_started(c, SHADOW_SUPER);
     if (!tables_open(s)) {
         shadow_reset(c);

@@ -91,9 +91,9 @@ void shadow_context(struct icpu *c, unsigned ctx);
 enum shadow_result shadow_fill(struct icpu *c, enum tlb_view_id view, u64 la, enum mmu_access access, u32 *error);
 
 /*
- * SHADOW_FAULT leaves the address in icpu.bt.expected (not 0): the guest's handler makes it accessible, and the instruction is tried again. Whoever returns from
- * an exception of the guest calls this if something stands there, which spares the second fault of the host. It does what a processor may do at any
- * time: hold a translation whose A bit (and D bit, if it can write) is set already.
+ * SHADOW_FAULT leaves the address in icpu.bt.expected (not 0) if pages are mostly used again: the guest's handler makes it accessible, and the instruction is
+ * tried again. Whoever goes on in user code calls this if something stands there, which spares another fault of the host. It does what a processor may
+ * do at any time: hold a translation whose A bit (and D bit, if it can write) is set already.
  */
 void shadow_expected(struct icpu *c);
 

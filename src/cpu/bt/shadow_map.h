@@ -89,6 +89,8 @@ struct shadow {
     enum tlb_view_id expected_view;                                /* of icpu.bt.expected */
     enum mmu_access expected_access;
     unsigned expected_context;
+    u64 sample, sample_fault;                                      /* page that is watched for its reuse, since which fault; 0: none */
+    int reuse;
     u64 run[REGION_PAGES];                                         /* entries of the fill that is going on */
     struct shadow_stats stats;
 };
