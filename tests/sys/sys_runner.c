@@ -35,7 +35,7 @@
 #define PORT_MAPS 0xec /* a write of a guest-physical address: this process's mappings are told there (struct maps) */
 #define MMIO_STORE 0xfd000000u
 #define MAPS_MAX 2000
-#define PORT_COPY 0xd0 /* doublewords: to, from, bytes; a byte: 1 copies at once, 2 on the loop's thread. Reads: 1 busy, 2 failed */
+#define PORT_COPY 0xa0 /* doublewords: to, from, bytes; a byte: 1 copies at once, 2 on the loop's thread. Reads: 1 busy, 2 failed */
 
 enum end { END_NONE, END_EXIT, END_SHUTDOWN, END_FAILED, END_TIMEOUT };
 

@@ -297,7 +297,7 @@ static void neighbours(void)
 }
 
 /* ---- the runner's copier: sys_runner.c; QEMU has none ---- */
-#define PORT_COPY 0xd0
+#define PORT_COPY 0xa0
 static bool copier(u32 to, u32 from, u32 n, u8 how)
 {
     outl(PORT_COPY, to);
