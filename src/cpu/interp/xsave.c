@@ -84,13 +84,15 @@ static u64 in_use(const struct icpu *c)
     const struct fp *f = icpu_fp(c);
     u64 use = x87_in_use(f) ? XSTATE_X87 : 0;
 
-    for (unsigned r = 0; r < 16; r++) {
+    for (unsigned r = 0; r < 16; r++)
         use |= zero(f->v[r], 16) ? 0 : XSTATE_SSE;
+    for (unsigned r = 0; r < 16 && f->in_use; r++) {
         use |= zero(f->v[r] + 16, 16) ? 0 : XSTATE_AVX;
         use |= zero(f->v[r] + 32, 32) ? 0 : BIT(XS_ZMM_HI256);
         use |= zero(f->v[r + 16], 64) ? 0 : BIT(XS_HI16_ZMM);
     }
-    use |= zero(f->k, sizeof f->k) ? 0 : BIT(XS_OPMASK);
+    if (f->in_use)
+        use |= zero(f->k, sizeof f->k) ? 0 : BIT(XS_OPMASK);
     use |= c->pkru ? XSTATE_PKRU : 0;
     return use & f->xcr0_mask;
 }
