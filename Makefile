@@ -24,8 +24,9 @@ OBJ  := $(SRC:%.c=$(B)/obj/%.o)
 
 # Light code runs while the guest's vectors are in the processor's registers (cpu/bt/fpstate.h): compiled without such instructions, and what it calls
 # outside goes through heavy.c's gates (tests/light looks at the objects).
-LIGHT := $(filter-out src/cpu/bt/heavy.c src/cpu/bt/signal.c,$(wildcard src/cpu/bt/*.c)) $(filter-out src/cpu/interp/fp%.c \
-	src/cpu/interp/xsave.c src/cpu/interp/decode.c,$(wildcard src/cpu/interp/*.c)) src/mem/mmu.c src/mem/ram.c src/cpu/trap.c src/cpu/cpuid.c
+NOT_LIGHT := src/cpu/bt/heavy.c src/cpu/bt/signal.c src/cpu/interp/fp%.c src/cpu/interp/xsave.c src/cpu/interp/decode.c
+LIGHT := $(filter-out $(NOT_LIGHT),$(wildcard src/cpu/bt/*.c src/cpu/interp/*.c)) src/mem/mmu.c src/mem/ram.c src/cpu/trap.c \
+	src/cpu/cpuid.c
 OBJCOPY ?= objcopy
 
 all: $(B)/doppel $(B)/doppel.1 guest
@@ -48,7 +49,7 @@ $(B)/setup-%: $(SETUP)
 	@mkdir -p $(@D)
 	$(Q)$(SETUP) $* && touch $@
 
-BUILT_WITH := $(CC) $(CFLAGS) $(LDFLAGS)
+BUILT_WITH := $(CC) $(CFLAGS) $(LDFLAGS) $(NOT_LIGHT)
 ifneq ($(BUILT_WITH),$(file <$(B)/flags))
 $(shell mkdir -p $(B))
 $(file >$(B)/flags,$(BUILT_WITH))

@@ -1,5 +1,5 @@
 /*
- * The interp side: a machine of one processor and 2 MiB, with the test's pages at their addresses, user code at CPL 3, and an IDT whose 256 handlers are HLT:
+ * doppel's side, interp or bt: a machine of one processor and 2 MiB, with the test's pages at their addresses, user code at CPL 3, and an IDT whose 256 handlers are HLT:
  * which of them halted tells the vector, its stack frame the rest. Supervisor structures are in the upper half, where the test's accesses do not come.
  */
 #include <string.h>
@@ -136,19 +136,21 @@ static void build_state(void)
     x->seg[SEG_FS].attr = x->seg[SEG_GS].attr = 0;                  /* null selectors: only 64-bit code may use them */
 }
 
-int guest_open(const struct xlayout *l)
+int guest_open(const struct xlayout *l, const char *engine, bool softtlb)
 {
     static pthread_mutex_t *lock = &g.m.split_lock;
     struct vcpu *v = aligned_alloc(64, ALIGN_UP(sizeof *v, 64));
 
-    if (!v || loop_new(&g.loop) || clock_new(g.loop, &g.m.clock) || ram_init(&g.ram) || ram_add(&g.ram, 0, RAM_BYTES) ||
+    if (!v || !engine_find(engine) || loop_new(&g.loop) || clock_new(g.loop, &g.m.clock) || ram_init(&g.ram) || ram_add(&g.ram, 0, RAM_BYTES) ||
         cpuid_policy_new(1, clock_tsc_khz(g.m.clock), &g.m.cpuid) || bus_new(NULL, &g.m.pio) || bus_new(NULL, &g.m.mmio))
         return -1;
     memset(v, 0, sizeof *v);
     pthread_mutex_init(lock, NULL);
     g.layout = *l;
     g.m.ram = &g.ram;
-    g.m.engine = &interp_engine;
+    g.m.engine = engine_find(engine);
+    g.m.tools.translate_at_once = true;
+    g.m.tools.mmu = softtlb ? MACHINE_MMU_SOFTTLB : MACHINE_MMU_SHADOW;
     g.m.vcpus = 1;
     g.m.vcpu = g.vcpu;
     g.vcpu[0] = v;
@@ -156,12 +158,12 @@ int guest_open(const struct xlayout *l)
     v->intc.ops = &no_intc;
     if (bus_new(g.m.mmio, &v->mmio))
         return -1;
-    if (interp_engine.cpuid_limit)
-        interp_engine.cpuid_limit(g.m.cpuid);
+    if (g.m.engine->cpuid_limit)
+        g.m.engine->cpuid_limit(g.m.cpuid);
     build_paging();
     build_tables();
     build_state();
-    return interp_engine.machine_open(&g.m) || interp_engine.vcpu_open(v);
+    return g.m.engine->machine_open(&g.m) || g.m.engine->vcpu_open(v);
 }
 
 /* The engine installs its signal handlers when it first runs: let that be now, so that the native side's come after. */
@@ -175,8 +177,8 @@ int guest_warm_up(const u8 *pattern)
 
 void guest_close(void)
 {
-    interp_engine.vcpu_close(g.vcpu[0]);
-    interp_engine.machine_close(&g.m);
+    g.m.engine->vcpu_close(g.vcpu[0]);
+    g.m.engine->machine_close(&g.m);
     bus_free(g.vcpu[0]->mmio);
     free(g.vcpu[0]);
     bus_free(g.m.mmio);
@@ -267,7 +269,7 @@ int guest_run(const struct icase *i, const u8 *pattern, struct outcome *out)
         if (page_kind(p) == KIND_RW)
             memcpy(before[p], ram_hva(&g.ram, GPA_REGION + p * PAGE_SIZE), PAGE_SIZE);
     }
-    if (interp_engine.set(v, &x) || interp_engine.run(v) != RUN_HALTED || interp_engine.get(v, &x))
+    if (g.m.engine->set(v, &x) || g.m.engine->run(v) != RUN_HALTED || g.m.engine->get(v, &x))
         return -1;
     out->vector = (unsigned)((x.rip - 1 - SUPER - GPA_HANDLERS) / 16);
     sp = x.gpr[RSP] - SUPER;

@@ -78,7 +78,7 @@ int native_open(const struct xlayout *l, const char **why);
 void native_run(const struct icase *i, const u8 *pattern, struct outcome *out);
 
 /* guest.c */
-int guest_open(const struct xlayout *l);
+int guest_open(const struct xlayout *l, const char *engine, bool softtlb); /* "interp" or "bt" */
 int guest_warm_up(const u8 *pattern);                              /* before native_open() */
 int guest_run(const struct icase *i, const u8 *pattern, struct outcome *out);
 void guest_close(void);

@@ -78,6 +78,7 @@ static int op_done(struct icpu *c, struct tb *tb, const struct op *op, int r)
         return BT_EXIT_RIP;
     }
     bt_rebias(c, tb->key);
+    bt_fp_enter(c);
     return OP_NEXT;
 }
 
@@ -88,6 +89,9 @@ int bt_run_op(struct icpu *c, u32 site)
     c->block = tb->b;
     c->r[REG_RIP] = tb->la;
     enum vcpu_where was = vcpu_where(c->v, WHERE_HANDLER);
+    bt_fp_leave(c);
+    if (op->flags & OPF_FP)
+        icpu_claim(c);
     int r = op->fn(c, op);
     vcpu_where(c->v, was);
     return op_done(c, tb, op, r);
@@ -98,6 +102,7 @@ int bt_run_light(struct icpu *c, u32 site, int (*fn)(struct icpu *c, const struc
     struct tb *tb = &c->bt.bt->tb[site >> 8];
     const struct op *op = &tb->b->op[site & 0xff];
     c->r[REG_RIP] = tb->la;
+    bt_fp_leave(c);
     return op_done(c, tb, op, fn(c, op));
 }
 
@@ -193,10 +198,12 @@ static enum vcpu_counted exit_counted(int r)
 static bool run_code(struct icpu *c, struct bt *t, const u8 *code, unsigned key, u32 *link)
 {
     int r;
+    bt_fp_begin(c);
     do {
         bt_rebias(c, key);
         enum vcpu_where was = vcpu_where(c->v, WHERE_TRANSLATED);
         r = t->enter(code);
+        bt_fp_leave(c);
         vcpu_where(c->v, was);
         vcpu_count(c->v, exit_counted(r));
         if (r == BT_EXIT_OP) {
@@ -205,7 +212,7 @@ static bool run_code(struct icpu *c, struct bt *t, const u8 *code, unsigned key,
             r = bt_run_op(c, c->bt.exit_site);
             if (r == OP_NEXT) {
                 code = code_behind(c, t, tb, op);
-                if (c->bt.exit_slow) {
+                if (c->bt.exit_slow || (c->bt.exit_gate && !c->live.x87)) {
                     tb->b->slow |= (u32)BIT(op);
                     tb_kill(c, t, tb);
                     r = BT_EXIT_RIP;
@@ -312,6 +319,8 @@ static void bt_run(struct icpu *c)
             break;
         }
     } while (go_on && !c->bt.single);
+    if (c->bt.single)
+        icpu_claim(c);
     atomic_store_explicit(&c->bt.inside, 0, memory_order_relaxed);
 }
 

@@ -121,7 +121,8 @@ static bool fault(struct icpu *c, struct bt *t, struct bt_trap *s)
     if (m->flags & MARK_COLD || m->op >= tb->n)
         return false;
     c->bt.exit_slow = false;
-    if (s->what == TRAP_MEMORY) {
+    c->bt.exit_gate = s->what == TRAP_MEMORY && s->has_address && s->address == FP_GATE_CLOSED;
+    if (s->what == TRAP_MEMORY && !c->bt.exit_gate) {
         enum vcpu_where was = vcpu_where(c->v, WHERE_SHADOW);
         bool done = filled(c, tb, &tb->b->op[m->op], s);
         vcpu_where(c->v, was);

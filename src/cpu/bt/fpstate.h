@@ -14,7 +14,7 @@
  * whatever it calls.
  *
  * May an instruction run natively? CR0.EM and TS, CR4.OSFXSR and OSXSAVE, XCR0 say so, for a class of instructions: icpu.live.gate, which translated code reads
- * before the first instruction of a class in a block. A closed gate is a bad address; the fault leads to interp's handler, which raises what is
+ * before the first instruction of a class in a block. A closed gate is an address where nothing is; the fault leads to interp's handler, which raises what is
  * to be raised. Whoever changes these registers calls icpu_claim(). The gate of x87 and MMX is open while their registers are loaded (fpstate.c says when).
  *
  * A sanitizer's code uses vector registers anywhere, so there nothing is light: the state is taken out whenever translated code is left.
@@ -23,7 +23,7 @@
 
 #include "cpu/interp/interp.h"
 
-#define FP_GATE_CLOSED BIT(63)                                     /* not canonical */
+#define FP_GATE_CLOSED 8                                           /* in the page at 0, which no process has */
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define FP_HEAVY_ONLY 1

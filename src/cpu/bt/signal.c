@@ -31,7 +31,7 @@ static pthread_once_t key_once = PTHREAD_ONCE_INIT;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static unsigned users;
-static const int caught[] = { SIGSEGV, SIGBUS, SIGFPE, SIGTRAP };
+static const int caught[] = { SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP };
 static struct sigaction before[ARRAY_SIZE(caught)];
 
 static const u8 greg[16] = { REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP, REG_RSI, REG_RDI,
@@ -57,7 +57,7 @@ static void handler(int sig, siginfo_t *si, void *ucontext)
     greg_t *g = ((ucontext_t *)ucontext)->uc_mcontext.gregs;
     struct bt_trap s = { .pc = (u64)g[REG_RIP], .flags = (u64)g[REG_EFL], .error = (u64)g[REG_ERR], .address = (u64)(uintptr_t)si->si_addr };
     int saved = errno;
-    s.what = sig == SIGFPE ? TRAP_ARITHMETIC : sig == SIGTRAP ? TRAP_STEP : sig == SIGSEGV || sig == SIGBUS ? TRAP_MEMORY : TRAP_KICK;
+    s.what = sig == SIGFPE || sig == SIGILL ? TRAP_ARITHMETIC : sig == SIGTRAP ? TRAP_STEP : sig == SIGSEGV || sig == SIGBUS ? TRAP_MEMORY : TRAP_KICK;
     s.has_address = sig == SIGSEGV && (si->si_code == SEGV_MAPERR || si->si_code == SEGV_ACCERR);
     for (unsigned i = 0; i < 16; i++)
         s.r[i] = (u64)g[greg[i]];

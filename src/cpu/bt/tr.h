@@ -46,6 +46,7 @@ struct tr {
     bool shadow;                                                   /* memory operands go through the windows, else through the software TLB */
     unsigned i;                                                    /* the op that is being translated */
     unsigned kept;                                                 /* S0 holds the delta of this guest register's slot (shadow); NO_REG: it does not */
+    u8 gates;                                                      /* of icpu.live that this block has looked at; a handler may close them */
     bool ended;                                                    /* that was the last one: i is their number */
     struct item item[BLOCK_OPS];
     struct cold cold[8 * BLOCK_OPS];
@@ -107,6 +108,16 @@ void tr_rsp_set(struct tr *t, unsigned src);                       /* guest RSP 
 void tr_copy(struct tr *t, const struct decoded *d, unsigned reg, unsigned rm, const struct place *m, bool rex_wanted);
 bool tr_plain(struct tr *t, const struct op *op);                  /* integer instructions that are copied */
 
+/* The same for all encodings: legacy, VEX, EVEX; registers that are RECODE_KEEP, vector ones among them, stay as they are. emit_vec.c. */
+#define RECODE_KEEP 16u
+struct recode {
+    unsigned reg, rm, vvvv;                                        /* general registers instead of the encoded ones */
+    const struct place *m;
+};
+void tr_recode(struct emit *e, const struct decoded *d, const struct recode *r);
+/* The current instruction with its general registers wherever they are, and with its memory operand, n bytes, if n is not 0. */
+bool tr_recoded(struct tr *t, const struct op *op, unsigned n, enum mmu_access access);
+
 /* ---- ways out ---- */
 /* Ends the block: continues at the linear address target, with the current key, or with that of another view. */
 void tr_exit(struct tr *t, u64 target);
@@ -125,6 +136,7 @@ void tr_call_light(struct tr *t, int (*fn)(struct icpu *c, const struct op *op))
 /* Emitters of other files: true if done; *last: the block ends here. */
 bool tr_branch(struct tr *t, const struct op *op, bool *last);     /* emit_branch.c */
 bool tr_stack(struct tr *t, const struct op *op);                  /* push, pop, leave */
-bool tr_vector(struct tr *t, const struct op *op);                 /* emit_vec.c */
+bool tr_vector(struct tr *t, const struct op *op);                 /* emit_vec.c: ops with OPF_FP */
+bool tr_misc(struct tr *t, const struct op *op);                   /* emit_misc.c */
 bool tr_string(struct tr *t, const struct op *op);                 /* emit_string.c */
 bool tr_system(struct tr *t, const struct op *op, bool *last);     /* emit_sys.c */

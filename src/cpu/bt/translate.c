@@ -161,12 +161,14 @@ static void put_handler_call(struct tr *t, unsigned op, u32 routine, const u8 *r
 void tr_handler(struct tr *t, const struct op *op)
 {
     (void)op;
+    t->gates = 0;
     put_handler_call(t, t->i, t->t->op, NULL);
 }
 
 void tr_call_light(struct tr *t, int (*fn)(struct icpu *c, const struct op *op))
 {
     struct emit *e = &t->e;
+    t->gates = 0;
     mov_imm64(e, S1, (u64)(uintptr_t)fn);
     op_gs(e, true, X_STORE, S1, OFF(bt.tmp[5]));
     put_handler_call(t, t->i, t->t->light, NULL);
@@ -445,6 +447,7 @@ static bool put_item(struct tr *t, const struct item *it, const struct op *op, b
     case K_LEA: return emit_lea(t, op);
     case K_BRANCH: return tr_branch(t, op, last);
     case K_STACK: return tr_stack(t, op);
+    case K_VECTOR: return op->flags & OPF_FP ? tr_vector(t, op) : tr_misc(t, op);
     default: return false;
     }
 }
@@ -452,7 +455,7 @@ static bool put_item(struct tr *t, const struct item *it, const struct op *op, b
 /* Does S0 still hold what it did when this op is done? What emitters of other files do with it is not known here. */
 static bool keeps(const struct tr *t, const struct item *it)
 {
-    if (it->kind != K_PLAIN && it->kind != K_NOTHING && it->kind != K_LEA && it->kind != K_STACK && it->kind != K_BRANCH)
+    if (it->kind != K_PLAIN && it->kind != K_NOTHING && it->kind != K_LEA && it->kind != K_STACK && it->kind != K_BRANCH && it->kind != K_VECTOR)
         return false;
     for (unsigned i = 0; i < it->d.insn.operand_count; i++) {
         const ZydisDecodedOperand *o = &it->d.opnd[i];

@@ -115,6 +115,7 @@ struct icpu_bt {
     u64 mask_tlb, mask_entry, mask_page;
     u32 exit_link, exit_site, exit_stale; /* by which link, instruction, translation the code was left */
     bool exit_slow;                /* exit_site: because of an access that is one for handlers */
+    bool exit_gate;                /* exit_site: because of a gate (icpu.live) */
     u32 site;                      /* the indirect branch that was taken last */
     u64 *itlb_user;                /* user code's itlb, and see there */
     const struct op *op;           /* whose result generated code was left with */

@@ -20,7 +20,15 @@ int bind_nop(struct icpu *c, const struct decoded *d, struct op *op, unsigned ar
     return BIND_OK;
 }
 
-/* Guest loads and stores are host loads and stores in program order, so LFENCE and SFENCE have nothing to add; MFENCE does. */
+/* Guest loads and stores are host loads and stores in program order, so LFENCE has nothing to add; SFENCE orders the host's non-temporal stores as well. */
+static int op_sfence(struct icpu *c, const struct op *op)
+{
+    (void)c;
+    (void)op;
+    asm volatile("sfence" : : : "memory");
+    return OP_NEXT;
+}
+
 static int op_mfence(struct icpu *c, const struct op *op)
 {
     (void)c;
@@ -32,8 +40,7 @@ static int op_mfence(struct icpu *c, const struct op *op)
 int bind_fence(struct icpu *c, const struct decoded *d, struct op *op, unsigned full)
 {
     (void)c;
-    (void)d;
-    op->fn = full ? op_mfence : op_nop;
+    op->fn = full ? op_mfence : d->insn.mnemonic == ZYDIS_MNEMONIC_SFENCE ? op_sfence : op_nop;
     return BIND_OK;
 }
 

@@ -1,0 +1,89 @@
+/*
+ * Integer instructions that are neither plain (emit_int.c) nor a family's: copied by tr_recoded(), or a few instructions of another kind.
+ */
+#include "cpu/bt/tr.h"
+#include "cpu/interp/ops.h"
+
+static const ZydisDecodedOperand *memory_of(const struct decoded *d)
+{
+    for (unsigned n = 0; n < d->insn.operand_count; n++) {
+        if (d->opnd[n].type == ZYDIS_OPERAND_TYPE_MEMORY)
+            return &d->opnd[n];
+    }
+    return NULL;
+}
+
+static bool copied(struct tr *t, const struct op *op)
+{
+    const ZydisDecodedOperand *mem = memory_of(&tr_item(t)->d);
+    bool write = mem && mem->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE;
+    return tr_recoded(t, op, mem ? mem->size / 8 : 0, write ? MMU_WRITE : MMU_READ);
+}
+
+/* A hint. With the software TLB a look-up would cost more than it can save. */
+static bool prefetch(struct tr *t, const struct op *op)
+{
+    return !t->shadow || !(op->flags & OPF_MEM) || tr_recoded(t, op, 1, MMU_READ);
+}
+
+/* Caches are coherent with everything in this machine, but it faults as a load does. */
+static bool flush_line(struct tr *t, const struct op *op)
+{
+    struct place p;
+    struct ea ea;
+    unsigned scratch;
+    if (!tr_ea(t, op, &ea) || !tr_mem(t, &ea, 1, MMU_READ, TR_SCRATCH, &p, &scratch))
+        return false;
+    t->kept = scratch == S0 ? NO_REG : t->kept;
+    op_mem(&t->e, false, 0x8a, scratch, p.base, p.index, p.scale, p.disp);
+    return true;
+}
+
+/* RORX, VEX.LZ.F2.0F3A.W0 F0 /r ib, 32 bits */
+static void put_rorx(struct emit *e, unsigned reg, unsigned by)
+{
+    PUT(e, 0xc4, (reg & 8 ? 0x43 : 0xe3), 0x7b, 0xf0, 0xc0 | (reg & 7) << 3 | (reg & 7), by);
+}
+
+/* CLD, STD: the guest's DF is bit 10 of icpu.flags only. It is rotated to the top, shifted out while its new value comes in, and rotated back. */
+static bool direction(struct tr *t, unsigned df)
+{
+    struct emit *e = &t->e;
+    if (!t->t->bmi2)
+        return false;
+    _Static_assert(FLAG_DF == 1u << 10, "rotated by 11");
+    op_gs(e, false, X_LOAD, S1, OFF(flags));
+    put_rorx(e, S1, 11);
+    op_mem(e, false, X_LEA, S1, S1, S1, 0, (s32)df);
+    put_rorx(e, S1, 22);
+    op_gs(e, false, X_STORE, S1, OFF(flags));
+    return true;
+}
+
+bool tr_misc(struct tr *t, const struct op *op)
+{
+    const struct decoded *d = &tr_item(t)->d;
+    if (d->insn.address_width != 64)
+        return false;
+    switch (d->insn.mnemonic) {
+    case ZYDIS_MNEMONIC_ANDN: case ZYDIS_MNEMONIC_BEXTR: case ZYDIS_MNEMONIC_BZHI: case ZYDIS_MNEMONIC_PDEP: case ZYDIS_MNEMONIC_PEXT:
+    case ZYDIS_MNEMONIC_BLSI: case ZYDIS_MNEMONIC_BLSMSK: case ZYDIS_MNEMONIC_BLSR: case ZYDIS_MNEMONIC_RORX: case ZYDIS_MNEMONIC_SARX:
+    case ZYDIS_MNEMONIC_SHLX: case ZYDIS_MNEMONIC_SHRX: case ZYDIS_MNEMONIC_MULX:
+    case ZYDIS_MNEMONIC_MOVBE: case ZYDIS_MNEMONIC_MOVNTI: case ZYDIS_MNEMONIC_CRC32: case ZYDIS_MNEMONIC_ADCX: case ZYDIS_MNEMONIC_ADOX:
+    case ZYDIS_MNEMONIC_RDRAND: case ZYDIS_MNEMONIC_RDSEED:
+    case ZYDIS_MNEMONIC_CMPXCHG8B: case ZYDIS_MNEMONIC_CMPXCHG16B:
+    case ZYDIS_MNEMONIC_PAUSE: case ZYDIS_MNEMONIC_LFENCE: case ZYDIS_MNEMONIC_SFENCE: case ZYDIS_MNEMONIC_MFENCE:
+        return copied(t, op);
+    case ZYDIS_MNEMONIC_PREFETCH: case ZYDIS_MNEMONIC_PREFETCHNTA: case ZYDIS_MNEMONIC_PREFETCHT0: case ZYDIS_MNEMONIC_PREFETCHT1:
+    case ZYDIS_MNEMONIC_PREFETCHT2: case ZYDIS_MNEMONIC_PREFETCHW: case ZYDIS_MNEMONIC_PREFETCHWT1:
+        return prefetch(t, op);
+    case ZYDIS_MNEMONIC_CLFLUSH: case ZYDIS_MNEMONIC_CLFLUSHOPT: case ZYDIS_MNEMONIC_CLWB:
+        return flush_line(t, op);
+    case ZYDIS_MNEMONIC_CLD:
+        return direction(t, 0);
+    case ZYDIS_MNEMONIC_STD:
+        return direction(t, 1);
+    default:
+        return false;
+    }
+}
