@@ -367,30 +367,38 @@ static void falling_behind(void **state)
         assert_false(f->cpu[1]->copy[i].words && f->cpu[1]->copy[i].gpa % 0x2000 == 0x800);
 }
 
+/* A page claimed and emptied n times, then claimed. */
+static void claim_often(struct fixture *f, struct icpu *a, u64 gpa, unsigned n)
+{
+    for (unsigned i = 0; i < n; i++) {
+        assert_int_equal(codepage_use(a, gpa), CODE_OK);
+        codepage_store_begin(a, gpa, 1);
+        codepage_store_end(a, gpa, 1);
+        assert_false(codepage_is_code(a, gpa));
+        if (i % 2)
+            forgive(f);
+    }
+    assert_int_equal(codepage_use(a, gpa), CODE_OK);
+}
+
 static void many_claims(void **state)
 {
+    static const struct { unsigned pages, times, all; } round[] = { { 3, 2, 0 }, { PAGES, 3, 0 }, { 1, CODEPAGE_CLAIMS + 10, 1 } };
     struct fixture *f = *state;
     struct icpu *a = icpu(f, 0), *b = icpu(f, 1);
     codepage_enter(a);
-    for (unsigned few = 0; few < 2; few++) {
+    for (unsigned r = 0; r < ARRAY_SIZE(round); r++) {
         codepage_enter(b);
         memset(f->cpu[1]->fast, 1, sizeof f->cpu[1]->fast);
         codepage_leave(b);
-        for (unsigned i = 0; i < (few ? 3 : PAGES) * 4; i++) {     /* claimed and emptied, and claimed */
-            u64 gpa = i / 4 * PAGE_SIZE;
-            assert_int_equal(codepage_use(a, gpa), CODE_OK);
-            if (i % 4 == 3)
-                continue;
-            codepage_store_begin(a, gpa, 1);
-            codepage_store_end(a, gpa, 1);
-            assert_false(codepage_is_code(a, gpa));
-        }
-        codepage_enter(b);
-        assert_int_equal(f->cpu[1]->protected_all, few ? 0 : 1);
-        for (unsigned i = 0; i < PAGES; i++)
-            assert_int_equal(f->cpu[1]->fast[i], few && i >= 3);
-        codepage_leave(b);
         f->cpu[1]->protected_all = 0;
+        for (unsigned i = 0; i < round[r].pages; i++)
+            claim_often(f, a, i * PAGE_SIZE, round[r].times);
+        codepage_enter(b);
+        assert_int_equal(f->cpu[1]->protected_all, round[r].all);
+        for (unsigned i = 0; i < PAGES; i++)
+            assert_int_equal(f->cpu[1]->fast[i], i >= round[r].pages && !round[r].all);
+        codepage_leave(b);
         for (unsigned i = 0; i < PAGES; i++) {
             codepage_store_begin(a, i * PAGE_SIZE, PAGE_SIZE);
             codepage_store_end(a, i * PAGE_SIZE, PAGE_SIZE);

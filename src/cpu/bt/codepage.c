@@ -62,7 +62,7 @@
 #define LEVEL_VOLATILE 4u              /* from this level on a drop makes the page volatile, for 2^(level - 4) ticks */
 #define LEVEL_MAX 10u
 #define CALM 32u                       /* ticks, times a volatile page's, after which its past is forgotten */
-#define CLAIMS_FEW 16u                 /* more at once: all fast writes are given up rather than looked for one by one */
+#define CLAIMS_FEW 16u                 /* more at once: all fast writes of the TLB are given up rather than looked for one by one */
 #define SPINS 200
 
 static u64 field(u64 w, unsigned shift, u64 mask)
@@ -136,9 +136,10 @@ static void invalidate_range(struct icpu *c, u64 gpa, u64 len)
     }
 }
 
-static void protect(struct icpu *c, u64 gpa)
+static void protect(struct icpu *c, u64 gpa, bool tlb)
 {
-    tlb_code_page(c, gpa);
+    if (tlb)
+        tlb_code_page(c, gpa);
     if (c->bt.protect)
         c->bt.protect(c, gpa);
 }
@@ -150,11 +151,13 @@ static void serve_claims(struct icpu *c)
     u64 head = atomic_load(&all->head), served = atomic_load_explicit(&v->served, memory_order_relaxed);
     if (head == served)
         return;
-    bool few = head - served <= CLAIMS_FEW;
-    for (u64 n = served; few && n < head; n++)
-        protect(c, atomic_load_explicit(&all->claim[n % CODEPAGE_CLAIMS], memory_order_relaxed));
-    if (!few || atomic_load(&all->head) - served >= CODEPAGE_CLAIMS) /* or a slot was used again before it was read */
-        protect(c, PROTECT_ALL);
+    bool few = head - served <= CLAIMS_FEW, kept = head - served < CODEPAGE_CLAIMS;
+    for (u64 n = served; kept && n < head; n++)
+        protect(c, atomic_load_explicit(&all->claim[n % CODEPAGE_CLAIMS], memory_order_relaxed), few);
+    if (!kept || atomic_load(&all->head) - served >= CODEPAGE_CLAIMS) /* a slot was used again before it was read */
+        protect(c, PROTECT_ALL, true);
+    else if (!few)
+        tlb_code_page(c, PROTECT_ALL);
     atomic_store(&v->served, head);
 }
 

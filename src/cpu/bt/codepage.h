@@ -32,7 +32,7 @@ struct codepage_table {
 
 #define CODEPAGE_VCPUS 64
 #define CODEPAGE_REQUESTS 32           /* that a vCPU may be behind with; more: it drops everything */
-#define CODEPAGE_CLAIMS 256            /* likewise: all its fast writes */
+#define CODEPAGE_CLAIMS 4096           /* likewise: all its fast writes */
 #define CODEPAGE_REVISITS 32           /* pages with comparing translations that a vCPU tries again later */
 
 struct codepage_range {
