@@ -144,9 +144,13 @@ fuzz: $(B)/setup-test
 	$(Q)$(MAKE) --no-print-directory B=$(B)/fuzz CC=clang SANITIZE='-fsanitize=fuzzer-no-link $(ASAN)' fuzz-programs
 	$(Q)tests/run --build $(B) --fuzz-seconds $(SECONDS) $(if $(F),fuzz/$(F),'fuzz/*')
 
+# What several threads do to the same words. (gcc warns of fences, which its sanitizer does not know: none is needed where this looks.)
+TSAN := -fsanitize=thread $(if $(findstring clang,$(CC)),,-Wno-tsan)
+TSAN_TESTS := tests/unit/codepage_test
 SOAK ?= 1
 soak: $(B)/setup-test
 	$(Q)$(MAKE) --no-print-directory test-programs guest-standard
+	$(Q)$(MAKE) --no-print-directory B=$(B)/tsan SANITIZE='$(TSAN)' $(TSAN_TESTS:%=$(B)/tsan/%)
 	$(Q)for i in $$(seq $(SOAK)); do \
 		echo "soak: round $$i of $(SOAK)"; SOAK_LONG=1 tests/run --build $(B) --fuzz-seconds $(SECONDS) $(T) || exit 1; \
 	done

@@ -99,8 +99,7 @@ static u64 volatile_ticks(u64 w)
 /* ---- waiting, and waking who waits ---- */
 static void wake(struct codepages *all)
 {
-    atomic_thread_fence(memory_order_seq_cst);
-    if (likely(!atomic_load(&all->waiters)))
+    if (likely(!atomic_load(&all->waiters)))                       /* what is to be seen has been stored by then: both sequentially consistent */
         return;
     atomic_fetch_add(&all->change, 1);
     syscall(SYS_futex, &all->change, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
