@@ -244,7 +244,7 @@ static bool run_code(struct icpu *c, struct bt *t, const u8 *code, unsigned key,
         return true;
     default:
         icpu_end(c, c->bt.op, r);
-        return false;
+        return icpu_quiet(c);
     }
 }
 
@@ -318,7 +318,7 @@ static void bt_run(struct icpu *c)
             icpu_fetch_failed(c);
             break;
         }
-    } while (go_on && !c->bt.single);
+    } while (go_on && !c->bt.single && usable(c));
     if (c->bt.single)
         icpu_claim(c);
     atomic_store_explicit(&c->bt.inside, 0, memory_order_relaxed);
@@ -376,6 +376,7 @@ static void constants(struct icpu *c, struct bt *t)
     c->bt.x_offset = x == (s32)x && x + (s64)sizeof *c->x == (s32)(x + (s64)sizeof *c->x) ? x : 0;
     c->bt.mask_slot = 511ull << 39;
     c->bt.mask_jump = JUMP_MASK;
+    c->bt.mask_target = BT_TARGETS - 1;
     c->bt.mask_page = PAGE_MASK;
     c->bt.mask_tlb = (u64)(TLB_SIZE - 1) << PAGE_SHIFT;
     c->bt.mask_entry = (u64)(TLB_SIZE - 1) << 5;

@@ -403,6 +403,13 @@ static bool boundary(struct icpu *c, enum run_exit *exit)
     return false;
 }
 
+bool icpu_quiet(const struct icpu *c)
+{
+    const struct x86 *x = c->x;
+    return !atomic_load_explicit(&c->v->events, memory_order_relaxed) && x->activity == X86_RUNNING && !c->irq_wait && !x->nmi_pending && !x->kvm_unhalted &&
+           !c->v->debug.stop && !wants_step(c);
+}
+
 static enum run_exit debug_stopped(struct vcpu *v)
 {
     v->debug.step = v->debug.pass = false;
