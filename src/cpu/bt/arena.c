@@ -93,6 +93,32 @@ static void put_leave(struct emit *e, int result)
     put_return(e);
 }
 
+/*
+ * Jumped to with the target in S1, from an entry of icpu.bt.jump that leads nowhere or to another target: the larger table, whose answer is put into the
+ * smaller one. Flags are kept.
+ */
+static void put_lookup(struct emit *e, unsigned key, const u8 *miss)
+{
+    put_pext_gs(e, S0, S1, OFF(bt.mask_target));
+    op_mem(e, true, X_LEA, S0, S0, S0, 0, 0);
+    op_gs(e, true, X_STORE, RCX, OFF(bt.tmp[6]));
+    op_gs(e, true, X_LOAD, RCX, OFF(bt.target[0]) + key * sizeof(void *));
+    op_mem(e, true, X_LEA, S0, RCX, S0, 3, 0);
+    op_mem(e, true, X_LOAD, RCX, S0, NO_REG, 0, offsetof(struct bt_target, la));
+    PUT(e, 0x48, 0xf7, 0xd1);                                      /* not rcx */
+    op_mem(e, true, X_LEA, RCX, RCX, S1, 0, 1);
+    PUT(e, 0xe3, 9 + 5);                                           /* jrcxz, over the next two */
+    const u8 *p = e->p;
+    op_gs(e, true, X_LOAD, RCX, OFF(bt.tmp[6]));
+    jump_to(e, miss);
+    bug_on(e->p != p + 9 + 5);
+    op_mem(e, true, X_LOAD, RCX, S0, NO_REG, 0, offsetof(struct bt_target, entry));
+    put_pext_gs(e, S0, S1, OFF(bt.mask_jump));
+    op_gs_index(e, true, X_STORE, RCX, S0, OFF(bt.jump[0][0]) + key * sizeof(((struct icpu *)0)->bt.jump[0]));
+    op_gs(e, true, X_LOAD, RCX, OFF(bt.tmp[6]));
+    op_gs_index(e, false, 0xff, 4, S0, OFF(bt.jump[0][0]) + key * sizeof(((struct icpu *)0)->bt.jump[0]));
+}
+
 static void routines(struct bt *t)
 {
     struct emit e = { t->rw, t->rw + 4096, false };
@@ -107,6 +133,13 @@ static void routines(struct bt *t)
     t->miss = (u32)(e.p - t->rw);
     op_gs(&e, true, X_STORE, S1, OFF(rip));
     put_leave(&e, BT_EXIT_MISS);
+    for (unsigned key = 0; key < BT_KEYS; key++) {
+        t->lookup[key] = (u32)(e.p - t->rw);
+        if (t->bmi2)
+            put_lookup(&e, key, t->rw + t->miss);
+        else
+            jump_to(&e, t->rw + t->miss);
+    }
     t->leave_link = (u32)(e.p - t->rw);
     op_gs(&e, false, X_STORE, S1, OFF(bt.exit_link));
     put_leave(&e, BT_EXIT_LINK);

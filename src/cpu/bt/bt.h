@@ -110,6 +110,8 @@ struct bt {
     bool itlb_private;                                             /* the supervisor's may hold pages that are not global */
     int (*enter)(const u8 *code);                                  /* runs translated code until it is left: result of an op, or BT_EXIT_* */
     u32 op, light, leave_rip, leave_link, leave_signal, miss;      /* offsets of common routines */
+    u32 lookup[BT_KEYS];                                           /* likewise: looks into icpu.bt.target, misses otherwise */
+    struct bt_target *target;
     u32 check;                                                     /* enter's look at stop lies before this */
     bool bmi2;
     _Atomic int thread;                                            /* that runs it, for kicks */
@@ -123,6 +125,13 @@ struct bt {
 };
 
 #define JUMP_MASK (BT_JUMPS - 1ull)
+
+/* The second table of indirect branches' targets, by address. */
+#define BT_TARGETS 16384u
+struct bt_target {
+    u64 la;
+    const u8 *entry;                                               /* 0: none */
+};
 
 /* ---- arena.c ---- */
 int bt_arena_open(struct icpu *c, struct bt *t);                   /* maps the arena, generates the common routines */

@@ -31,10 +31,11 @@ static void drop(void *p, size_t n)
         munmap(p, n);
 }
 
+#define TARGET_BYTES (BT_KEYS * BT_TARGETS * sizeof(struct bt_target))
 #define TABLES(M)                                                                                     \
     M(tb, BT_TBS * sizeof *t->tb) M(link, BT_LINKS * sizeof *t->link) M(mark, BT_MARKS * sizeof *t->mark) M(page, BT_PAGES * sizeof *t->page)     \
     M(hash, BT_HASH * sizeof *t->hash) M(frame, BT_HASH * sizeof *t->frame) M(page_hash, BT_HASH * sizeof *t->page_hash)                   \
-    M(itlb_user, TLB_CONTEXTS * sizeof *t->itlb_user) M(itlb, ITLB_USER(TLB_CONTEXTS) * sizeof *t->itlb)
+    M(target, TARGET_BYTES) M(itlb_user, TLB_CONTEXTS * sizeof *t->itlb_user) M(itlb, ITLB_USER(TLB_CONTEXTS) * sizeof *t->itlb)
 
 int tb_open(struct icpu *c, struct bt *t)
 {
@@ -44,6 +45,8 @@ int tb_open(struct icpu *c, struct bt *t)
 #undef M
     if (!ok)
         return err(-ENOMEM, "vCPU %u: no memory for the translator's tables", c->v->id);
+    for (unsigned k = 0; k < BT_KEYS; k++)
+        c->bt.target[k] = t->target + k * BT_TARGETS;
     c->bt.itlb_user = t->itlb_user[c->tlb->context];
     if (getrandom(t->key, sizeof t->key, 0) != (ssize_t)sizeof t->key)
         return err(-EIO, "vCPU %u: no random numbers (getrandom): %s", c->v->id, strerror(errno));
@@ -100,16 +103,17 @@ static void itlb_clear_all(struct icpu *c, struct bt *t)
         itlb_clear(c, t, i);
 }
 
+static void give_back(void *p, size_t n)
+{
+    madvise(p, n, MADV_DONTNEED);
+}
+
 static void jumps_clear(struct icpu *c, struct bt *t)
 {
     for (unsigned k = 0; k < BT_KEYS; k++)
         for (unsigned i = 0; i < BT_JUMPS; i++)
-            c->bt.jump[k][i] = t->rx + t->miss;
-}
-
-static void give_back(void *p, size_t n)
-{
-    madvise(p, n, MADV_DONTNEED);
+            c->bt.jump[k][i] = t->rx + t->lookup[k];
+    give_back(t->target, TARGET_BYTES);
 }
 
 void tb_reset(struct icpu *c, struct bt *t)
@@ -225,6 +229,8 @@ void bt_flushed(struct icpu *c, enum tlb_flush what, u64 la, unsigned context)
 void bt_context_changed(struct icpu *c, unsigned context)
 {
     struct bt *t = c->bt.bt;
+    for (unsigned k = 0; k < BT_KEYS; k++)
+        c->bt.target[k] = t->target + k * BT_TARGETS;
     c->bt.itlb_user = t->itlb_user[context];
     itlb_private_clear(c, t);
     if (t->choose)
@@ -307,9 +313,16 @@ static void unlink_in(struct bt *t, struct tb *tb)
     tb->links_in = 0;
 }
 
+static struct bt_target *target_of(struct icpu *c, const struct tb *tb)
+{
+    return &c->bt.target[tb->key][tb->la & (BT_TARGETS - 1)];
+}
+
 void tb_jump_note(struct icpu *c, struct bt *t, struct tb *tb)
 {
-    c->bt.jump[tb->key][tb->la & JUMP_MASK] = t->rx + (tb->start - t->rw);
+    const u8 *entry = t->rx + (tb->start - t->rw);
+    c->bt.jump[tb->key][tb->la & JUMP_MASK] = entry;
+    *target_of(c, tb) = (struct bt_target){ tb->la, entry };
 }
 
 static void list_remove(struct bt *t, u32 *head, struct tb *tb, size_t next)
@@ -336,7 +349,10 @@ void tb_kill(struct icpu *c, struct bt *t, struct tb *tb)
     list_remove(t, &tb->b->translations, tb, offsetof(struct tb, block_next));
     const u8 **jump = &c->bt.jump[tb->key][tb->la & JUMP_MASK];
     if (*jump == t->rx + (tb->start - t->rw))
-        *jump = t->rx + t->miss;
+        *jump = t->rx + t->lookup[tb->key];
+    struct bt_target *target = target_of(c, tb);
+    if (target->la == tb->la)
+        *target = (struct bt_target){ 0, t->rx + t->miss };
     jump_to(&e, t->rw + t->miss);
 }
 

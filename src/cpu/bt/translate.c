@@ -292,7 +292,14 @@ static void cold_wrong_entry(struct tr *t, const struct cold *k)
     op_mem(e, true, X_LEA, S1, S1, S0, 0, 1);
     mov_imm64(e, S0, t->tb->la + secret_of(t));
     op_mem(e, true, X_LEA, S1, S1, S0, 0, 0);
+    mov_imm64(e, S0, 0 - t->tb->la);
+    op_mem(e, true, X_LEA, S0, S0, S1, 0, 0);
+    u8 *other = jump_unless_zero(e, S0);                           /* the right target: then it is the page */
     jump_to(e, t->t->rw + t->t->miss);
+    if (!e->overflow)
+        aim(other, e->p);
+    put_swap_rcx(e, S0);
+    jump_to(e, t->t->rw + t->t->lookup[t->tb->key]);
 }
 
 static void cold_wrong_page(struct tr *t, const struct cold *k)

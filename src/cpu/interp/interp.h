@@ -112,7 +112,8 @@ struct icpu_bt {
     u64 kept;                      /* S0 when translated code is entered: bt.h, MARK_KEPT */
     const u8 *resume;              /* where a handler call goes on */
     u64 mask_slot, mask_jump;      /* for PEXT: bits 47..39 of an address; which bits of an address choose its place in jump[] */
-    u64 mask_tlb, mask_entry, mask_page;
+    u64 mask_tlb, mask_entry, mask_page, mask_target;
+    struct bt_target *target[BT_KEYS]; /* where jump[] does not lead to the right place: a larger table by linear address */
     u32 exit_link, exit_site, exit_stale; /* by which link, instruction, translation the code was left */
     bool exit_slow;                /* exit_site: because of an access that is one for handlers */
     bool exit_gate;                /* exit_site: because of a gate (icpu.live) */
