@@ -1090,7 +1090,7 @@ static void test_random(void **state)
     w->seed = seed ? strtoull(seed, NULL, 0) : (u64)time(NULL);
     print_message("# SHADOW_SEED=%llu\n", (unsigned long long)w->seed);
     make_world(w);
-    for (unsigned long n = steps ? strtoul(steps, NULL, 0) : 60000; n; n--) {
+    for (unsigned long n = steps ? strtoul(steps, NULL, 0) : 120000; n; n--) {
         unsigned what = rnd(w, 100), place = rnd(w, PLACES), i = rnd(w, TRIED);
         enum tlb_view_id view = (enum tlb_view_id)rnd(w, VIEWS);
         bool write = rnd(w, 2);

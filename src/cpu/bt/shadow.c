@@ -15,7 +15,6 @@
 #include "cpu/bt/shadow_map.h"
 #include "cpu/stats.h"
 
-#define POPULATE_MAX 16u                                           /* runs up to so many pages are made present at once, in longer ones the host's own faults do it */
 #define MAPPINGS_MAX 16384u                                        /* per vCPU, also where the host would allow more */
 #define WINDOWS_TOTAL 192u                                         /* of all vCPUs, of 255 for which a process has addresses */
 #define WINDOWS_MIN 8u
@@ -79,36 +78,49 @@ static u64 permitted(const struct shadow *s, u64 la, u64 e)
 }
 
 /* ---- comparing what is mapped with what the guest's tables say now ---- */
-struct range {                                                     /* of pages that the host is to forget, the books have already */
-    u64 la, end;
+/*
+ * What is dropped of a window: the books have forgotten it already, the host does so at the end, in few calls. Ranges may be joined over what is not mapped
+ * in between.
+ */
+#define RANGES 32u
+struct drops {                                                     /* in bytes from the window's beginning */
+    u64 first, end;                                                /* all of them lie in here */
+    unsigned n;
+    struct { u64 first, end; } range[RANGES];
 };
 
-static bool range_flush(struct shadow *s, struct shadow_window *w, struct range *g)
+/* false: the host refused, so the window is empty now and its regions are gone. */
+static bool drops_flush(struct shadow *s, struct shadow_window *w, struct drops *d)
 {
-    bool ok = g->la == g->end || host_forget(s, w, g->la, g->end - g->la);
-    g->la = g->end = 0;
+    bool ok = true;
+    if (d->n > 1 && !w->pages)                                     /* nothing else is in the window */
+        ok = host_forget(s, w, w->canon + d->first, d->end - d->first);
+    else
+        for (unsigned i = 0; ok && i < d->n; i++)
+            ok = host_forget(s, w, w->canon + d->range[i].first, d->range[i].end - d->range[i].first);
+    d->n = 0;
     return ok;
 }
 
-/* false: the window is empty now, and its regions are gone. */
-static bool range_drop(struct shadow *s, struct shadow_window *w, struct range *g, struct shadow_region *r, u64 la, unsigned n)
+static bool drops_add(struct shadow *s, struct shadow_window *w, struct drops *d, struct shadow_region *r, u64 la, unsigned n)
 {
-    u64 end = la + n * PAGE_SIZE;
+    u64 first = la - w->canon, end = first + n * PAGE_SIZE;
     u32 before = s->pages;
     pages_forget(s, r, la, n);
     s->stats.dropped += before - s->pages;
-    if (g->la != g->end && g->end == la) {
-        g->end = end;
-        return true;
+    if (d->n == RANGES && !drops_flush(s, w, d))
+        return false;
+    d->first = d->n ? MIN(d->first, first) : first;
+    d->end = d->n ? MAX(d->end, end) : end;
+    if (d->n && d->range[d->n - 1].end == first) {
+        d->range[d->n - 1].end = end;
+    } else if (d->n && d->range[d->n - 1].first == end) {
+        d->range[d->n - 1].first = first;
+    } else {
+        d->range[d->n].first = first;
+        d->range[d->n++].end = end;
     }
-    if (g->la != g->end && g->la == end) {
-        g->la = la;
-        return true;
-    }
-    bool ok = range_flush(s, w, g);
-    g->la = la;
-    g->end = end;
-    return ok;
+    return true;
 }
 
 static bool pages_downgrade(struct shadow *s, struct shadow_region *r, u64 la, unsigned n)
@@ -129,7 +141,7 @@ static enum verdict judge(u64 old, u64 now)
     return old & CELL_W && !(now & CELL_W) ? READ_ONLY : KEEP;
 }
 
-static bool block_compare(struct shadow *s, struct shadow_window *w, struct shadow_region *r, const struct look *k, struct range *g)
+static bool block_compare(struct shadow *s, struct shadow_window *w, struct shadow_region *r, const struct look *k, struct drops *d)
 {
     u64 now = k->t.level > 1 ? look_entry(k, r->la, k->t.large) : 0, old = r->block;
     s->stats.compared++;
@@ -137,19 +149,19 @@ static bool block_compare(struct shadow *s, struct shadow_window *w, struct shad
         return true;
     enum verdict v = judge(old, now);
     if (v == DROP)
-        return range_drop(s, w, g, r, r->la, REGION_PAGES);
+        return drops_add(s, w, d, r, r->la, REGION_PAGES);
     r->above = k->t.above;
     r->level = (u8)k->t.level;
     cell_refresh(s, r, r->la, (now & ~CELL_W) | (old & CELL_W));
     return v == KEEP || pages_downgrade(s, r, r->la, REGION_PAGES);
 }
 
-static bool cells_apply(struct shadow *s, struct shadow_window *w, struct shadow_region *r, enum verdict v, u64 la, u64 end, struct range *g)
+static bool cells_apply(struct shadow *s, struct shadow_window *w, struct shadow_region *r, enum verdict v, u64 la, u64 end, struct drops *d)
 {
     unsigned n = (unsigned)((end - la) >> PAGE_SHIFT);
     if (!n || v == KEEP)
         return true;
-    return v == DROP ? range_drop(s, w, g, r, la, n) : pages_downgrade(s, r, la, n);
+    return v == DROP ? drops_add(s, w, d, r, la, n) : pages_downgrade(s, r, la, n);
 }
 
 static enum verdict cell_compare(struct shadow *s, struct shadow_region *r, const struct look *k, u64 la, bool same_above)
@@ -165,38 +177,38 @@ static enum verdict cell_compare(struct shadow *s, struct shadow_region *r, cons
 }
 
 /* Runs of pages with the same fate are one call of the host. Behind each the region may be gone, with the last page in it. */
-static bool cells_compare(struct shadow *s, struct shadow_window *w, struct shadow_region *r, const struct look *k, u64 la, unsigned n, struct range *g)
+static bool cells_compare(struct shadow *s, struct shadow_window *w, struct shadow_region *r, const struct look *k, u64 la, unsigned n, struct drops *d)
 {
     bool same_above = k->t.level == 1 && r->above == k->t.above;
     enum verdict run = KEEP;
     u64 from = la, end = la + n * PAGE_SIZE;
     for (; la != end; la += PAGE_SIZE) {
-        enum verdict v = KEEP;
+        enum verdict v = run == DROP ? DROP : KEEP;                /* of what is not mapped: as it comes */
         if (*cell(s, r, la)) {
             s->stats.compared++;
             v = cell_compare(s, r, k, la, same_above);
         }
         if (v == run)
             continue;
-        if (!cells_apply(s, w, r, run, from, la, g))
+        if (!cells_apply(s, w, r, run, from, la, d))
             return false;
         run = v;
         from = la;
     }
-    return cells_apply(s, w, r, run, from, end, g);
+    return cells_apply(s, w, r, run, from, end, d);
 }
 
 /* Compares n pages from la on, or the whole region where more than single entries has changed. false: the window is empty now. */
-static bool region_compare(struct shadow *s, struct shadow_window *w, struct shadow_region *r, struct look *k, u64 la, unsigned n, struct range *g)
+static bool region_compare(struct shadow *s, struct shadow_window *w, struct shadow_region *r, struct look *k, u64 la, unsigned n, struct drops *d)
 {
     if (!mmu_leaves(s->c->v->m->ram, &k->ctx, r->la, &k->t))
-        return range_drop(s, w, g, r, r->la, REGION_PAGES);
+        return drops_add(s, w, d, r, r->la, REGION_PAGES);
     if (r->block)
-        return block_compare(s, w, r, k, g);
+        return block_compare(s, w, r, k, d);
     bool same = r->above == k->t.above && r->level == k->t.level;
     if (same)
-        return cells_compare(s, w, r, k, la, n, g);
-    bool ok = cells_compare(s, w, r, k, r->la, REGION_PAGES, g);
+        return cells_compare(s, w, r, k, la, n, d);
+    bool ok = cells_compare(s, w, r, k, r->la, REGION_PAGES, d);
     r->above = k->t.above;                                         /* (of a free one, perhaps: no harm) */
     r->level = (u8)k->t.level;
     return ok;
@@ -205,17 +217,18 @@ static bool region_compare(struct shadow *s, struct shadow_window *w, struct sha
 static void window_compare(struct shadow *s, struct shadow_window *w, bool all)
 {
     struct look k;
-    struct range g = { 0, 0 };
+    struct drops d;
+    d.n = 0;
     bool ok = true;
     look_begin(s->c, &k, w->owner < SHADOW_CONTEXTS, false);
     for (u32 i = w->regions, next; ok && i; i = next) {
         struct shadow_region *r = &s->region[i];
         next = r->next;
         if (all || r->nonglobal)
-            ok = region_compare(s, w, r, &k, r->la, REGION_PAGES, &g);
+            ok = region_compare(s, w, r, &k, r->la, REGION_PAGES, &d);
     }
     if (ok)
-        range_flush(s, w, &g);
+        drops_flush(s, w, &d);
 }
 
 static void space_compare(struct shadow *s, unsigned owner, bool all)
@@ -248,21 +261,22 @@ static bool page_moved(struct shadow *s, struct shadow_region *r, struct look *k
 static void page_compare(struct shadow *s, struct shadow_window *w, u64 la)
 {
     struct look k;
-    struct range g = { 0, 0 };
+    struct drops d;
+    d.n = 0;
     bool ok = true;
     la &= PAGE_MASK;
     look_begin(s->c, &k, w->owner < SHADOW_CONTEXTS, false);
     struct shadow_region *r = region_find(s, w, la);
     if (r && r->level < 3 && !(r->level == 1 && page_moved(s, r, &k, la)))
-        ok = r->level == 1 ? region_compare(s, w, r, &k, la, 1, &g) : region_compare(s, w, r, &k, r->la, REGION_PAGES, &g);
+        ok = r->level == 1 ? region_compare(s, w, r, &k, la, 1, &d) : region_compare(s, w, r, &k, r->la, REGION_PAGES, &d);
     for (u32 i = w->huge ? w->regions : 0, next; ok && i; i = next) {
         r = &s->region[i];
         next = r->next;
         if (r->level == 3 && !((r->la ^ la) >> 30))
-            ok = region_compare(s, w, r, &k, r->la, REGION_PAGES, &g);
+            ok = region_compare(s, w, r, &k, r->la, REGION_PAGES, &d);
     }
     if (ok)
-        range_flush(s, w, &g);
+        drops_flush(s, w, &d);
 }
 
 /* ---- contexts ---- */
@@ -448,7 +462,7 @@ static enum shadow_result map_run(struct shadow *s, const struct look *k, struct
     for (u64 d = PAGE_SIZE; hi - at < ahead && !cells[hi]; hi++, d += PAGE_SIZE)
         if (((s->run[hi] = next_entry(s, k, la, raw, e, d)) & (PTE_ADDR | CELL_W)) != like + d)
             break;
-    if (!cells_map(s, r, r->la + lo * PAGE_SIZE, hi - lo, &s->run[lo], run, hi - lo <= POPULATE_MAX))
+    if (!cells_map(s, r, r->la + lo * PAGE_SIZE, hi - lo, &s->run[lo], run))
         return SHADOW_SLOW;
     s->stats.pages += hi - lo;
     return SHADOW_FILLED;
@@ -530,12 +544,13 @@ static enum shadow_result fill_block(struct shadow *s, struct shadow_window *w, 
 /* What was mapped in this region from another kind of table is compared before something is added. */
 static void region_settle(struct shadow *s, struct shadow_window *w, struct look *k, u64 la)
 {
-    struct range g = { 0, 0 };
+    struct drops d;
+    d.n = 0;
     struct shadow_region *r = region_find(s, w, la);
     if (!r || (r->above == k->t.above && r->level == k->t.level))
         return;
-    if (region_compare(s, w, r, k, r->la, REGION_PAGES, &g))
-        range_flush(s, w, &g);
+    if (region_compare(s, w, r, k, r->la, REGION_PAGES, &d))
+        drops_flush(s, w, &d);
 }
 
 static bool block_fits(const struct look *k, const struct ram_run *run, u64 gpa)

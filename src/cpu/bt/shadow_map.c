@@ -34,11 +34,10 @@ static bool host_closed(u64 hva, u64 len)                          /* nothing th
     return !host_failed(host_call(SYS_mmap, hva, len, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, ~0ull, 0));
 }
 
-static bool host_file(u64 hva, u64 len, bool writable, bool populate, const struct ram_run *run, u64 gpa)
+static bool host_file(u64 hva, u64 len, bool writable, const struct ram_run *run, u64 gpa)
 {
     int prot = writable ? PROT_READ | PROT_WRITE : PROT_READ;
-    int flags = MAP_SHARED | MAP_FIXED | (populate ? MAP_POPULATE : 0);
-    return !host_failed(host_call(SYS_mmap, hva, len, (u64)prot, (u64)flags, (u64)run->fd, run->offset + (gpa - run->gpa)));
+    return !host_failed(host_call(SYS_mmap, hva, len, (u64)prot, MAP_SHARED | MAP_FIXED, (u64)run->fd, run->offset + (gpa - run->gpa)));
 }
 
 static bool host_protect(u64 hva, u64 len, bool writable)
@@ -400,12 +399,12 @@ static void border_change(struct shadow *s, const struct shadow_region *r, unsig
     s->borders += change;
 }
 
-bool cells_map(struct shadow *s, struct shadow_region *r, u64 la, unsigned n, const u64 *e, const struct ram_run *run, bool populate)
+bool cells_map(struct shadow *s, struct shadow_region *r, u64 la, unsigned n, const u64 *e, const struct ram_run *run)
 {
     unsigned first = la >> PAGE_SHIFT & (REGION_PAGES - 1), nonglobal = 0;
     struct shadow_window *w = &s->window[r->window];
     u64 *cells = s->cells[r->cells].e;
-    if (!host_file(host_at(w, la), n * PAGE_SIZE, e[0] & CELL_W, populate, run, e[0] & PTE_ADDR))
+    if (!host_file(host_at(w, la), n * PAGE_SIZE, e[0] & CELL_W, run, e[0] & PTE_ADDR))
         return false;
     unsigned before = ends(s, r, la, n, 0, 0);
     for (unsigned i = 0; i < n; i++) {
@@ -423,7 +422,7 @@ bool cells_map(struct shadow *s, struct shadow_region *r, u64 la, unsigned n, co
 
 bool cell_replace(struct shadow *s, struct shadow_region *r, u64 la, u64 e, const struct ram_run *run)
 {
-    if (!host_file(host_at(&s->window[r->window], la), PAGE_SIZE, e & CELL_W, true, run, e & PTE_ADDR))
+    if (!host_file(host_at(&s->window[r->window], la), PAGE_SIZE, e & CELL_W, run, e & PTE_ADDR))
         return false;
     unsigned before = borders(s, r, la, 1);
     cell_set(s, r, la >> PAGE_SHIFT & (REGION_PAGES - 1), e);
@@ -434,7 +433,7 @@ bool cell_replace(struct shadow *s, struct shadow_region *r, u64 la, u64 e, cons
 bool block_map(struct shadow *s, struct shadow_region *r, u64 e, const struct ram_run *run)
 {
     struct shadow_window *w = &s->window[r->window];
-    if (!host_file(host_at(w, r->la), REGION_SIZE, e & CELL_W, false, run, e & PTE_ADDR))
+    if (!host_file(host_at(w, r->la), REGION_SIZE, e & CELL_W, run, e & PTE_ADDR))
         return false;
     unsigned before = r->block ? borders(s, r, r->la, REGION_PAGES) : ends(s, r, r->la, REGION_PAGES, 0, 0);
     block_set(s, r, e);

@@ -123,7 +123,7 @@ u64 page_state(struct shadow *s, const struct shadow_window *w, u64 la);
 
 /* ---- changes; la and n (pages) lie in one region. The host first, then the books, or the reverse where rights are taken. ---- */
 /* Maps cells that are not mapped, from frames that follow each other and with the same right to write. false: the host refused, nothing has changed. */
-bool cells_map(struct shadow *s, struct shadow_region *r, u64 la, unsigned n, const u64 *e, const struct ram_run *run, bool populate);
+bool cells_map(struct shadow *s, struct shadow_region *r, u64 la, unsigned n, const u64 *e, const struct ram_run *run);
 bool cell_replace(struct shadow *s, struct shadow_region *r, u64 la, u64 e, const struct ram_run *run); /* mapped or not */
 bool block_map(struct shadow *s, struct shadow_region *r, u64 e, const struct ram_run *run);
 bool pages_writable(struct shadow *s, struct shadow_region *r, u64 la, unsigned n); /* mapped ones; of a block: clears ro */
