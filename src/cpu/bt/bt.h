@@ -26,12 +26,12 @@
 #include "cpu/interp/interp.h"
 #include "cpu/interp/tlb.h"
 
-#define BT_ARENA_BYTES (32 * MiB)
+#define BT_ARENA_BYTES (64 * MiB)                                  /* of address space; memory is used as it fills */
 #define BT_BLOCK_BYTES (24 * KiB)                                  /* the most that one block may become */
-#define BT_TBS 131072u
-#define BT_LINKS 393216u
-#define BT_MARKS 2097152u
-#define BT_HASH 32768u
+#define BT_TBS 262144u
+#define BT_LINKS 786432u
+#define BT_MARKS 6291456u
+#define BT_HASH 131072u
 #define BT_PAGES 65536u
 #define BT_RUNS 6                                                  /* interpreted so often before it is translated */
 
@@ -127,7 +127,7 @@ struct bt {
 #define JUMP_MASK (BT_JUMPS - 1ull)
 
 /* The second table of indirect branches' targets, by address. */
-#define BT_TARGETS 16384u
+#define BT_TARGETS 65536u
 struct bt_target {
     u64 la;
     const u8 *entry;                                               /* 0: none */

@@ -14,8 +14,8 @@
 #include "cpu/interp/fp.h"
 #include "cpu/interp/tlb.h"
 
-#define ARENA_BYTES (32 * MiB)
-#define HASH_BITS 15
+#define ARENA_BYTES (128 * MiB)            /* of address space: memory is used as blocks are made */
+#define HASH_BITS 17
 #define PAGE_HASH_BITS 12
 #define BLOCK_MAX (sizeof(struct block) + BLOCK_BYTES + (BLOCK_OPS + 1) * sizeof(struct op))
 #define INSN_MAX 15u

@@ -101,7 +101,7 @@ enum tlb_flush { FLUSH_ALL, FLUSH_NONGLOBAL, FLUSH_PAGE, FLUSH_LARGE };
  * What a translator (cpu/bt) keeps beside the interpreter's state, where its generated code can address it. run replaces the fast loop; forget is told of a
  * block that may not be found any more and has translations.
  */
-#define BT_ITLB_SIZE 1024u
+#define BT_ITLB_SIZE 8192u
 #define BT_JUMPS 8192u
 #define BT_KEYS 8u
 struct icpu_bt {
