@@ -5,7 +5,7 @@
  * The machine is as small as can be: 32 MiB of RAM, two vCPUs with local APICs, a text port (0xe9), an exit port
  * (0xf4), a scratch device of ports, one of memory, and a copier that does DMA. A program is loaded at 8000h and entered there in real mode; the
  * doubleword at 500h counts the shutdowns it has had. A program whose last line is "shutdown NAME" passes that check by
- * a triple fault and is started again; otherwise it has to end with "done".
+ * a triple fault and is started again; otherwise it has to end with "done". The monitor's own memory is checked, too.
  *
  * Threads: the loop's (main), where timers fire, and one per vCPU. What the vCPUs' threads write here is under
  * runner.lock.
@@ -13,6 +13,7 @@
 #include <errno.h>
 #include <getopt.h>
 #include <string.h>
+#include <sys/resource.h>
 
 #include "base/err.h"
 #include "base/loop.h"
@@ -36,6 +37,8 @@
 #define MMIO_STORE 0xfd000000u
 #define MAPS_MAX 2000
 #define PORT_COPY 0xa0 /* doublewords: to, from, bytes; a byte: 1 copies at once, 2 on the loop's thread. Reads: 1 busy, 2 failed */
+#define MEMORY_MIB 64      /* of the monitor's own, beyond RAM */
+#define MAPPINGS_MAX 50000 /* the kernel's default limit is 65530 */
 
 enum end { END_NONE, END_EXIT, END_SHUTDOWN, END_FAILED, END_TIMEOUT };
 
@@ -61,6 +64,7 @@ struct runner {
         u32 reg[3];
         u8 state;
     } copier;
+    unsigned mappings;       /* of the monitor, at most */
     unsigned checks, failed; /* over all programs */
 };
 
@@ -91,6 +95,38 @@ static void on_stopped(void *arg, struct vcpu *v, int why, const char *message)
 }
 
 static void on_timeout(void *arg) { runner_end(arg, END_TIMEOUT, 0, ""); }
+
+/* ---- the monitor's own memory ---- */
+
+/* Lines of /proc/self/maps: what the kernel's limit on mappings counts. */
+static unsigned mappings(void)
+{
+    FILE *f = fopen("/proc/self/maps", "r");
+    unsigned n = 0;
+    int c;
+
+    while (f && (c = getc(f)) != EOF)
+        n += c == '\n';
+    if (f)
+        fclose(f);
+    return n;
+}
+
+/* Whatever a program has done, the monitor is not larger than its guest's RAM and a fixed amount. */
+static void check_memory(struct runner *r)
+{
+    struct rusage u;
+    u64 mib;
+    bool ok;
+
+    getrusage(RUSAGE_SELF, &u);
+    mib = (u64)u.ru_maxrss / 1024;
+    r->mappings = MAX(r->mappings, mappings());
+    ok = mib <= RAM_SIZE / MiB + MEMORY_MIB && r->mappings <= MAPPINGS_MAX;
+    r->checks++;
+    r->failed += !ok;
+    printf("%sok %u - the monitor's memory is bounded\n# %lu MiB resident at most, %u mappings\n", ok ? "" : "not ", r->checks, mib, r->mappings);
+}
 
 /* ---- ports and memory of the test machine ---- */
 
@@ -488,6 +524,7 @@ static int run_program(struct runner *r, const char *program, const u8 *image, s
 
         if (rc < 0)
             return rc;
+        r->mappings = MAX(r->mappings, mappings());
         shutdown = print_lines(r, program, &done);
         if (shutdown)
             tap(r, r->end == END_SHUTDOWN, program, shutdown);
@@ -572,6 +609,7 @@ int main(int argc, char **argv)
         }
         free(image);
     }
+    check_memory(&r);
     printf("1..%u\n", r.checks);
     free(r.out);
     return r.failed ? 1 : 0;

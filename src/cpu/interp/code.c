@@ -357,29 +357,6 @@ static struct block *decode_block(struct icpu *c, u64 gpa, const u8 *host)
     return b;
 }
 
-/* Code outside RAM: byte by byte, since devices see what is fetched. Not cached. */
-static struct block *decode_mmio(struct icpu *c, u64 gpa)
-{
-    struct block *b = c->code->uncached;
-    u8 bytes[INSN_MAX];
-    u64 room = MIN(limit_room(c, c->rip), PAGE_SIZE - (gpa & ~PAGE_MASK));
-    if (fp_full(c))
-        code_flush(c);
-    for (unsigned n = 0; n < MIN(INSN_MAX, room);) {
-        u64 val = 0;
-        codepage_leave(c);
-        vcpu_mmio(c->v, gpa + n, 1, false, &val);
-        codepage_enter(c);
-        bytes[n++] = (u8)val;
-        if (decode_one(c, bytes, n, 0, &c->code->ops[0]) == DECODE_MORE)
-            continue;
-        block_make(c, b, BLOCK_DEAD, bytes, c->code->ops[0].len, 1);
-        return b;
-    }
-    fault_gp(c, 0);                                                /* at CS's limit; across pages of a device: no machine has that */
-    return NULL;
-}
-
 /* ---- instructions that cross into the next page ---- */
 struct fetch {
     u64 la, gpa;
@@ -409,6 +386,37 @@ static u64 next_page(const struct icpu *c, u64 la)
     return ((la & PAGE_MASK) + PAGE_SIZE) & c->rip_mask;
 }
 
+/* Code that is not in RAM, or not wholly: byte by byte, since devices see what is fetched. Not cached. */
+static struct block *decode_uncached(struct icpu *c, struct fetch f)
+{
+    struct block *b = c->code->uncached;
+    u8 bytes[INSN_MAX];
+    u64 room = MIN(limit_room(c, c->rip), (u64)INSN_MAX), val;
+    if (fp_full(c))
+        code_flush(c);
+    for (unsigned n = 0, in_page = 0; n < room; in_page++) {
+        if (in_page == PAGE_SIZE - (f.la & ~PAGE_MASK)) {
+            if (fetch_page(c, next_page(c, f.la), &f))
+                return NULL;
+            in_page = 0;
+        }
+        if (f.host) {
+            val = f.host[in_page];
+        } else {
+            codepage_leave(c);
+            vcpu_mmio(c->v, f.gpa + in_page, 1, false, &val);
+            codepage_enter(c);
+        }
+        bytes[n++] = (u8)val;
+        if (decode_one(c, bytes, n, 0, &c->code->ops[0]) == DECODE_MORE)
+            continue;
+        block_make(c, b, BLOCK_DEAD, bytes, c->code->ops[0].len, 1);
+        return b;
+    }
+    fault_gp(c, 0);                                                /* at CS's limit */
+    return NULL;
+}
+
 static bool crossing_matches(const struct block *b, const struct fetch *f1, const struct fetch *f2)
 {
     return f2->host && b->gpa2 == f2->gpa && !memcmp(b->bytes, f1->host, b->first) && !memcmp(b->bytes + b->first, f2->host, b->len - b->first);
@@ -426,10 +434,8 @@ static struct block *decode_crossing(struct icpu *c, const struct fetch *f1)
     }
     if (fetch_page(c, next_page(c, f1->la), &f2))
         return NULL;
-    if (!f2.host) {
-        fault_gp(c, 0);                                            /* from RAM into a device: no machine has that */
-        return NULL;
-    }
+    if (!f2.host)
+        return decode_uncached(c, *f1);
     struct block *b = arena_alloc(c);
     unsigned n = (unsigned)MIN(room, INSN_MAX);
     memcpy(bytes, f1->host, first);
@@ -488,7 +494,7 @@ static struct block *find_slow(struct icpu *c, u64 la)
     if (fetch_page(c, la, &f) || point_stops(c, la))
         return NULL;
     if (!f.host)
-        return decode_mmio(c, f.gpa);
+        return decode_uncached(c, f);
     c->fault.vector = 0xff;
     struct block *b = hash_find(c, &f);
     if (!b) {
@@ -498,7 +504,7 @@ static struct block *find_slow(struct icpu *c, u64 la)
         if (!b)
             b = decode_crossing(c, &f);
     }
-    if (b && b->gpa2 == BLOCK_DEAD && !point_at(c, la)) {
+    if (b && b->gpa != BLOCK_DEAD && b->gpa2 == BLOCK_DEAD && !point_at(c, la)) {
         tlb_note_code(c, code_view(c), la);
         *code_jump_slot(c->code, la) = (struct jump_entry){ la, c->code_tag, b, f.host };
     }
