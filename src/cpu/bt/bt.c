@@ -210,13 +210,12 @@ static bool run_code(struct icpu *c, struct bt *t, const u8 *code, unsigned key,
             struct tb *tb = &t->tb[c->bt.exit_site >> 8];
             unsigned op = c->bt.exit_site & 0xff;
             r = bt_run_op(c, c->bt.exit_site);
-            if (r == OP_NEXT) {
+            if (r == OP_NEXT)
                 code = code_behind(c, t, tb, op);
-                if (c->bt.exit_slow || (c->bt.exit_gate && !c->live.x87)) {
-                    tb->b->slow |= (u32)BIT(op);
-                    tb_kill(c, t, tb);
-                    r = BT_EXIT_RIP;
-                }
+            if ((r == OP_NEXT || r == OP_NEAR) && !tb->dead && (c->bt.exit_slow || (c->bt.exit_gate && !c->live.x87))) {
+                tb->b->slow |= (u32)BIT(op);                       /* CALL and RET as well: each would be a signal again */
+                tb_kill(c, t, tb);
+                r = BT_EXIT_RIP;
             }
         }
     } while (r == OP_NEXT && code && !c->bt.single);

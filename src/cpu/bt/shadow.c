@@ -755,7 +755,7 @@ void shadow_ran(struct icpu *c, unsigned ctx, u64 run, u64 misses)
 {
     struct shadow *s = c->bt.shadow;
     struct shadow_score *p = &s->score[ctx];
-    u64 cost = s->stats.fill_cycles + s->stats.flush_cycles + (s->stats.fills + s->stats.faults) * SIGNAL_CYCLES;
+    u64 cost = s->stats.fill_cycles + s->stats.flush_cycles + (s->stats.fills + s->stats.faults + s->stats.slow) * SIGNAL_CYCLES;
     p->run += run;
     if (p->pays)
         score_shadow(p, cost - s->cost_seen);
