@@ -267,16 +267,22 @@ static bool single_steps(const struct icpu *c, const struct block *b, bool tf_be
     return tf_before && !software_interrupt;
 }
 
-static bool wants_step(const struct icpu *c)
+/* Somebody wants to see every iteration of a repeated instruction. */
+static bool wants_iterations(const struct icpu *c)
 {
     const struct vcpu_debug *d = &c->v->debug;
-    return c->flags & (FLAG_TF | FLAG_RF) || c->x->shadow || c->x->dr7 & 0xff || d->step || d->pass ||
-           trace_on(c->v->m->trace, TRACE_INSN);
+    return c->flags & FLAG_TF || c->x->dr7 & 0xff || d->step || d->pass || trace_on(c->v->m->trace, TRACE_INSN);
+}
+
+/* RF, which IRET sets behind each fault, and the shadow are over when the next instruction is. */
+static bool wants_step(const struct icpu *c)
+{
+    return c->flags & FLAG_RF || c->x->shadow || wants_iterations(c);
 }
 
 static int step_insn(struct icpu *c)
 {
-    bool tf = c->flags & FLAG_TF, rf = c->flags & FLAG_RF;
+    bool tf = c->flags & FLAG_TF, rf = c->flags & FLAG_RF, iterations = wants_iterations(c);
     u64 traps = rf || c->ss_shadow ? 0 : breakpoints_at(c, (c->cs_base + c->rip) & c->rip_mask);
     if (traps) {
         debug_trap(c, traps);
@@ -293,7 +299,7 @@ static int step_insn(struct icpu *c)
     c->flags &= ~FLAG_RF;
     c->block = b;
     c->r[REG_RIP] = c->rip;
-    c->step = true;
+    c->step = iterations;
     if (b->fp)
         icpu_claim(c);
     int r = b->op[0].fn(c, &b->op[0]);
