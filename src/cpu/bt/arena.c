@@ -80,6 +80,7 @@ static void put_op(struct emit *e, uintptr_t function, bool light)
     put_stop_check(e);
     u8 *stop = jump_if(e, CC_NZ);
     fill(e);
+    op_gs(e, true, X_LOAD, S1, OFF(rip));                          /* where it is an entry */
     op_gs(e, false, 0xff, 4, OFF(bt.resume));                      /* jmp [resume] */
     aim(leave, e->p);
     aim(stop, e->p);

@@ -82,7 +82,21 @@ static int op_done(struct icpu *c, struct tb *tb, const struct op *op, int r)
     return OP_NEXT;
 }
 
-int bt_run_op(struct icpu *c, u32 site)
+static enum vcpu_counted exit_counted(int r)
+{
+    switch (r) {
+    case BT_EXIT_RIP: return COUNT_EXIT_EVENT;
+    case BT_EXIT_MISS: return COUNT_EXIT_INDIRECT;
+    case BT_EXIT_LINK: return COUNT_EXIT_DIRECT;
+    case OP_FAULT: case OP_TRAP: case OP_SHUTDOWN: return COUNT_EXIT_FAULT;
+    case OP_HALT: return COUNT_EXIT_HALT;
+    case OP_NEAR: return COUNT_EXIT_BRANCH;
+    case OP_RESTART: return COUNT_EXIT_EVENT;
+    default: return COUNT_EXIT_BOUNDARY;
+    }
+}
+
+static int run_op(struct icpu *c, u32 site)
 {
     struct tb *tb = &c->bt.bt->tb[site >> 8];
     const struct op *op = &tb->b->op[site & 0xff];
@@ -95,6 +109,62 @@ int bt_run_op(struct icpu *c, u32 site)
     int r = op->fn(c, op);
     vcpu_where(c->v, was);
     return op_done(c, tb, op, r);
+}
+
+static bool usable(const struct icpu *c)
+{
+    return c->mode == IMODE_LONG64 && (c->cpl == 0 || c->cpl == 3) && c->view != c->tlb->none.e && !c->v->m->debug.points && !c->v->m->debug.watches && !c->tlb->watch;
+}
+
+/* May translated code follow at c->rip, without a look at what lies between instructions? vcpu.events are told by icpu.bt.stop. */
+static bool goes_on(const struct icpu *c)
+{
+    const struct x86 *x = c->x;
+    return usable(c) && !(c->flags & (FLAG_TF | FLAG_RF)) && !(c->irq_wait && c->flags & FLAG_IF) && !x->shadow && !x->nmi_pending && !c->db_pending &&
+           x->activity == X86_RUNNING && !c->v->debug.stop && !c->code->flush_wanted && tlb_canonical(c->rip);
+}
+
+/* What translations take for granted. */
+static void fixed_follow(struct icpu *c)
+{
+    const struct x86 *x = c->x;
+    struct bt *t = c->bt.bt;
+    struct bt_fixed now = { x->efer & EFER_SCE, x->star, x->lstar, x->sfmask, x->cr4 & (CR4_SMAP | CR4_TSD | CR4_FSGSBASE) };
+    c->bt.tsc_bias = clock_tsc_bias(c->v->m->clock) + (u64)x->tsc_adjust;
+    if (likely(!memcmp(&now, &t->fixed, sizeof now)))
+        return;
+    t->fixed = now;
+    bt_invalidate(c, 0, ~0ull);
+}
+
+/* After an op that jumped, faulted or may have changed mode, privilege or translation: translated code is found again by the jump table. */
+static int carry_on(struct icpu *c, int r)
+{
+    switch (r) {
+    case OP_END: case OP_JUMP: case OP_FAULT: case OP_TRAP:
+        vcpu_count(c->v, exit_counted(r));
+        icpu_end(c, c->bt.op, r);
+        break;
+    case OP_NEAR:
+        vcpu_count(c->v, exit_counted(r));
+        break;
+    default:
+        return r;
+    }
+    if (!goes_on(c))
+        return BT_EXIT_END;
+    if (r == OP_END)
+        fixed_follow(c);
+    unsigned key = bt_key(c);
+    bt_rebias(c, key);
+    c->bt.resume = c->bt.jump[key][c->rip & JUMP_MASK];
+    return OP_NEXT;
+}
+
+int bt_run_op(struct icpu *c, u32 site)
+{
+    int r = run_op(c, site);
+    return likely(r == OP_NEXT) || c->bt.single ? r : carry_on(c, r);
 }
 
 int bt_run_light(struct icpu *c, u32 site, int (*fn)(struct icpu *c, const struct op *op))
@@ -166,6 +236,8 @@ static bool missed(struct icpu *c, struct bt *t)
     struct decoded d;
     if (ZYAN_FAILED(ZydisDecoderDecodeFull(&c->code->decoder[IMODE_LONG64], tb->b->bytes + op->off, op->len, &d.insn, d.opnd)))
         return false;
+    if (d.insn.mnemonic == ZYDIS_MNEMONIC_SYSRET)
+        return false;                                              /* has been done; the fetch faults */
     if (d.insn.mnemonic == ZYDIS_MNEMONIC_RET)
         c->r[RSP] -= 8 + op->imm;
     else if (d.insn.mnemonic == ZYDIS_MNEMONIC_CALL)
@@ -180,20 +252,6 @@ static const u8 *rx(const struct bt *t, const u8 *p)
     return t->rx + (p - t->rw);
 }
 
-static enum vcpu_counted exit_counted(int r)
-{
-    switch (r) {
-    case BT_EXIT_RIP: return COUNT_EXIT_EVENT;
-    case BT_EXIT_MISS: return COUNT_EXIT_INDIRECT;
-    case BT_EXIT_LINK: return COUNT_EXIT_DIRECT;
-    case OP_FAULT: case OP_TRAP: case OP_SHUTDOWN: return COUNT_EXIT_FAULT;
-    case OP_HALT: return COUNT_EXIT_HALT;
-    case OP_NEAR: return COUNT_EXIT_BRANCH;
-    case OP_RESTART: return COUNT_EXIT_EVENT;
-    default: return COUNT_EXIT_BOUNDARY;
-    }
-}
-
 /* Runs translated code from here on until it is left; what it was left with is dealt with as far as that is possible here. True: the next block may follow. */
 static bool run_code(struct icpu *c, struct bt *t, const u8 *code, unsigned key, u32 *link)
 {
@@ -205,11 +263,12 @@ static bool run_code(struct icpu *c, struct bt *t, const u8 *code, unsigned key,
         r = t->enter(code);
         bt_fp_leave(c);
         vcpu_where(c->v, was);
+        code_retag(c);                                             /* translated code changes privilege without */
         vcpu_count(c->v, exit_counted(r));
         if (r == BT_EXIT_OP) {
             struct tb *tb = &t->tb[c->bt.exit_site >> 8];
             unsigned op = c->bt.exit_site & 0xff;
-            r = bt_run_op(c, c->bt.exit_site);
+            r = run_op(c, c->bt.exit_site);
             if (r == OP_NEXT)
                 code = code_behind(c, t, tb, op);
             if ((r == OP_NEXT || r == OP_NEAR) && !tb->dead && (c->bt.exit_slow || (c->bt.exit_gate && !c->live.x87))) {
@@ -228,6 +287,8 @@ static bool run_code(struct icpu *c, struct bt *t, const u8 *code, unsigned key,
         return true;
     case BT_EXIT_MISS:
         return !missed(c, t);
+    case BT_EXIT_END:
+        return false;
     case BT_EXIT_RIP:
         if (unlikely(c->bt.exit_stale)) {
             struct block *b = t->tb[c->bt.exit_stale].b;
@@ -245,11 +306,6 @@ static bool run_code(struct icpu *c, struct bt *t, const u8 *code, unsigned key,
         icpu_end(c, c->bt.op, r);
         return icpu_quiet(c);
     }
-}
-
-static bool usable(const struct icpu *c)
-{
-    return c->mode == IMODE_LONG64 && c->view != c->tlb->none.e && !c->v->m->debug.points && !c->v->m->debug.watches && !c->tlb->watch;
 }
 
 /* The translation at c->rip, made if it is worth it. NULL: *b is to be interpreted; both NULL: the fetch has failed. */
@@ -289,6 +345,7 @@ static void bt_run(struct icpu *c)
     }
     if (t->choose && !(++t->turns & 63))
         bt_account(c, c->tlb->context);
+    fixed_follow(c);
     atomic_store_explicit(&c->bt.inside, 1, memory_order_relaxed);
     do {
         struct block *b;
@@ -380,6 +437,10 @@ static void constants(struct icpu *c, struct bt *t)
     c->bt.mask_tlb = (u64)(TLB_SIZE - 1) << PAGE_SHIFT;
     c->bt.mask_entry = (u64)(TLB_SIZE - 1) << 5;
     _Static_assert(sizeof(struct tlb_entry) == 32, "mask_entry shifts by 5");
+    for (unsigned i = 0; i < 256; i++) {
+        c->bt.without_if[i] = (u8)(i & ~(FLAG_IF >> 8));
+        c->bt.without_ac[i] = (u8)(i & ~(FLAG_AC >> 16));
+    }
 }
 
 static int vcpu_open(struct vcpu *v)

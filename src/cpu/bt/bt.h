@@ -38,7 +38,7 @@
 enum { KEY_SHADOW = 4 };                                           /* key: enum tlb_view_id, and this */
 
 /* What translated code was left with, besides an op's result. */
-enum { BT_EXIT_RIP = 32, BT_EXIT_MISS, BT_EXIT_LINK, BT_EXIT_OP };
+enum { BT_EXIT_RIP = 32, BT_EXIT_MISS, BT_EXIT_LINK, BT_EXIT_OP, BT_EXIT_END };
 
 struct tr;
 struct cold;
@@ -52,6 +52,7 @@ struct tb_mark {
 enum {
     MARK_COLD = 1,                                                 /* behind the block: not an instruction's beginning */
     MARK_POLLS = 2,                                                /* takes long, and looks at icpu.bt.stop itself */
+    MARK_SHADOW = 4,                                               /* the instruction behind STI: no interrupt comes before it */
     MARK_KEPT = 3,                                                 /* from this bit on: 1 + the guest register whose slot's delta is in S0 here, or 0 */
 };
 
@@ -94,6 +95,11 @@ struct link {                                                      /* a direct w
     bool linked;
 };
 
+/* State of the guest's that translations have in them as constants: when it changes, they end. */
+struct bt_fixed {
+    u64 efer, star, lstar, sfmask, cr4;
+};
+
 struct bt {
     u8 *rw, *rx;                                                   /* the arena, twice */
     size_t used, first;                                            /* bytes; first: behind the common routines */
@@ -114,6 +120,7 @@ struct bt {
     struct bt_target *target;
     u32 check;                                                     /* enter's look at stop lies before this */
     bool bmi2;
+    struct bt_fixed fixed;
     _Atomic int thread;                                            /* that runs it, for kicks */
     unsigned runs;                                                 /* BT_RUNS, or 1 */
     /* --mmu auto */

@@ -108,6 +108,16 @@ static inline void put_pdep_gs(struct emit *e, unsigned dst, unsigned src, size_
     PUT(e, 0x65, 0xc4, (dst >> 3 & 1 ? 0 : 0x80) | 0x62, 0x80 | (~src & 15) << 3 | 3, 0xf5, (dst & 7) << 3 | 4, 0x25);
     put32(e, (u32)off);
 }
+/* SHLX and SARX (VEX.LZ.66 and .F3.0F38.W1 F7 /r), RORX (VEX.LZ.F2.0F3A.W1 F0 /r ib): likewise. */
+enum { SHLX = 1, SARX = 2 };
+static inline void put_shift_x(struct emit *e, unsigned which, unsigned dst, unsigned src, unsigned count)
+{
+    PUT(e, 0xc4, (dst & 8 ? 0 : 0x80) | 0x40 | (src & 8 ? 0 : 0x20) | 2, 0x80 | (~count & 15) << 3 | which, 0xf7, 0xc0 | (dst & 7) << 3 | (src & 7));
+}
+static inline void put_rorx(struct emit *e, unsigned dst, unsigned src, unsigned count)
+{
+    PUT(e, 0xc4, (dst & 8 ? 0 : 0x80) | 0x40 | (src & 8 ? 0 : 0x20) | 3, 0xfb, 0xf0, 0xc0 | (dst & 7) << 3 | (src & 7), count);
+}
 #define X_ADD 0x03
 #define X_CMP 0x3b
 #define X_STORE 0x89

@@ -26,7 +26,7 @@ void tr_exit_indirect(struct tr *t)
     op_gs(e, false, 0xc7, 0, OFF(bt.site));                        /* mov dword [], imm */
     put32(e, site(t));
     put_pext_gs(e, S0, S1, OFF(bt.mask_jump));
-    op_gs_index(e, false, 0xff, 4, S0, OFF(bt.jump[0][0]) + t->tb->key * sizeof t->c->bt.jump[0]);
+    op_gs_index(e, false, 0xff, 4, S0, OFF(bt.jump[0][0]) + ((t->tb->key & ~3u) | t->view) * sizeof t->c->bt.jump[0]);
 }
 
 static void exit_indirect_plain(struct tr *t)                      /* without PEXT: by C */
@@ -87,8 +87,7 @@ static bool push_value(struct tr *t, bool immediate, s32 imm, unsigned guest)
     return true;
 }
 
-/* Host register value (S0 or S1) pushed; the other scratch register may be used. */
-static bool push_scratch(struct tr *t, unsigned value)
+bool tr_push(struct tr *t, unsigned value)
 {
     struct emit *e = &t->e;
     struct place p;
@@ -128,7 +127,7 @@ static bool emit_push(struct tr *t, const struct op *op)
         if (!tr_ea(t, op, &m) || !tr_mem(t, &m, 8, MMU_READ, TR_NO_SCRATCH, &p, &s))
             return false;
         op_mem(&t->e, true, X_LOAD, S1, p.base, p.index, p.scale, p.disp);
-        return push_scratch(t, S1);
+        return tr_push(t, S1);
     }
     return push_value(t, o->type == ZYDIS_OPERAND_TYPE_IMMEDIATE, (s32)op->imm, o->type == ZYDIS_OPERAND_TYPE_IMMEDIATE ? 0 : tr_gpr(o));
 }
@@ -259,7 +258,7 @@ static bool emit_call(struct tr *t, const struct op *op)
                 return false;
         } else {
             mov_imm64(e, S1, next);
-            if (!push_scratch(t, S1))
+            if (!tr_push(t, S1))
                 return false;
         }
         tr_mark(t, t->i, MARK_COLD);
@@ -275,7 +274,7 @@ static bool emit_call(struct tr *t, const struct op *op)
             return false;
     } else {
         mov_imm64(e, S0, next);
-        if (!push_scratch(t, S0))
+        if (!tr_push(t, S0))
             return false;
     }
     tr_mark(t, t->i, MARK_COLD);

@@ -150,7 +150,7 @@ static bool kick(struct icpu *c, struct bt *t, struct bt_trap *s)
     struct tb *tb = tb_at(t, pc);
     if (tb) {
         const struct tb_mark *m = mark_at(t, tb, pc);
-        if (!(m->flags & MARK_COLD) && pc == t->rx + (tb->start + m->off - t->rw)) {
+        if (!(m->flags & (MARK_COLD | MARK_SHADOW)) && pc == t->rx + (tb->start + m->off - t->rw)) {
             t->signals++;
             leave(c, t, tb, m->op, s, BT_EXIT_RIP);
             c->bt.insns += m->op;

@@ -47,6 +47,7 @@ struct tr {
     unsigned i;                                                    /* the op that is being translated */
     unsigned kept;                                                 /* S0 holds the delta of this guest register's slot (shadow); NO_REG: it does not */
     u8 gates;                                                      /* of icpu.live that this block has looked at; a handler may close them */
+    unsigned shadowed;                                             /* the op behind an STI, which no interrupt comes before; 0: none */
     bool ended;                                                    /* that was the last one: i is their number */
     struct item item[BLOCK_OPS];
     struct cold cold[8 * BLOCK_OPS];
@@ -97,6 +98,7 @@ bool tr_mem(struct tr *t, const struct ea *m, unsigned n, enum mmu_access access
 void tr_address(struct tr *t, const struct ea *m, unsigned dst, bool linear);
 
 /* ---- RSP ---- */
+bool tr_push(struct tr *t, unsigned value);                        /* S0 or S1; the other one may be used */
 void tr_rsp_move(struct tr *t, s32 delta);                         /* small steps (up to 32 KiB) next to an access */
 bool tr_rsp_step(struct tr *t, const struct op *op);               /* ADD and SUB of an immediate, if op is one */
 bool tr_rsp_used(const struct tr *t);                              /* does an access by RSP follow in this block? */
@@ -124,7 +126,7 @@ void tr_exit(struct tr *t, u64 target);
 void tr_exit_view(struct tr *t, u64 target, unsigned view);
 void tr_exit_if(struct tr *t, unsigned cc, u64 target);            /* conditional; the block goes on */
 void tr_count(struct tr *t);                                       /* the ops so far, this one included, are completed (if they are counted): before a way out of one's own */
-void tr_exit_indirect(struct tr *t);                               /* target in S1 */
+void tr_exit_indirect(struct tr *t);                               /* target in S1, in t->view */
 /* Leaves the block for C with rip = target: boundary work is to be done (events, mode). */
 void tr_exit_boundary(struct tr *t, u64 target);
 void tr_handler(struct tr *t, const struct op *op);                /* interp's, for the current op */

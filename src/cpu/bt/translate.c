@@ -87,6 +87,11 @@ static enum kind kind_of(const struct decoded *d, const struct op *op)
         return sys_form(d) ? K_SYSTEM : K_STACK;
     case ZYDIS_MNEMONIC_LEAVE:
         return K_STACK;
+    case ZYDIS_MNEMONIC_CLI: case ZYDIS_MNEMONIC_STI: case ZYDIS_MNEMONIC_PUSHFQ: case ZYDIS_MNEMONIC_STAC: case ZYDIS_MNEMONIC_CLAC:
+    case ZYDIS_MNEMONIC_SYSCALL: case ZYDIS_MNEMONIC_SYSRET: case ZYDIS_MNEMONIC_SWAPGS: case ZYDIS_MNEMONIC_RDFSBASE:
+    case ZYDIS_MNEMONIC_RDGSBASE: case ZYDIS_MNEMONIC_WRFSBASE: case ZYDIS_MNEMONIC_WRGSBASE: case ZYDIS_MNEMONIC_RDTSC:
+    case ZYDIS_MNEMONIC_RDTSCP: case ZYDIS_MNEMONIC_RDPID:
+        return K_SYSTEM;
     case ZYDIS_MNEMONIC_MOVSB: case ZYDIS_MNEMONIC_MOVSW: case ZYDIS_MNEMONIC_MOVSQ: case ZYDIS_MNEMONIC_STOSB: case ZYDIS_MNEMONIC_STOSW:
     case ZYDIS_MNEMONIC_STOSD: case ZYDIS_MNEMONIC_STOSQ: case ZYDIS_MNEMONIC_LODSB: case ZYDIS_MNEMONIC_LODSW: case ZYDIS_MNEMONIC_LODSD:
     case ZYDIS_MNEMONIC_LODSQ: case ZYDIS_MNEMONIC_SCASB: case ZYDIS_MNEMONIC_SCASW: case ZYDIS_MNEMONIC_SCASD: case ZYDIS_MNEMONIC_SCASQ:
@@ -455,6 +460,7 @@ static bool put_item(struct tr *t, const struct item *it, const struct op *op, b
     case K_BRANCH: return tr_branch(t, op, last);
     case K_STACK: return tr_stack(t, op);
     case K_VECTOR: return op->flags & OPF_FP ? tr_vector(t, op) : tr_misc(t, op);
+    case K_SYSTEM: return tr_system(t, op, last);
     default: return false;
     }
 }
@@ -479,7 +485,7 @@ static void put_op(struct tr *t, bool *last)
     u8 *p = t->e.p;
     unsigned colds = t->colds, marks;
     u32 links = t->t->links;
-    tr_mark(t, t->i, 0);
+    tr_mark(t, t->i, t->shadowed && t->i == t->shadowed ? MARK_SHADOW : 0);
     marks = t->marks;
     if (!(t->b->slow & BIT(t->i)) && put_item(t, &t->item[t->i], op, last)) {
         if (t->kept != NO_REG && !keeps(t, &t->item[t->i]))

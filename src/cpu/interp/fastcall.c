@@ -6,11 +6,7 @@
  */
 #include "cpu/interp/sys.h"
 
-#define FLAT_CODE64 0xa9bu                 /* P S type 11 L G; DPL 0 */
 #define FLAT_CODE32 0xc9bu
-#define FLAT_DATA 0xc93u
-#define DPL3 0x60u
-#define SYSRET_FLAGS 0x3c7fd7u             /* all but RF, VM and reserved bits */
 
 static void flat_seg(struct icpu *c, unsigned seg, u16 sel, unsigned attr)
 {
@@ -37,8 +33,8 @@ int op_syscall(struct icpu *c, const struct op *op)
         c->rip = (u32)x->star;
         flags_write(c, 0, FLAG_IF | FLAG_RF | FLAG_VM);
     }
-    flat_seg(c, SEG_CS, cs, lma ? FLAT_CODE64 : FLAT_CODE32);
-    flat_seg(c, SEG_SS, cs + 8, FLAT_DATA);
+    flat_seg(c, SEG_CS, cs, lma ? SEG_FLAT_CODE64 : FLAT_CODE32);
+    flat_seg(c, SEG_SS, cs + 8, SEG_FLAT_DATA);
     icpu_mode(c);
     return OP_JUMP;
 }
@@ -52,8 +48,8 @@ static int op_sysret(struct icpu *c, const struct op *op)
     if (c->cpl || (wide && !amd && !is_canonical(c->r[RCX])))
         return fault_gp(c, 0);
     u16 base = (u16)(x->star >> 48);
-    flat_seg(c, SEG_CS, (u16)(base + (wide ? 16 : 0)) | 3, (wide ? FLAT_CODE64 : FLAT_CODE32) | DPL3);
-    flat_seg(c, SEG_SS, amd ? (u16)(base + 8) : (u16)(base + 8) | 3, FLAT_DATA | DPL3);
+    flat_seg(c, SEG_CS, (u16)(base + (wide ? 16 : 0)) | 3, (wide ? SEG_FLAT_CODE64 : FLAT_CODE32) | SEG_FLAT_DPL3);
+    flat_seg(c, SEG_SS, amd ? (u16)(base + 8) : (u16)(base + 8) | 3, SEG_FLAT_DATA | SEG_FLAT_DPL3);
     c->rip = wide ? c->r[RCX] : (u32)c->r[RCX];
     if (in_long_mode(c))
         flags_write(c, c->r[R11] & SYSRET_FLAGS, SYSRET_FLAGS | FLAG_RF | FLAG_VM);
@@ -85,8 +81,8 @@ int op_sysenter(struct icpu *c, const struct op *op)
         return fault_gp(c, 0);
     u16 cs = x->sysenter_cs & 0xfffc;
     flags_write(c, 0, FLAG_VM | FLAG_IF | FLAG_RF);
-    flat_seg(c, SEG_CS, cs, lma ? FLAT_CODE64 : FLAT_CODE32);
-    flat_seg(c, SEG_SS, cs + 8, FLAT_DATA);
+    flat_seg(c, SEG_CS, cs, lma ? SEG_FLAT_CODE64 : FLAT_CODE32);
+    flat_seg(c, SEG_SS, cs + 8, SEG_FLAT_DATA);
     c->rip = lma ? x->sysenter_eip : (u32)x->sysenter_eip;
     c->r[RSP] = lma ? x->sysenter_esp : (u32)x->sysenter_esp;
     icpu_mode(c);
@@ -104,8 +100,8 @@ int op_sysexit(struct icpu *c, const struct op *op)
     if (wide && !(is_canonical(c->r[RCX]) && is_canonical(c->r[RDX])))
         return fault_gp(c, 0);
     u16 cs = (u16)((x->sysenter_cs & 0xfffc) + (wide ? 32 : 16));
-    flat_seg(c, SEG_CS, cs | 3, (wide ? FLAT_CODE64 : FLAT_CODE32) | DPL3);
-    flat_seg(c, SEG_SS, (u16)(cs + 8) | 3, FLAT_DATA | DPL3);
+    flat_seg(c, SEG_CS, cs | 3, (wide ? SEG_FLAT_CODE64 : FLAT_CODE32) | SEG_FLAT_DPL3);
+    flat_seg(c, SEG_SS, (u16)(cs + 8) | 3, SEG_FLAT_DATA | SEG_FLAT_DPL3);
     c->rip = wide ? c->r[RDX] : (u32)c->r[RDX];
     c->r[RSP] = wide ? c->r[RCX] : (u32)c->r[RCX];
     icpu_mode(c);

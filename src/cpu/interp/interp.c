@@ -7,6 +7,7 @@
  *
  * Locking: none; all of it runs on the vCPU's thread. vcpu.events is the only thing that others write.
  */
+#define _GNU_SOURCE
 #include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -463,10 +464,29 @@ static void vcpu_close(struct vcpu *v)
     v->engine_data = NULL;
 }
 
+/*
+ * Zeroed memory, at less than 2 GiB from `near` if there is room: translated code then reaches what is there by a displacement from here. It is large, and
+ * used in part.
+ */
+static void *map_near(const void *near, size_t n)
+{
+    void *p;
+    for (s64 step = 256 * MiB; step < 1536 * (s64)MiB; step = step > 0 ? -step : 64 * (s64)MiB - step) {
+        void *there = (void *)(((uintptr_t)near + (uintptr_t)step) & PAGE_MASK);
+        p = mmap(there, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
+        if (p == there)
+            return p;
+        if (p != MAP_FAILED)                                       /* an old kernel, which takes it for a hint */
+            munmap(p, n);
+    }
+    p = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return p == MAP_FAILED ? NULL : p;
+}
+
 static int vcpu_open(struct vcpu *v)
 {
-    struct interp *in = mmap(NULL, sizeof *in, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0); /* large, and used in part */
-    if (in == MAP_FAILED)
+    struct interp *in = map_near(v, sizeof *in);
+    if (!in)
         return err(-ENOMEM, "vCPU %u: out of host memory", v->id);
     in->fresh = true;
     in->c.v = v;

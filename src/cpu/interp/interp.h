@@ -129,6 +129,8 @@ struct icpu_bt {
     bool single;                   /* run() runs one translation and returns, whatever events there are, and links nothing: check.c */
     bool count;                    /* translated code counts the instructions that it completes in `insns`, which run() adds to vcpu.insns */
     u64 insns;
+    u64 tsc_bias;                  /* the guest's TSC less the host's */
+    u8 without_if[256], without_ac[256]; /* bytes 1 and 2 of RFLAGS without those bits: emit_sys.c */
     /* Ends all translations, comparing ones too, of bytes in [gpa, gpa + len) (0, ~0: all); whether any are left in the page. If the one that runs is hit, it
      * is left after its instruction. protect takes away the shadow's write rights to a page, or PROTECT_ALL. May be NULL. */
     bool (*invalidate)(struct icpu *c, u64 gpa, u64 len);

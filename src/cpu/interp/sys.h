@@ -70,7 +70,12 @@ enum sys_plain {
     SYS_VMCALL,
     SYS_PLAINS
 };
-int op_syscall(struct icpu *c, const struct op *op);      /* fastcall.c */
+/* fastcall.c: what SYSCALL and SYSRET load, and which flags SYSRET takes from R11: all but RF, VM and reserved ones. */
+#define SEG_FLAT_CODE64 0xa9bu             /* P S type 11 L G; DPL 0 */
+#define SEG_FLAT_DATA 0xc93u
+#define SEG_FLAT_DPL3 0x60u
+#define SYSRET_FLAGS 0x3c7fd7u
+int op_syscall(struct icpu *c, const struct op *op);
 int op_sysenter(struct icpu *c, const struct op *op);
 int op_sysexit(struct icpu *c, const struct op *op);
 int op_swapgs(struct icpu *c, const struct op *op);
