@@ -114,7 +114,7 @@ static inline void put_shift_x(struct emit *e, unsigned which, unsigned dst, uns
 {
     PUT(e, 0xc4, (dst & 8 ? 0 : 0x80) | 0x40 | (src & 8 ? 0 : 0x20) | 2, 0x80 | (~count & 15) << 3 | which, 0xf7, 0xc0 | (dst & 7) << 3 | (src & 7));
 }
-static inline void put_rorx(struct emit *e, unsigned dst, unsigned src, unsigned count)
+static inline void put_rorx64(struct emit *e, unsigned dst, unsigned src, unsigned count)
 {
     PUT(e, 0xc4, (dst & 8 ? 0 : 0x80) | 0x40 | (src & 8 ? 0 : 0x20) | 3, 0xfb, 0xf0, 0xc0 | (dst & 7) << 3 | (src & 7), count);
 }

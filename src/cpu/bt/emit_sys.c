@@ -306,12 +306,12 @@ static bool emit_rdtsc(struct tr *t, const struct op *op, bool with_aux)
     if (with_aux)
         PUT(e, 0x0f, 0xae, 0xe8);                                  /* lfence */
     PUT(e, 0x0f, 0x31);                                            /* rdtsc */
-    put_rorx(e, S0, RDX, 32);
+    put_rorx64(e, S0, RDX, 32);
     op_mem(e, true, X_LEA, S0, S0, RAX, 0, 0);
     op_gs(e, true, X_LOAD, S1, OFF(bt.tsc_bias));
     op_mem(e, true, X_LEA, S0, S0, S1, 0, 0);
     op_rr(e, false, X_STORE, S0, RAX);
-    put_rorx(e, RDX, S0, 32);
+    put_rorx64(e, RDX, S0, 32);
     op_rr(e, false, X_STORE, RDX, RDX);
     if (with_aux)
         op_gs(e, false, X_LOAD, RCX, X_OFF(t, tsc_aux));
