@@ -24,7 +24,7 @@ OBJ  := $(SRC:%.c=$(B)/obj/%.o)
 
 # Light code runs while the guest's vectors are in the processor's registers (cpu/bt/fpstate.h): compiled without such instructions, and what it calls
 # outside goes through heavy.c's gates (tests/light looks at the objects).
-NOT_LIGHT := src/cpu/bt/heavy.c src/cpu/bt/signal.c src/cpu/interp/fp%.c src/cpu/interp/xsave.c src/cpu/interp/decode.c
+NOT_LIGHT := src/cpu/bt/heavy.c src/cpu/bt/signal.c src/cpu/bt/check%.c src/cpu/interp/fp%.c src/cpu/interp/xsave.c src/cpu/interp/decode.c
 LIGHT := $(filter-out $(NOT_LIGHT),$(wildcard src/cpu/bt/*.c src/cpu/interp/*.c)) src/mem/mmu.c src/mem/ram.c src/cpu/trap.c \
 	src/cpu/cpuid.c
 OBJCOPY ?= objcopy

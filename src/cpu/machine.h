@@ -17,6 +17,8 @@ struct engine;
 struct vcpu;
 struct cpuid_policy;
 
+struct check_gate;
+
 /* How translated code reaches guest memory (cpu/bt). */
 enum machine_mmu { MACHINE_MMU_AUTO, MACHINE_MMU_SHADOW, MACHINE_MMU_SOFTTLB };
 
@@ -26,7 +28,8 @@ struct machine_tools {
     bool handlers;                 /* which instructions of the guest need a handler */
     bool translate_at_once;        /* nothing is interpreted first: tests */
     enum machine_mmu mmu;
-    bool check;                    /* engines are compared (cpu/bt/check.c) */
+    bool check;                    /* engines are compared (cpu/bt/check.h) */
+    struct check_gate *gate;       /* its own */
 };
 
 struct machine {
@@ -65,7 +68,7 @@ enum vcpu_counted {
 #undef COUNT
     COUNTS
 };
-enum count_group { GROUP_HANDLED, GROUP_TRAPS, GROUP_MEMORY, GROUP_CODE, GROUP_EXITS, GROUPS };
+enum count_group { GROUP_HANDLED, GROUP_TRAPS, GROUP_MEMORY, GROUP_CODE, GROUP_EXITS, GROUP_CHECK, GROUPS };
 
 /*
  * Where a vCPU's time goes: published by its thread, one store at each change, for whoever samples it (cpu/sample.h). Whoever enters a part puts back

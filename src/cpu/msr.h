@@ -7,6 +7,10 @@
 
 #include "cpu/machine.h"
 
+#define MSR_FS_BASE 0xc0000100u
+#define MSR_GS_BASE 0xc0000101u
+#define MSR_KERNEL_GS_BASE 0xc0000102u
+
 int msr_read(struct vcpu *v, struct x86 *x, u32 msr, u64 *val);
 int msr_write(struct vcpu *v, struct x86 *x, u32 msr, u64 val);
 

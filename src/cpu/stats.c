@@ -110,6 +110,7 @@ static void counters(struct stats *s, const struct vcpu *v)
 {
     static const char *const name[GROUPS] = {
         [GROUP_HANDLED] = "handled", [GROUP_TRAPS] = "traps", [GROUP_MEMORY] = "memory", [GROUP_CODE] = "code", [GROUP_EXITS] = "exits",
+        [GROUP_CHECK] = "check",
     };
     for (unsigned g = 0; g < GROUPS; g++) {
         stats_group(s, name[g]);

@@ -239,7 +239,7 @@ static const struct console_ops console_ops = {.quit = on_quit_key, .line = on_m
 /* The promise of the command line is that with auto this is the first line. */
 static const struct engine *choose_engine(struct run *run)
 {
-    const char *name = run->options.engine;
+    const char *name = run->options.check ? "bt" : run->options.engine;
     char reason[128];
     if (strcmp(name, "auto"))
         return engine_find(name);
@@ -367,7 +367,7 @@ static int open_vm(struct run *run, const struct engine *engine)
         .virtio_modern = o->virtio_modern, .debug_exit = o->debug_exit, .start_paused = o->gdb_wait,
         .no_reboot = o->no_reboot || o->command,                   /* a command is not run twice */
         .trace = {.mask = o->trace_mask, .file = run->trace_file ? run->trace_file : run->stderr_stream},
-        .tools = {.insns = o->stats || o->verbose, .mmu = o->mmu}, .sample = o->stats,
+        .tools = {.insns = o->stats || o->verbose, .check = o->check, .mmu = o->mmu}, .sample = o->stats,
         .log = &run->log, .loop = run->loop, .ended = on_vm_ended, .ended_arg = run,
         .resumed = on_vm_resumed,
     };
@@ -471,6 +471,15 @@ static void say_counts(struct run *run)
     message(&run->messages, LOG_INFO, "handled for the guest:%s", line);
 }
 
+static void say_checked(struct run *run)
+{
+    if (run->options.check)
+        message(&run->messages, LOG_WARN, "check: %llu instructions in %llu blocks ran on both engines; %llu blocks only once",
+                (unsigned long long)vm_counted(run->vm, COUNT_CHECK_INSNS),
+                (unsigned long long)vm_counted(run->vm, COUNT_CHECK_BLOCKS),
+                (unsigned long long)vm_counted(run->vm, COUNT_CHECK_ONCE));
+}
+
 static void say_stats(struct run *run)
 {
     if (run->options.stats)
@@ -538,6 +547,7 @@ static int run_guest(struct run *run)
         run_end(run, &s);
         say_speed(run);
         say_counts(run);
+        say_checked(run);
         say_stats(run);
     }
     int status = write_status(run, &s);

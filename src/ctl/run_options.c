@@ -178,6 +178,12 @@ static int set_trace(void *target, const char *value)
     return parse_trace((char *)value, &o->trace_mask, &o->trace_file);
 }
 
+static int set_check(void *target, const char *value UNUSED)
+{
+    ((struct run_options *)target)->check = true;
+    return 0;
+}
+
 /* "text", "json", each with ",file=FILE" behind it, or that alone. */
 static int set_stats(void *target, const char *value)
 {
@@ -311,6 +317,10 @@ const struct option run_option_table[] = {
     {"trace", "LIST[,file=FILE]",
      "Writes a line for each event of the kinds in LIST: exits, faults, interrupts, msr, pio, mmio, cr3, insn, or all; "
      "with guest time and processor, to FILE or standard error.", false, set_trace},
+    {"check", NULL,
+     "Runs each block of the guest's code on bt and on interp, and compares what both did: registers, flags, faults, "
+     "memory. The first difference is told, with the instruction and both states, and ends the run. Slow; one "
+     "processor of the guest runs at a time.", false, set_check},
     {"stats", "[=text|json][,file=FILE]",
      "When the run has ended, writes to FILE or standard error what each processor did: how often what was handled for "
      "the guest, what became of its code, why translated code was left, and where the time went.", false, set_stats},
@@ -329,6 +339,8 @@ static int check_together(const struct run_options *o)
 {
     if (o->quiet && o->verbose)
         return err(-EINVAL, "--quiet and --verbose contradict each other; leave one out");
+    if (o->check && strcmp(o->engine, "auto") && strcmp(o->engine, "bt"))
+        return err(-EINVAL, "--check: compares the engines bt and interp; leave --engine %s out", o->engine);
     if (o->command && !*o->command)
         return err(-EINVAL, "--: no command follows; name one, or leave \"--\" out for a shell");
     if (o->command && o->console == CONSOLE_STDIO)

@@ -23,7 +23,7 @@ struct run_options {
     bool gdb_wait, gdb_i386;
     u32 trace_mask;
     const char *trace_file;                                        /* NULL: standard error */
-    bool stats, stats_json;
+    bool check, stats, stats_json;
     const char *stats_file;                                        /* NULL: standard error */
     const char *status_file;
     /* NULL-terminated words behind "--"; NULL: a shell */

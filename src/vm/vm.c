@@ -535,13 +535,20 @@ static u64 count_of(const struct vcpu *v, unsigned what)
     return *(volatile const u64 *)&v->count[what];
 }
 
+u64 vm_counted(const struct vm *vm, enum vcpu_counted what)
+{
+    u64 n = 0;
+
+    for (unsigned i = 0; i < vm->m.vcpus; i++)
+        n += count_of(vm->m.vcpu[i], what);
+    return n;
+}
+
 const char *vm_count(const struct vm *vm, unsigned what, u64 *n)
 {
     if (what >= COUNTS || vcpu_count_group(what) != GROUP_HANDLED)
         return NULL;
-    *n = 0;
-    for (unsigned i = 0; i < vm->m.vcpus; i++)
-        *n += count_of(vm->m.vcpu[i], what);
+    *n = vm_counted(vm, what);
     return vcpu_count_name(what);
 }
 

@@ -126,6 +126,7 @@ void vm_info(struct vm *vm, FILE *f);
 u64 vm_insns(const struct vm *vm);
 /* The name of what is handled for the guest, and how often it was, by all vCPUs. NULL: what is none. */
 const char *vm_count(const struct vm *vm, unsigned what, u64 *n);
+u64 vm_counted(const struct vm *vm, enum vcpu_counted what);        /* by all vCPUs */
 /* All statistics, as text or JSON. */
 void vm_stats(struct vm *vm, FILE *f, bool json);
 

@@ -18,14 +18,18 @@
 enum { GPA_PML4 = 0x1000, GPA_PDPT_LOW = 0x2000, GPA_PD_LOW = 0x3000, GPA_PT_LOW = 0x4000, GPA_PDPT_HIGH = 0x5000, GPA_PD_HIGH = 0x6000,
        GPA_GDT = 0x7000, GPA_TSS = 0x7800, GPA_IDT = 0x8000, GPA_HANDLERS = 0x9000, GPA_STACK_TOP = 0xc000, GPA_REGION = 0x100000 };
 
-static struct {
+struct guest {
     struct xlayout layout;
+    const struct engine *engine;
     struct loop *loop;
     struct machine m;
     struct ram ram;
     struct vcpu *vcpu[1];
-    struct x86 base;
-} g;
+    struct x86 base, x;
+    u8 before[PAGES][PAGE_SIZE];
+    bool writable_code;
+    u64 last_rip;                                                  /* of the case before: its bytes are to be cleared away */
+};
 
 static int no_vector(void *intc)
 {
@@ -60,71 +64,71 @@ static const struct intc_ops no_intc = {
     .peek = no_vector, .ack = no_vector, .msr_read = no_msr_read, .msr_write = no_msr_write, .tpr_get = no_tpr, .tpr_set = set_tpr,
 };
 
-static void put64(u64 gpa, u64 v)
+static void put64(struct guest *g, u64 gpa, u64 v)
 {
-    bug_on(ram_write(&g.ram, gpa, &v, 8));
+    bug_on(ram_write(&g->ram, gpa, &v, 8));
 }
 
-static u64 get64(u64 gpa)
+static u64 get64(struct guest *g, u64 gpa)
 {
     u64 v;
 
-    bug_on(ram_read(&g.ram, gpa, &v, 8));
+    bug_on(ram_read(&g->ram, gpa, &v, 8));
     return v;
 }
 
-static void build_paging(void)
+static void build_paging(struct guest *g)
 {
     u64 nx = BIT(63);
 
-    put64(GPA_PML4, GPA_PDPT_LOW | 7);
-    put64(GPA_PML4 + 8 * 256, GPA_PDPT_HIGH | 3);
-    put64(GPA_PDPT_LOW, GPA_PD_LOW | 7);
-    put64(GPA_PD_LOW + 8 * (REGION >> 21), GPA_PT_LOW | 7);
-    put64(GPA_PDPT_HIGH, GPA_PD_HIGH | 3);
-    put64(GPA_PD_HIGH, 0x83);
+    put64(g, GPA_PML4, GPA_PDPT_LOW | 7);
+    put64(g, GPA_PML4 + 8 * 256, GPA_PDPT_HIGH | 3);
+    put64(g, GPA_PDPT_LOW, GPA_PD_LOW | 7);
+    put64(g, GPA_PD_LOW + 8 * (REGION >> 21), GPA_PT_LOW | 7);
+    put64(g, GPA_PDPT_HIGH, GPA_PD_HIGH | 3);
+    put64(g, GPA_PD_HIGH, 0x83);
     for (unsigned p = 0; p < PAGES; p++) {
         u64 pte = (GPA_REGION + p * PAGE_SIZE) | 0x65;             /* present, user, accessed, dirty */
 
         switch (page_kind(p)) {
         case KIND_NONE: continue;
-        case KIND_CODE: break;
+        case KIND_CODE: pte |= g->writable_code ? 2 : 0; break;
         case KIND_RW: pte |= 2 | nx; break;
         case KIND_RO: pte |= nx; break;
         }
-        put64(GPA_PT_LOW + 8 * p, pte);
+        put64(g, GPA_PT_LOW + 8 * p, pte);
     }
 }
 
-static void build_tables(void)
+static void build_tables(struct guest *g)
 {
-    put64(GPA_GDT + 0x08, 0x00af9b000000ffff);                     /* kernel code, as Linux has them from 0x10 on */
-    put64(GPA_GDT + 0x10, 0x00af9b000000ffff);
-    put64(GPA_GDT + 0x18, 0x00cf93000000ffff);
-    put64(GPA_GDT + 0x20, 0x00cffb000000ffff);                     /* 0x23: 32-bit user code */
-    put64(GPA_GDT + 0x28, 0x00cff3000000ffff);                     /* 0x2b: user data */
-    put64(GPA_GDT + 0x30, 0x00affb000000ffff);                     /* 0x33: 64-bit user code */
-    put64(GPA_TSS + 4, SUPER + GPA_STACK_TOP);
-    put64(GPA_TSS + 96, 0xffffull << 48);                          /* no I/O bitmap */
+    put64(g, GPA_GDT + 0x08, 0x00af9b000000ffff);                     /* kernel code, as Linux has them from 0x10 on */
+    put64(g, GPA_GDT + 0x10, 0x00af9b000000ffff);
+    put64(g, GPA_GDT + 0x18, 0x00cf93000000ffff);
+    put64(g, GPA_GDT + 0x20, 0x00cffb000000ffff);                     /* 0x23: 32-bit user code */
+    put64(g, GPA_GDT + 0x28, 0x00cff3000000ffff);                     /* 0x2b: user data */
+    put64(g, GPA_GDT + 0x30, 0x00affb000000ffff);                     /* 0x33: 64-bit user code */
+    put64(g, GPA_TSS + 4, SUPER + GPA_STACK_TOP);
+    put64(g, GPA_TSS + 96, 0xffffull << 48);                          /* no I/O bitmap */
     for (unsigned v = 0; v < 256; v++) {
         u64 h = SUPER + GPA_HANDLERS + 16 * v;
         u64 dpl = v == VEC_BP || v == VEC_OF ? 3 : 0;
 
-        put64(GPA_IDT + 16 * v, (h & 0xffff) | 0x10ull << 16 | (0x8e00 | dpl << 13) << 32 | (h >> 16 & 0xffff) << 48);
-        put64(GPA_IDT + 16 * v + 8, h >> 32);
-        put64(GPA_HANDLERS + 16 * v, 0xf4);
+        put64(g, GPA_IDT + 16 * v, (h & 0xffff) | 0x10ull << 16 | (0x8e00 | dpl << 13) << 32 | (h >> 16 & 0xffff) << 48);
+        put64(g, GPA_IDT + 16 * v + 8, h >> 32);
+        put64(g, GPA_HANDLERS + 16 * v, 0xf4);
     }
 }
 
-static void build_state(void)
+static void build_state(struct guest *g)
 {
-    struct x86 *x = &g.base;
+    struct x86 *x = &g->base;
 
     x86_reset(x, true);
     x->cr0 = CR0_PE | CR0_MP | CR0_ET | CR0_NE | CR0_WP | CR0_AM | CR0_PG;
     x->cr3 = GPA_PML4;
-    x->cr4 = (CR4_PAE | CR4_PGE | CR4_MCE | CR4_DE | CR4_OSFXSR | CR4_OSXMMEXCPT | CR4_FSGSBASE | CR4_OSXSAVE) & cpuid_cr4_mask(g.m.cpuid);
-    x->xcr0 = cpuid_xcr0_mask(g.m.cpuid) & ~XSTATE_PKRU;
+    x->cr4 = (CR4_PAE | CR4_PGE | CR4_MCE | CR4_DE | CR4_OSFXSR | CR4_OSXMMEXCPT | CR4_FSGSBASE | CR4_OSXSAVE) & cpuid_cr4_mask(g->m.cpuid);
+    x->xcr0 = cpuid_xcr0_mask(g->m.cpuid) & ~XSTATE_PKRU;
     x->efer = EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE;
     x->gdtr = (struct x86_table){SUPER + GPA_GDT, 127};
     x->idtr = (struct x86_table){SUPER + GPA_IDT, 4095};
@@ -136,94 +140,115 @@ static void build_state(void)
     x->seg[SEG_FS].attr = x->seg[SEG_GS].attr = 0;                  /* null selectors: only 64-bit code may use them */
 }
 
-int guest_open(const struct xlayout *l, const char *engine, bool softtlb)
+int guest_open(const struct guest_config *config, struct guest **out)
 {
-    static pthread_mutex_t *lock = &g.m.split_lock;
+    struct guest *g = aligned_alloc(64, ALIGN_UP(sizeof *g, 64));
     struct vcpu *v = aligned_alloc(64, ALIGN_UP(sizeof *v, 64));
 
-    if (!v || !engine_find(engine) || loop_new(&g.loop) || clock_new(g.loop, &g.m.clock) || ram_init(&g.ram) || ram_add(&g.ram, 0, RAM_BYTES) ||
-        cpuid_policy_new(1, clock_tsc_khz(g.m.clock), &g.m.cpuid) || bus_new(NULL, &g.m.pio) || bus_new(NULL, &g.m.mmio))
+    if (!g || !v)
         return -1;
+    memset(g, 0, sizeof *g);
     memset(v, 0, sizeof *v);
-    pthread_mutex_init(lock, NULL);
-    g.layout = *l;
-    g.m.ram = &g.ram;
-    g.m.engine = engine_find(engine);
-    g.m.tools.translate_at_once = true;
-    g.m.tools.mmu = softtlb ? MACHINE_MMU_SOFTTLB : MACHINE_MMU_SHADOW;
-    g.m.vcpus = 1;
-    g.m.vcpu = g.vcpu;
-    g.vcpu[0] = v;
-    v->m = &g.m;
-    v->intc.ops = &no_intc;
-    if (bus_new(g.m.mmio, &v->mmio))
+    g->engine = config->engine;
+    g->writable_code = config->writable_code;
+    if (loop_new(&g->loop) || clock_new(g->loop, &g->m.clock) || ram_init(&g->ram) || ram_add(&g->ram, 0, RAM_BYTES) ||
+        cpuid_policy_new(1, clock_tsc_khz(g->m.clock), &g->m.cpuid) || bus_new(NULL, &g->m.pio) || bus_new(NULL, &g->m.mmio))
         return -1;
-    if (g.m.engine->cpuid_limit)
-        g.m.engine->cpuid_limit(g.m.cpuid);
-    build_paging();
-    build_tables();
-    build_state();
-    return g.m.engine->machine_open(&g.m) || g.m.engine->vcpu_open(v);
+    pthread_mutex_init(&g->m.split_lock, NULL);
+    xlayout_host(&g->layout);
+    g->m.ram = &g->ram;
+    g->m.engine = g->engine;
+    g->m.tools = config->tools;
+    g->m.log = config->log;
+    g->m.vcpus = 1;
+    g->m.vcpu = g->vcpu;
+    g->vcpu[0] = v;
+    v->m = &g->m;
+    v->intc.ops = &no_intc;
+    if (bus_new(g->m.mmio, &v->mmio))
+        return -1;
+    if (g->engine->cpuid_limit)
+        g->engine->cpuid_limit(g->m.cpuid);
+    build_paging(g);
+    build_tables(g);
+    build_state(g);
+    *out = g;
+    return g->engine->machine_open(&g->m) || g->engine->vcpu_open(v);
 }
 
 /* The engine installs its signal handlers when it first runs: let that be now, so that the native side's come after. */
-int guest_warm_up(const u8 *pattern)
+int guest_warm_up(struct guest *g, const u8 *pattern)
 {
     static const struct icase nothing = {.in.rip = CODE_VA, .in.rflags = FLAG_1, .in.v.mxcsr = 0x1f80};
     static struct outcome out;
 
-    return guest_run(&nothing, pattern, &out);
+    return guest_run(g, &nothing, pattern, &out);
 }
 
-void guest_close(void)
+void guest_stop(struct guest *g)
 {
-    g.m.engine->vcpu_close(g.vcpu[0]);
-    g.m.engine->machine_close(&g.m);
-    bus_free(g.vcpu[0]->mmio);
-    free(g.vcpu[0]);
-    bus_free(g.m.mmio);
-    bus_free(g.m.pio);
-    cpuid_policy_free(g.m.cpuid);
-    ram_close(&g.ram);
-    clock_free(g.m.clock);
-    loop_free(g.loop);
+    atomic_fetch_or(&g->vcpu[0]->events, VCPU_EV_KICK);
+    if (g->engine->kick)
+        g->engine->kick(g->vcpu[0]);
 }
 
-static void region_write(u64 va, const void *p, size_t n)
+struct vcpu *guest_vcpu(struct guest *g)
 {
-    bug_on(ram_write(&g.ram, GPA_REGION + (va - REGION), p, n));
+    return g->vcpu[0];
 }
 
-static void load_memory(const struct icase *i, const u8 *pattern)
+void guest_close(struct guest *g)
+{
+    g->engine->vcpu_close(g->vcpu[0]);
+    g->engine->machine_close(&g->m);
+    bus_free(g->vcpu[0]->mmio);
+    free(g->vcpu[0]);
+    bus_free(g->m.mmio);
+    bus_free(g->m.pio);
+    cpuid_policy_free(g->m.cpuid);
+    ram_close(&g->ram);
+    clock_free(g->m.clock);
+    loop_free(g->loop);
+    free(g);
+}
+
+static void region_write(struct guest *g, u64 va, const void *p, size_t n)
+{
+    bug_on(ram_write(&g->ram, GPA_REGION + (va - REGION), p, n));
+}
+
+static void load_memory(struct guest *g, const struct icase *i, const u8 *pattern)
 {
     static const u8 cc[16] = {0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc};
-    static u64 last_rip;
-    u8 *ro = ram_hva(&g.ram, GPA_REGION + PAGE_RO * PAGE_SIZE);
+    u8 *ro = ram_hva(&g->ram, GPA_REGION + PAGE_RO * PAGE_SIZE);
     u64 room = CODE_VA + 2 * PAGE_SIZE - i->in.rip;
 
     for (unsigned p = 0; p < PAGES; p++) {
         if (page_kind(p) == KIND_RW)
-            memcpy(ram_hva(&g.ram, GPA_REGION + p * PAGE_SIZE), pattern + p * PAGE_SIZE, PAGE_SIZE);
+            memcpy(ram_hva(&g->ram, GPA_REGION + p * PAGE_SIZE), pattern + p * PAGE_SIZE, PAGE_SIZE);
     }
-    if (!last_rip) {
-        memset(ram_range(&g.ram, GPA_REGION, 2 * PAGE_SIZE), 0xcc, 2 * PAGE_SIZE);
+    if (!g->last_rip || i->text) {
+        memset(ram_range(&g->ram, GPA_REGION, 2 * PAGE_SIZE), 0xcc, 2 * PAGE_SIZE);
         memcpy(ro, pattern + PAGE_RO * PAGE_SIZE, PAGE_SIZE);
     } else {
-        region_write(last_rip, cc, MIN(16ull, CODE_VA + 2 * PAGE_SIZE - last_rip));
+        region_write(g, g->last_rip, cc, MIN(16ull, CODE_VA + 2 * PAGE_SIZE - g->last_rip));
     }
-    last_rip = i->in.rip;
-    region_write(i->in.rip, i->code, MIN((u64)i->len, room));
+    g->last_rip = i->text ? 0 : i->in.rip;
+    if (i->text)
+        region_write(g, CODE_VA, i->text, i->text_len);
+    else
+        region_write(g, i->in.rip, i->code, MIN((u64)i->len, room));
     for (unsigned p = 0; p < ARRAY_SIZE(i->patch_va); p++) {
         if (i->patch_va[p])
-            region_write(i->patch_va[p], &i->patch[p], 8);
+            region_write(g, i->patch_va[p], &i->patch[p], 8);
     }
     if (i->image)
-        region_write(i->patch_va[0], i->image, 1024);
+        region_write(g, i->patch_va[0], i->image, 1024);
 }
 
-static void load_state(const struct icase *i, struct x86 *x)
+static void load_state(struct guest *g, const struct icase *i, struct x86 *x)
 {
-    *x = g.base;
+    *x = g->base;
     memcpy(x->gpr, i->in.gpr, sizeof x->gpr);
     x->rip = i->in.rip;
     x->rflags = i->in.rflags;
@@ -231,13 +256,13 @@ static void load_state(const struct icase *i, struct x86 *x)
     x->seg[SEG_CS].attr = i->compat ? 0xcfb : 0xafb;
     x->seg[SEG_FS].base = i->in.fs_base;
     x->seg[SEG_GS].base = i->in.gs_base;
-    vectors_put(&i->in.v, &g.layout, x->xsave);
+    vectors_put(&i->in.v, &g->layout, x->xsave);
 }
 
 /* What has changed memory must be known to do so: OPF_STORES ends blocks in pages that are written over and over (cpu/bt/codepage.h). */
-static int known_to_store(const struct icase *i)
+static int known_to_store(struct guest *g, const struct icase *i)
 {
-    struct icpu *c = g.vcpu[0]->engine_data;
+    struct icpu *c = g->vcpu[0]->engine_data;
     u8 mode = c->mode;
     struct op op;
 
@@ -254,43 +279,42 @@ static int known_to_store(const struct icase *i)
     return -1;
 }
 
-int guest_run(const struct icase *i, const u8 *pattern, struct outcome *out)
+int guest_run(struct guest *g, const struct icase *i, const u8 *pattern, struct outcome *out)
 {
-    static u8 before[PAGES][PAGE_SIZE];
+    struct x86 *x = &g->x;
+    struct vcpu *v = g->vcpu[0];
     bool stored = false;
-    static struct x86 x;
-    struct vcpu *v = g.vcpu[0];
     unsigned words;
     u64 sp;
 
-    load_memory(i, pattern);
-    load_state(i, &x);
+    load_memory(g, i, pattern);
+    load_state(g, i, x);
     for (unsigned p = 0; p < PAGES; p++) {
         if (page_kind(p) == KIND_RW)
-            memcpy(before[p], ram_hva(&g.ram, GPA_REGION + p * PAGE_SIZE), PAGE_SIZE);
+            memcpy(g->before[p], ram_hva(&g->ram, GPA_REGION + p * PAGE_SIZE), PAGE_SIZE);
     }
-    if (g.m.engine->set(v, &x) || g.m.engine->run(v) != RUN_HALTED || g.m.engine->get(v, &x))
+    if (g->engine->set(v, x) || g->engine->run(v) != RUN_HALTED || g->engine->get(v, x))
         return -1;
-    out->vector = (unsigned)((x.rip - 1 - SUPER - GPA_HANDLERS) / 16);
-    sp = x.gpr[RSP] - SUPER;
+    out->vector = (unsigned)((x->rip - 1 - SUPER - GPA_HANDLERS) / 16);
+    sp = x->gpr[RSP] - SUPER;
     words = (unsigned)(GPA_STACK_TOP - sp) / 8;
     if (out->vector > 255 || (words != 5 && words != 6))
         return -1;
-    out->error = words == 6 ? get64(sp) : 0;
+    out->error = words == 6 ? get64(g, sp) : 0;
     sp += 8 * (words - 5);
-    memcpy(out->s.gpr, x.gpr, sizeof x.gpr);
-    out->s.rip = get64(sp);
-    out->s.rflags = get64(sp + 16);
-    out->s.gpr[RSP] = get64(sp + 24);
-    out->cr2 = x.cr2;
-    out->s.fs_base = x.seg[SEG_FS].base;
-    out->s.gs_base = x.seg[SEG_GS].base;
-    vectors_get(&out->s.v, &g.layout, x.xsave);
+    memcpy(out->s.gpr, x->gpr, sizeof x->gpr);
+    out->s.rip = get64(g, sp);
+    out->s.rflags = get64(g, sp + 16);
+    out->s.gpr[RSP] = get64(g, sp + 24);
+    out->cr2 = x->cr2;
+    out->s.fs_base = x->seg[SEG_FS].base;
+    out->s.gs_base = x->seg[SEG_GS].base;
+    vectors_get(&out->s.v, &g->layout, x->xsave);
     for (unsigned p = 0; p < PAGES; p++) {
-        if (page_kind(p) != KIND_RW)
+        if (page_kind(p) != KIND_RW && !(g->writable_code && page_kind(p) == KIND_CODE))
             continue;
-        memcpy(out->mem[p], ram_hva(&g.ram, GPA_REGION + p * PAGE_SIZE), PAGE_SIZE);
-        stored = stored || memcmp(out->mem[p], before[p], PAGE_SIZE);
+        memcpy(out->mem[p], ram_hva(&g->ram, GPA_REGION + p * PAGE_SIZE), PAGE_SIZE);
+        stored = stored || (page_kind(p) == KIND_RW && memcmp(out->mem[p], g->before[p], PAGE_SIZE));
     }
-    return stored ? known_to_store(i) : 0;
+    return stored && !i->text ? known_to_store(g, i) : 0;
 }

@@ -1,5 +1,5 @@
 /*
- * insn: the same instruction, natively on this processor and under interp; everything that the guest can see must be the same.
+ * insn: the same instruction, natively on this processor and on an engine; everything that the guest can see must be the same.
  *
  * A case is one instruction with an initial state. Both sides have the same pages at the same addresses, with an int3 behind the instruction and wherever it may
  * jump to, so every case ends in an exception: #BP when all went well, else the instruction's own fault.
@@ -8,6 +8,7 @@
 
 #include <Zydis/Zydis.h>
 
+#include "cpu/engine.h"
 #include "cpu/x86.h"
 
 /* The pages that both sides have. */
@@ -52,6 +53,8 @@ struct icase {
     unsigned number;
     u8 code[16];
     unsigned len;
+    const u8 *text;                                                /* a program of text_len bytes instead, at CODE_VA, or NULL (tests/diff) */
+    unsigned text_len;
     bool compat;                                                   /* 32-bit code */
     struct state in;
     u64 patch_va[4];                                               /* quadwords of memory that differ from the common pattern; 0: none */
@@ -74,14 +77,31 @@ void vectors_put(const struct vectors *v, const struct xlayout *l, u8 *image);
 void vectors_get(struct vectors *v, const struct xlayout *l, const u8 *image);
 
 /* native.c. Returns 0, or -1 with a reason why this host cannot. */
-int native_open(const struct xlayout *l, const char **why);
+int native_open(const struct xlayout *l, bool writable_code, const char **why);
 void native_run(const struct icase *i, const u8 *pattern, struct outcome *out);
 
-/* guest.c */
-int guest_open(const struct xlayout *l, const char *engine, bool softtlb); /* "interp" or "bt" */
-int guest_warm_up(const u8 *pattern);                              /* before native_open() */
-int guest_run(const struct icase *i, const u8 *pattern, struct outcome *out);
-void guest_close(void);
+/* guest.c: any number of them, each on a thread of the caller's. */
+struct guest;
+struct guest_config {
+    const struct engine *engine;
+    struct machine_tools tools;
+    const struct log *log;
+    bool writable_code;                                            /* and what becomes of it is part of the outcome */
+};
+int guest_open(const struct guest_config *config, struct guest **out);
+int guest_warm_up(struct guest *g, const u8 *pattern);             /* before native_open() */
+int guest_run(struct guest *g, const struct icase *i, const u8 *pattern, struct outcome *out);
+void guest_stop(struct guest *g);                                  /* guest_run() returns -1 soon; a signal handler may call it */
+struct vcpu *guest_vcpu(struct guest *g);
+void guest_close(struct guest *g);
+
+/* compare.c: notes what differs (a: native) as lines of a report; an empty report: nothing does. */
+void differ_begin(void);
+void differ(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+const char *differ_report(void);
+void compare_registers(const struct state *a, const struct state *b, u64 undefined);
+void compare_vectors(const struct vectors *a, const struct vectors *b);
+void compare_memory(const struct outcome *a, const struct outcome *b);
 
 /* gen.c: cases that differ in mnemonic, form, size, prefixes and addresses; the same list for the same seed. pattern: what memory holds before each case. */
 struct gen;

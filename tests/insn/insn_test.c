@@ -1,5 +1,6 @@
 /*
- * insn_test [--engine NAME [--softtlb]] [--seed N] [--case N] [--mnemonic NAME] [--show] [--native]: compares generated instructions on this processor and under interp or bt.
+ * insn_test [--engine NAME [--softtlb]] [--seed N] [--case N] [--mnemonic NAME] [--show] [--native]: compares generated instructions on this processor and on
+ * an engine, interp or bt.
  *
  * One TAP line for each mnemonic, then the coverage by operand form, and what is not tested with the reason. A failing case is printed with its
  * number; --case N runs it alone, --show prints its whole state.
@@ -23,8 +24,9 @@ static struct {
     long only_case;
     const char *mnemonic;
     bool show, native_only, softtlb;
-    const char *engine;
-} opt = {.seed = 1, .only_case = -1, .engine = "interp"};
+    const struct engine *engine;
+} opt = {.seed = 1, .only_case = -1, .engine = &interp_engine};
+static struct guest *guest;
 
 struct tally {
     unsigned cases, failed, faults;
@@ -43,74 +45,9 @@ static const struct icase *running;
 
 /* ---- what differs ---- */
 
-static char report[4000];
-static size_t report_len;
-
-static void differ(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
-static void differ(const char *fmt, ...)
-{
-    va_list ap;
-
-    va_start(ap, fmt);
-    if (report_len < sizeof report - 200)
-        report_len += (size_t)vsnprintf(report + report_len, 200, fmt, ap);
-    va_end(ap);
-}
-
-static unsigned long long word(const u8 *p)
-{
-    unsigned long long v;
-
-    memcpy(&v, p, 8);
-    return v;
-}
-
 static u64 undefined_flags(const struct icase *i)
 {
     return i->z.cpu_flags ? i->z.cpu_flags->undefined : 0;
-}
-
-static void compare_vectors(const struct vectors *a, const struct vectors *b)
-{
-    for (unsigned r = 0; r < 32; r++) {
-        if (!memcmp(a->zmm[r], b->zmm[r], 64))
-            continue;
-        differ("#   zmm%-2u native", r);
-        for (unsigned w = 8; w-- > 0;)
-            differ(" %016llx", word(a->zmm[r] + 8 * w));
-        differ("\n#         interp");
-        for (unsigned w = 8; w-- > 0;)
-            differ(" %016llx", word(b->zmm[r] + 8 * w));
-        differ("\n");
-    }
-    for (unsigned r = 0; r < 8; r++) {
-        if (a->k[r] != b->k[r])
-            differ("#   k%u native %llx interp %llx\n", r, (unsigned long long)a->k[r], (unsigned long long)b->k[r]);
-        if (memcmp(a->st[r], b->st[r], 10))
-            differ("#   st%u native %04x:%016llx interp %04x:%016llx\n", r, a->st[r][8] | a->st[r][9] << 8, word(a->st[r]),
-                   b->st[r][8] | b->st[r][9] << 8, word(b->st[r]));
-    }
-    if (a->mxcsr != b->mxcsr)
-        differ("#   mxcsr native %x interp %x\n", a->mxcsr, b->mxcsr);
-    if (a->fcw != b->fcw || a->fsw != b->fsw || a->ftw != b->ftw)
-        differ("#   fcw fsw ftw native %x %x %x interp %x %x %x\n", a->fcw, a->fsw, a->ftw, b->fcw, b->fsw, b->ftw);
-    if ((a->fsw & 0x80) && (a->fop != b->fop || a->fip != b->fip || a->fdp != b->fdp))
-        differ("#   fop fip fdp native %x %llx %llx interp %x %llx %llx\n", a->fop, (unsigned long long)a->fip, (unsigned long long)a->fdp, b->fop,
-               (unsigned long long)b->fip, (unsigned long long)b->fdp);
-}
-
-static void compare_memory(const struct outcome *a, const struct outcome *b)
-{
-    for (unsigned p = 0; p < PAGES; p++) {
-        if (page_kind(p) != KIND_RW || !memcmp(a->mem[p], b->mem[p], PAGE_SIZE))
-            continue;
-        for (unsigned n = 0, shown = 0; n < PAGE_SIZE && shown < 4; n++) {
-            if (a->mem[p][n] == b->mem[p][n])
-                continue;
-            differ("#   [%llx] native %02x interp %02x\n", PAGE_VA(p) + n, a->mem[p][n], b->mem[p][n]);
-            shown++;
-        }
-    }
 }
 
 /* State images: which of their bytes is accessed first is up to the processor. */
@@ -130,17 +67,17 @@ static void compare_fault(const struct icase *i, const struct outcome *a, const 
     u64 ea = a->error, eb = b->error, apart = a->cr2 > b->cr2 ? a->cr2 - b->cr2 : b->cr2 - a->cr2;
 
     if (a->vector != b->vector)
-        differ("#   fault native %s interp %s\n", trap_name(a->vector), trap_name(b->vector));
+        differ("#   fault native %s engine %s\n", trap_name(a->vector), trap_name(b->vector));
     if (a->vector != b->vector)
         return;
     if (a->vector == VEC_PF) {
         if (apart && !(block_access(i) && apart < PAGE_SIZE))
-            differ("#   cr2 native %llx interp %llx\n", (unsigned long long)a->cr2, (unsigned long long)b->cr2);
+            differ("#   cr2 native %llx engine %llx\n", (unsigned long long)a->cr2, (unsigned long long)b->cr2);
         if (a->cr2 >> 47)                                          /* Linux hides whether a kernel page is present */
             ea &= ~1ull, eb &= ~1ull;
     }
     if (trap_has_error(a->vector) && ea != eb)
-        differ("#   error native %llx interp %llx\n", (unsigned long long)ea, (unsigned long long)eb);
+        differ("#   error native %llx engine %llx\n", (unsigned long long)ea, (unsigned long long)eb);
 }
 
 /* A gather that faults: whether what lies above the destination's elements is cleared already is up to the processor. */
@@ -155,32 +92,28 @@ static void forgive_gather(const struct icase *i, const struct outcome *a, struc
 
 static bool compare(const struct icase *i, const struct outcome *a, struct outcome *b)
 {
-    static const char *const name[] = {"rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"};
-    u64 flags = a->s.rflags ^ b->s.rflags;
+    u64 undefined = undefined_flags(i);
 
-    report_len = 0;
-    report[0] = 0;
+    differ_begin();
     compare_fault(i, a, b);
-    for (unsigned r = 0; r < 16; r++) {
-        if (a->s.gpr[r] != b->s.gpr[r])
-            differ("#   %s native %llx interp %llx\n", name[r], (unsigned long long)a->s.gpr[r], (unsigned long long)b->s.gpr[r]);
-    }
-    if (a->s.rip != b->s.rip)
-        differ("#   rip native %llx interp %llx\n", (unsigned long long)a->s.rip, (unsigned long long)b->s.rip);
-    if (flags & undefined_flags(i))
+    if ((a->s.rflags ^ b->s.rflags) & undefined)
         total.undefined++;
-    if (flags & ~undefined_flags(i))
-        differ("#   rflags native %llx interp %llx\n", (unsigned long long)a->s.rflags, (unsigned long long)b->s.rflags);
-    if (a->s.fs_base != b->s.fs_base || a->s.gs_base != b->s.gs_base)
-        differ("#   fs, gs base native %llx %llx interp %llx %llx\n", (unsigned long long)a->s.fs_base, (unsigned long long)a->s.gs_base,
-               (unsigned long long)b->s.fs_base, (unsigned long long)b->s.gs_base);
+    compare_registers(&a->s, &b->s, undefined);
     forgive_gather(i, a, b);
     compare_vectors(&a->s.v, &b->s.v);
     compare_memory(a, b);
-    return report_len == 0;
+    return !*differ_report();
 }
 
 /* ---- reports ---- */
+
+static unsigned long long word(const u8 *p)
+{
+    unsigned long long v;
+
+    memcpy(&v, p, 8);
+    return v;
+}
 
 static void describe(const struct icase *i)
 {
@@ -296,7 +229,7 @@ static void forgive(const struct icase *i, const struct outcome *a, struct outco
 {
     u64 at = i->in.gpr[RSP] - 8 - REGION;
 
-    if (opt.engine[0] != 'b' || i->z.mnemonic != ZYDIS_MNEMONIC_CALL || a->vector != VEC_GP || at > PAGES * PAGE_SIZE - 8)
+    if (opt.engine != &bt_engine || i->z.mnemonic != ZYDIS_MNEMONIC_CALL || a->vector != VEC_GP || at > PAGES * PAGE_SIZE - 8)
         return;
     for (u64 n = at; n < at + 8; n++)
         b->mem[n / PAGE_SIZE][n % PAGE_SIZE] = a->mem[n / PAGE_SIZE][n % PAGE_SIZE];
@@ -318,8 +251,9 @@ static void run_case(struct icase *i, const u8 *pattern)
     native_run(i, pattern, &a);
     if (opt.native_only)
         ok = true;
-    else if (guest_run(i, pattern, &b)) {
-        report_len = (size_t)snprintf(report, sizeof report, "#   interp did not end in an exception\n");
+    else if (guest_run(guest, i, pattern, &b)) {
+        differ_begin();
+        differ("#   the engine did not end in an exception\n");
         ok = false;
     } else {
         forgive(i, &a, &b);
@@ -334,7 +268,7 @@ static void run_case(struct icase *i, const u8 *pattern)
     total.failed++;
     if (t->failed++ < REPORT_PER_MNEMONIC || opt.mnemonic || opt.only_case >= 0) {
         describe(i);
-        fputs(report, stdout);
+        fputs(differ_report(), stdout);
     }
 }
 
@@ -353,8 +287,8 @@ static int options(int argc, char **argv)
             opt.only_case = strtol(argv[++n], NULL, 0);
         else if (!strcmp(argv[n], "--mnemonic") && n + 1 < argc)
             opt.mnemonic = argv[++n];
-        else if (!strcmp(argv[n], "--engine") && n + 1 < argc)
-            opt.engine = argv[++n];
+        else if (!strcmp(argv[n], "--engine") && n + 1 < argc && engine_find(argv[n + 1]))
+            opt.engine = engine_find(argv[++n]);
         else if (!strcmp(argv[n], "--softtlb"))
             opt.softtlb = true;
         else if (!strcmp(argv[n], "--show"))
@@ -362,7 +296,7 @@ static int options(int argc, char **argv)
         else if (!strcmp(argv[n], "--native"))
             opt.native_only = true;
         else {
-            fprintf(stderr, "usage: insn_test [--seed N] [--case N] [--mnemonic NAME] [--show] [--native]\n");
+            fprintf(stderr, "usage: insn_test [--engine NAME [--softtlb]] [--seed N] [--case N] [--mnemonic NAME] [--show] [--native]\n");
             return -1;
         }
     }
@@ -382,11 +316,13 @@ int main(int argc, char **argv)
         return 64;
     xlayout_host(&layout);
     gen_pattern(opt.seed, pattern);
-    if (guest_open(&layout, opt.engine, opt.softtlb) || guest_warm_up(pattern)) {
+    struct guest_config config = {.engine = opt.engine, .tools.translate_at_once = true};
+    config.tools.mmu = opt.softtlb ? MACHINE_MMU_SOFTTLB : MACHINE_MMU_SHADOW;
+    if (guest_open(&config, &guest) || guest_warm_up(guest, pattern)) {
         printf("Bail out! cannot make the guest\n");
         return 1;
     }
-    if (native_open(&layout, &why)) {
+    if (native_open(&layout, false, &why)) {
         printf("1..1\nok 1 - insn # SKIP %s\n", why);
         return 0;
     }
@@ -411,6 +347,6 @@ int main(int argc, char **argv)
     }
     printf("1..%u\n# %u mnemonics, %u operand forms, %u cases, %u failed; in %u an undefined flag differs\n", line, line, form_count, total.cases,
            total.failed, total.undefined);
-    guest_close();
+    guest_close(guest);
     return total.failed || (opt.only_case < 0 && !opt.mnemonic && total.cases < 20000);
 }

@@ -33,7 +33,7 @@ static struct {
     u8 *code;                                                      /* the code pages, writable */
     const struct icase *i;
     struct outcome *out;
-    bool armed;
+    bool armed, writable_code;
     u64 fs_base;
     greg_t saved_gregs[23];
     sigset_t saved_mask;
@@ -116,7 +116,7 @@ static void handler(int sig, siginfo_t *si, void *ucontext)
     signal(sig, SIG_DFL);
 }
 
-static int map_pages(void)
+static int map_pages(bool writable_code)
 {
     int fd = memfd_create("insn-code", 0);
 
@@ -126,7 +126,8 @@ static int map_pages(void)
     if (n.code == MAP_FAILED)
         return -1;
     for (unsigned p = 0; p < PAGES; p++) {
-        int prot = page_kind(p) == KIND_CODE ? PROT_READ | PROT_EXEC : PROT_READ | PROT_WRITE, flags = MAP_FIXED_NOREPLACE;
+        int prot = page_kind(p) != KIND_CODE ? PROT_READ | PROT_WRITE : PROT_READ | PROT_EXEC | (writable_code ? PROT_WRITE : 0);
+        int flags = MAP_FIXED_NOREPLACE;
         void *want = (void *)PAGE_VA(p), *got;
 
         if (page_kind(p) == KIND_NONE)
@@ -140,7 +141,7 @@ static int map_pages(void)
     return 0;
 }
 
-int native_open(const struct xlayout *l, const char **why)
+int native_open(const struct xlayout *l, bool writable_code, const char **why)
 {
     static u8 stack[65536] __attribute__((aligned(64)));
     struct sigaction sa = {.sa_sigaction = handler, .sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER};
@@ -151,7 +152,8 @@ int native_open(const struct xlayout *l, const char **why)
         *why = "the host's kernel does not enable FSGSBASE";
         return -1;
     }
-    if (map_pages()) {
+    n.writable_code = writable_code;
+    if (map_pages(writable_code)) {
         *why = "cannot map pages at fixed low addresses";
         return -1;
     }
@@ -189,13 +191,16 @@ void native_run(const struct icase *i, const u8 *pattern, struct outcome *out)
     }
     apply_patches(i);
     memset(n.code, 0xcc, 2 * PAGE_SIZE);
-    memcpy(n.code + (i->in.rip - CODE_VA), i->code, MIN((u64)i->len, CODE_VA + 2 * PAGE_SIZE - i->in.rip));
+    if (i->text)
+        memcpy(n.code, i->text, i->text_len);
+    else
+        memcpy(n.code + (i->in.rip - CODE_VA), i->code, MIN((u64)i->len, CODE_VA + 2 * PAGE_SIZE - i->in.rip));
     n.i = i;
     n.out = out;
     __asm__ volatile("int3" ::: "memory");
     n.i = NULL;
     for (unsigned p = 0; p < PAGES; p++) {
-        if (page_kind(p) == KIND_RW)
+        if (page_kind(p) == KIND_RW || (n.writable_code && page_kind(p) == KIND_CODE))
             memcpy(out->mem[p], (void *)PAGE_VA(p), PAGE_SIZE);
     }
 }

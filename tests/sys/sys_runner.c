@@ -1,6 +1,7 @@
 /*
- * sys_runner [--engine NAME] [--timeout SECONDS] IMAGE.bin...: runs sys programs (lib/sys.h) on an engine and prints
- * their checks as TAP.
+ * sys_runner [--engine NAME] [--timeout SECONDS] [--check] [--at-once] IMAGE.bin...: runs sys programs (lib/sys.h) on an
+ * engine and prints their checks as TAP. --check: bt beside interp (cpu/bt/check.h); --at-once: bt interprets nothing
+ * before it translates it.
  *
  * The machine is as small as can be: 32 MiB of RAM, two vCPUs with local APICs, a text port (0xe9), an exit port
  * (0xf4), a scratch device of ports, one of memory, and a copier that does DMA. A program is loaded at 8000h and entered there in real mode; the
@@ -45,6 +46,8 @@ enum end { END_NONE, END_EXIT, END_SHUTDOWN, END_FAILED, END_TIMEOUT };
 struct runner {
     const struct engine *engine;
     unsigned timeout_s;
+    struct machine_tools tools;
+    struct log log;
     struct loop *loop;
     struct machine m;
     struct x86 x; /* the state that a program starts in, or that it ended in */
@@ -384,6 +387,8 @@ static int machine_open(struct runner *r)
     memset(m, 0, sizeof *m);
     m->engine = r->engine;
     m->ram = &r->ram;
+    m->tools = r->tools;
+    m->log = &r->log;
     pthread_mutex_init(&m->split_lock, NULL);
     if ((rc = loop_new(&r->loop)) < 0 || (rc = clock_new(r->loop, &m->clock)) < 0)
         return rc;
@@ -565,9 +570,12 @@ static void program_name(const char *path, char *name, size_t n)
         *dot = 0;
 }
 
+static void print_log(void *arg UNUSED, enum log_level level UNUSED, const char *msg) { printf("# %s\n", msg); }
+
 static int usage(void)
 {
-    fprintf(stderr, "usage: sys_runner [--engine %s] [--timeout SECONDS] IMAGE.bin...\n", engine_names());
+    fprintf(stderr, "usage: sys_runner [--engine %s] [--timeout SECONDS] [--check] [--at-once] IMAGE.bin...\n",
+            engine_names());
     return 64;
 }
 
@@ -575,10 +583,13 @@ int main(int argc, char **argv)
 {
     static const struct option opts[] = { { "engine", required_argument, NULL, 'e' },
                                           { "timeout", required_argument, NULL, 't' },
+                                          { "check", no_argument, NULL, 'c' },
+                                          { "at-once", no_argument, NULL, 'o' },
                                           { NULL, 0, NULL, 0 } };
     static struct runner r = { .timeout_s = 60,
                                .lock = PTHREAD_MUTEX_INITIALIZER,
-                               .copier.lock = PTHREAD_MUTEX_INITIALIZER };
+                               .copier.lock = PTHREAD_MUTEX_INITIALIZER,
+                               .log = { .sink = print_log } };
     int c;
 
     r.engine = engine_find("interp");
@@ -587,6 +598,10 @@ int main(int argc, char **argv)
             r.engine = engine_find(optarg);
         else if (c == 't')
             r.timeout_s = (unsigned)atoi(optarg);
+        else if (c == 'c')
+            r.tools.check = true;
+        else if (c == 'o')
+            r.tools.translate_at_once = true;
         else
             return usage();
     }

@@ -18,6 +18,7 @@
 #include <x86intrin.h>
 
 #include "base/err.h"
+#include "cpu/bt/check.h"
 #include "cpu/bt/codepage.h"
 #include "cpu/bt/fpstate.h"
 #include "cpu/bt/shadow.h"
@@ -243,6 +244,7 @@ static bool missed(struct icpu *c, struct bt *t)
     else if (d.insn.mnemonic == ZYDIS_MNEMONIC_CALL)
         c->r[RSP] += 8;
     c->r[REG_RIP] = tb->la;
+    c->v->insns -= c->bt.count;
     icpu_end(c, op, fault_gp(c, 0));
     return true;
 }
@@ -269,13 +271,16 @@ static bool run_code(struct icpu *c, struct bt *t, const u8 *code, unsigned key,
             struct tb *tb = &t->tb[c->bt.exit_site >> 8];
             unsigned op = c->bt.exit_site & 0xff;
             r = run_op(c, c->bt.exit_site);
-            if (r == OP_NEXT)
+            bool next = r == OP_NEXT;
+            if (next)
                 code = code_behind(c, t, tb, op);
             if ((r == OP_NEXT || r == OP_NEAR) && !tb->dead && (c->bt.exit_slow || (c->bt.exit_gate && !c->live.x87))) {
                 tb->b->slow |= (u32)BIT(op);                       /* CALL and RET as well: each would be a signal again */
                 tb_kill(c, t, tb);
                 r = BT_EXIT_RIP;
             }
+            if (next && (r != OP_NEXT || !code || c->bt.single))
+                c->bt.insns += op + 1;                             /* else the way out further on counts them */
         }
     } while (r == OP_NEXT && code && !c->bt.single);
     c->v->insns += c->bt.insns;
@@ -380,6 +385,19 @@ static void bt_run(struct icpu *c)
     atomic_store_explicit(&c->bt.inside, 0, memory_order_relaxed);
 }
 
+void bt_run_single(struct icpu *c)
+{
+    c->bt.single = true;
+    bt_run(c);
+    c->bt.single = false;
+    icpu_claim(c);
+}
+
+static void run_checked(struct icpu *c)
+{
+    check_run(c);
+}
+
 /* ---- the engine ---- */
 static void kick(struct vcpu *v)
 {
@@ -408,6 +426,8 @@ static enum run_exit run(struct vcpu *v)
 static void vcpu_close(struct vcpu *v)
 {
     struct icpu *c = v->engine_data;
+    if (c)
+        check_close(c);
     if (c && c->bt.bt) {
         shadow_close(c);
         bt_arena_close(c->bt.bt);
@@ -455,8 +475,8 @@ static int vcpu_open(struct vcpu *v)
         return err(-ENOMEM, "vCPU %u: out of host memory", v->id);
     }
     c->bt.bt = t;
-    t->runs = v->m->tools.translate_at_once ? 1 : BT_RUNS;
-    c->bt.count = v->m->tools.insns;
+    t->runs = v->m->tools.translate_at_once || v->m->tools.check ? 1 : BT_RUNS;
+    c->bt.count = v->m->tools.insns || v->m->tools.check;
     bt_signal_open();
     bt_fp_open(c);
     constants(c, t);
@@ -477,16 +497,29 @@ static int vcpu_open(struct vcpu *v)
     if (c->bt.shadow)
         c->bt.protect = shadow_protect;
     c->bt.invalidate = bt_invalidate;
-    return 0;
+    if (!v->m->tools.check)
+        return 0;
+    c->bt.run = run_checked;
+    e = check_open(c);
+    if (e < 0)
+        vcpu_close(v);
+    return e;
 }
 
 static int machine_open(struct machine *m)
 {
-    return interp_engine.machine_open(m);
+    int e = interp_engine.machine_open(m);
+    if (e < 0 || !m->tools.check)
+        return e;
+    e = check_gate_open(m);
+    if (e < 0)
+        interp_engine.machine_close(m);
+    return e;
 }
 
 static void machine_close(struct machine *m)
 {
+    check_gate_close(m);
     interp_engine.machine_close(m);
 }
 

@@ -11,6 +11,7 @@
 
 #include "cpu/bt/codepage.h"
 #include "cpu/interp/code.h"
+#include "cpu/interp/store_log.h"
 
 /* ---- addresses ---- */
 static u64 effective_address(const struct icpu *c, const struct op *op)
@@ -71,6 +72,13 @@ struct piece {                                                     /* a part of 
     unsigned n, slow;
 };
 
+/* Under a log (store_log.h) devices are not touched: this fault is nobody's, all is taken back. */
+static int stopped(struct icpu *c)
+{
+    c->log->stop = true;
+    return fault_gp(c, 0);
+}
+
 static int piece_get(struct icpu *c, enum tlb_view_id view, u64 la, unsigned n, enum mmu_access access, struct piece *p)
 {
     u32 error;
@@ -82,6 +90,8 @@ static int piece_get(struct icpu *c, enum tlb_view_id view, u64 la, unsigned n, 
     p->la = la;
     p->n = n;
     p->slow = e->tag[access] & ~PAGE_MASK;
+    if (unlikely(c->log) && p->slow & TLB_MMIO)
+        return stopped(c);
     p->gpa = tlb_gpa(c, view, la);
     p->host = p->slow & TLB_MMIO ? NULL : (u8 *)(uintptr_t)(la + e->addend);
     return 0;
@@ -204,6 +214,8 @@ static int view_store(struct icpu *c, enum tlb_view_id view, u64 la, const u8 *b
         return OP_FAULT;
     for (unsigned i = 0; i < count; buf += p[i++].n) {
         watch(c, &p[i], true);
+        if (unlikely(c->log) && !store_log_note(c->log, p[i].host, p[i].n))
+            return stopped(c);
         if (likely(p[i].host))
             piece_store(c, view, &p[i], buf);
         else
@@ -291,7 +303,10 @@ void *lin_host(struct icpu *c, u64 la, unsigned n, enum mmu_access access)
     if (c->view == c->tlb->none.e || (la & ~PAGE_MASK) + n > PAGE_SIZE || !tlb_canonical(la))
         return NULL;
     struct tlb_entry *e = tlb_lookup(c, c->tlb->cur, la, access, &error);
-    return e && e->tag[access] == (la & PAGE_MASK) ? (u8 *)(uintptr_t)(la + e->addend) : NULL;
+    if (!e || e->tag[access] != (la & PAGE_MASK))
+        return NULL;
+    p = (u8 *)(uintptr_t)(la + e->addend);
+    return unlikely(c->log) && access == MMU_WRITE && !store_log_note(c->log, p, n) ? NULL : p;
 }
 
 /* ---- operands ---- */
@@ -335,6 +350,8 @@ void *lock_host(struct icpu *c, u64 la, unsigned n)
     if (!tlb_lookup(c, c->tlb->cur, la, MMU_WRITE, &error) || piece_get(c, c->tlb->cur, la, n, MMU_WRITE, &p) || !p.host)
         return NULL;
     watch(c, &p, true);
+    if (unlikely(c->log) && !store_log_note(c->log, p.host, n))
+        return NULL;
     if (holds_code(c, p.gpa)) {
         c->locked_gpa = p.gpa;
         c->locked_n = n;

@@ -58,6 +58,7 @@ int code_open(struct icpu *c)
         code_close(c);
         return err(-ENOMEM, "vCPU %u: no memory for its code cache", c->v->id);
     }
+    k->limit = BLOCK_OPS;
     decode_init(c);
     return code_ram_changed(c);
 }
@@ -322,16 +323,19 @@ static unsigned decode_run(struct icpu *c, const u8 *bytes, unsigned room, bool 
     unsigned n = 0;
     u64 la = c->cs_base + c->rip;
     *len = 0;
-    while (n < BLOCK_OPS && *len + (n ? INSN_MAX : 0) <= BLOCK_BYTES) {
+    while (n < c->code->limit && *len + (n ? INSN_MAX : 0) <= BLOCK_BYTES) {
         if (n && point_at(c, (la + *len) & c->rip_mask))
             break;
         struct op *op = &c->code->ops[n];
         int r = decode_one(c, bytes + *len, room - *len, *len, op);
         if (r == DECODE_MORE)
             break;
+        bool alone = unlikely(c->code->alone) && c->code->alone(c, bytes + *len, op->len);
+        if (alone && n)
+            break;
         n++;
         *len += op->len;
-        if (r == BIND_LAST || (volatile_page && op->flags & OPF_STORES))
+        if (r == BIND_LAST || alone || (volatile_page && op->flags & OPF_STORES))
             break;
     }
     vcpu_where(c->v, was);

@@ -35,6 +35,7 @@ struct block {
     struct op *op;                     /* n, and one more that leaves the block */
     u8 len, n;                         /* bytes, instructions */
     u8 chunks;                         /* comparison in 16-byte steps; 0: too close to the page's end for that */
+    u8 kind;                           /* check.c's; 0: not looked at yet */
     u8 mode, first;                    /* first: bytes in the first page (== len unless crossing) */
     bool cut;                          /* only its last instruction stores */
     bool fp;                           /* an op has OPF_FP */
@@ -57,6 +58,8 @@ struct icode {
     u8 *page_state;                    /* per page of RAM: 1: blocks of several instructions are cached from it */
     u64 pages;
     bool flush_wanted;
+    u8 limit;                          /* instructions in a block: BLOCK_OPS, or fewer (check.c) */
+    bool (*alone)(const struct icpu *c, const u8 *bytes, unsigned len); /* is this instruction to be a block of its own? NULL: none is */
     u64 flushes;                       /* how often everything was dropped */
     ZydisDecoder decoder[IMODE_LONG64 + 1];
     struct block *uncached;            /* for one instruction that is not in RAM */

@@ -29,6 +29,7 @@ bool fp_full(const struct icpu *c);
 /* x86.xsave to the live registers and back: icpu_load() and icpu_store() call these. */
 void fp_load(struct icpu *c);
 void fp_store(struct icpu *c);
+size_t fp_xsave_bytes(const struct icpu *c);                       /* how much of x86.xsave they use */
 
 /* Binds of rows in insn_fp.def, and their arguments. */
 enum { X87_NINIT, X87_NCLEX, X87_NSTCW, X87_LDCW, X87_NSTSW, X87_NSTENV, X87_LDENV, X87_NSAVE, X87_RSTOR, X87_WAIT, X87_NONE, X87_EMMS };

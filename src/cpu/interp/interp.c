@@ -443,6 +443,10 @@ static enum run_exit run(struct vcpu *v)
             icpu_run_blocks(c);                                    /* translations know nothing of them */
         else
             c->bt.run(c);
+        if (unlikely(c->bt.failed)) {
+            exit = RUN_FAILED;
+            break;
+        }
     }
     icpu_store(c);
     codepage_leave(c);

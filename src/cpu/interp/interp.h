@@ -87,6 +87,7 @@ struct fault {
 struct tlb;                        /* tlb.h */
 struct tlb_entry;
 struct block;
+struct store_log;
 struct icode;                      /* block cache: code.h */
 struct codepage_vcpu;              /* pages with code, machine-wide: cpu/bt/codepage.h */
 
@@ -131,6 +132,8 @@ struct icpu_bt {
     u64 insns;
     u64 tsc_bias;                  /* the guest's TSC less the host's */
     u8 without_if[256], without_ac[256]; /* bytes 1 and 2 of RFLAGS without those bits: emit_sys.c */
+    struct check *check;           /* NULL: engines are not compared */
+    bool failed;                   /* they differ: err() says how */
     /* Ends all translations, comparing ones too, of bytes in [gpa, gpa + len) (0, ~0: all); whether any are left in the page. If the one that runs is hit, it
      * is left after its instruction. protect takes away the shadow's write rights to a page, or PROTECT_ALL. May be NULL. */
     bool (*invalidate)(struct icpu *c, u64 gpa, u64 len);
@@ -187,6 +190,7 @@ struct icpu {
     bool step;                     /* one instruction at a time: repeated string instructions return OP_RESTART after each iteration */
     bool ss_shadow;                /* single-stepping: the shadow is that of MOV SS or POP SS, which holds back debug exceptions, too */
     bool irq_wait;                 /* the local APIC had an interrupt when IF or the shadow forbade it: look again */
+    struct store_log *log;         /* NULL: stores are not noted; who changes it calls tlb_views() */
     void *fp;                      /* fp.c's: stub buffer, bounce buffer */
     struct icpu_live live;
     struct icpu_bt bt;

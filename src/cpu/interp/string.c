@@ -217,7 +217,8 @@ static int op_rep(struct icpu *c, const struct op *op)
         if (done)
             break;
         slice += n;
-        if (count && (c->step || (slice >= SLICE && atomic_load_explicit(&c->v->events, memory_order_relaxed))))
+        bool event = slice >= SLICE && atomic_load_explicit(&c->v->events, memory_order_relaxed) && !c->log;
+        if (count && (c->step || event))
             return OP_RESTART;
     }
     return OP_NEXT;

@@ -80,7 +80,7 @@ static struct tlb_view *view_of(struct tlb *t, unsigned context, enum tlb_view_i
 static void fast_view(struct icpu *c)
 {
     struct tlb *t = c->tlb;
-    c->view = c->cpl == 3 && c->flags & FLAG_AC && c->x->cr0 & CR0_AM ? t->none.e : t->view[t->cur]->e;
+    c->view = c->cpl == 3 && c->flags & FLAG_AC && c->x->cr0 & CR0_AM ? t->none.e : unlikely(c->log) ? t->slow.e : t->view[t->cur]->e;
 }
 
 static void context_choose(struct icpu *c, unsigned context)
@@ -185,6 +185,7 @@ int tlb_open(struct icpu *c)
     for (unsigned i = 0; i < ARRAY_SIZE(t->views); i++)
         view_init(&t->views[i]);
     view_init(&t->none);
+    view_init(&t->slow);
     t->epoch = c->v->m->ram->epoch;
     c->tlb = t;
     context_take(c, 0);

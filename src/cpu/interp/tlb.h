@@ -97,6 +97,7 @@ struct tlb {
     u64 code[TLB_CODE_BITS / 64];      /* pages that code was found in, by hash: INVLPG elsewhere leaves generations alone */
     u32 writer[TLB_WRITER_SETS][TLB_WRITER_WAYS];                  /* from frame to the entries with a plain write tag: tlb_code_page() */
     struct tlb_view none;              /* never matches: makes every access take the slow path (#AC armed) */
+    struct tlb_view slow;              /* likewise, while stores are noted (store_log.h) */
     struct tlb_view views[1 + TLB_CONTEXTS * VIEWS];               /* the common supervisor view, and the contexts' */
 };
 

@@ -315,6 +315,18 @@ void fp_store(struct icpu *c)
     memcpy(img + XS_HEADER, &bv, 8);
 }
 
+size_t fp_xsave_bytes(const struct icpu *c)
+{
+    const struct fp *f = icpu_fp(c);
+    size_t end = XS_HEADER + 64;
+
+    for (unsigned n = XS_AVX; n < XS_COMPONENTS; n++) {
+        if (f->xs_size[n])
+            end = MAX(end, (size_t)f->xs_off[n] + f->xs_size[n]);
+    }
+    return end;
+}
+
 /* ---- pieces ---- */
 
 struct piece {
