@@ -31,7 +31,7 @@ unsigned bt_key(const struct icpu *c)
     enum tlb_view_id view = c->tlb->cur;
     if (!shadow_possible(c))
         return view;
-    if (c->bt.bt->choose && !(view == VIEW_SUPER ? shadow_pays(c, SHADOW_CONTEXTS) : shadow_pays(c, c->tlb->context)))
+    if (c->bt.bt->choose && !(view == VIEW_SUPER || (c->cpl != 3 && !(c->x->cr4 & CR4_SMAP)) ? shadow_pays(c, SHADOW_CONTEXTS) : shadow_pays(c, c->tlb->context)))
         return view;
     return view | KEY_SHADOW;
 }

@@ -711,7 +711,7 @@ void shadow_protect(struct icpu *c, u64 gpa)
 
 /* ---- what pays ---- */
 #define SIGNAL_CYCLES 4000u                                        /* the host's part of a fill that is not measured here */
-#define MISS_CYCLES 6000u                                         /* so long has to run on the software TLB, for each miss of it, what a fill would have paid for */
+#define MISS_CYCLES 25000u                                         /* so long has to run on the software TLB, for each miss of it, what a fill would have paid for */
 #define RUN_MIN BIT(22)                                            /* nothing is decided on less */
 #define RUN_LONG BIT(27)                                           /* what is longer ago counts half */
 #define WAIT_MAX BIT(32)
