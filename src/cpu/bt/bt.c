@@ -21,6 +21,7 @@
 #include "cpu/bt/check.h"
 #include "cpu/bt/codepage.h"
 #include "cpu/bt/fpstate.h"
+#include "cpu/bt/handled.h"
 #include "cpu/bt/shadow.h"
 #include "cpu/bt/signal.h"
 #include "cpu/bt/tr.h"
@@ -103,6 +104,8 @@ static int run_op(struct icpu *c, u32 site)
     const struct op *op = &tb->b->op[site & 0xff];
     c->block = tb->b;
     c->r[REG_RIP] = tb->la;
+    if (unlikely(c->bt.bt->handled))
+        handled_count(c, c->bt.bt->handled, tb, op);
     enum vcpu_where was = vcpu_where(c->v, WHERE_HANDLER);
     bt_fp_leave(c);
     if (op->flags & OPF_FP)
@@ -432,6 +435,7 @@ static void vcpu_close(struct vcpu *v)
         shadow_close(c);
         bt_arena_close(c->bt.bt);
         tb_close(c->bt.bt);
+        handled_close(c->bt.bt->handled);
         free(c->bt.bt);
         bt_signal_close();
     }
@@ -475,8 +479,14 @@ static int vcpu_open(struct vcpu *v)
         return err(-ENOMEM, "vCPU %u: out of host memory", v->id);
     }
     c->bt.bt = t;
+<<<<<<< HEAD
     t->runs = v->m->tools.translate_at_once || v->m->tools.check ? 1 : BT_RUNS;
     c->bt.count = v->m->tools.insns || v->m->tools.check;
+=======
+    t->runs = v->m->tools.translate_at_once ? 1 : BT_RUNS;
+    c->bt.count = v->m->tools.insns;
+    t->handled = v->m->tools.handlers ? handled_open() : NULL;
+>>>>>>> f4b4e9b (Statistics: which instructions translated code leaves to handlers, by mnemonic)
     bt_signal_open();
     bt_fp_open(c);
     constants(c, t);
@@ -535,7 +545,9 @@ static int set(struct vcpu *v, const struct x86 *x)
 
 static void stats(const struct vcpu *v, struct stats *s)
 {
-    shadow_report(v->engine_data, s);
+    const struct icpu *c = v->engine_data;
+    shadow_report(c, s);
+    handled_report(c->bt.bt->handled, s);
 }
 
 const struct engine bt_engine = {

@@ -41,6 +41,7 @@ enum { KEY_SHADOW = 4 };                                           /* key: enum 
 enum { BT_EXIT_RIP = 32, BT_EXIT_MISS, BT_EXIT_LINK, BT_EXIT_OP, BT_EXIT_END };
 
 struct tr;
+struct handled;
 struct cold;
 
 /* Where in a translation's code an instruction begins. */
@@ -82,6 +83,7 @@ struct tb {
     u32 mark;                                                      /* first of marks in bt.mark */
     u16 marks;
     u8 key, n;
+    u32 handled;                                                   /* bit n: op n has no host code of its own */
     bool dead;
     struct block *b;
 };
@@ -121,6 +123,7 @@ struct bt {
     u32 check;                                                     /* enter's look at stop lies before this */
     bool bmi2;
     struct bt_fixed fixed;
+    struct handled *handled;                                       /* NULL: nobody asks */
     _Atomic int thread;                                            /* that runs it, for kicks */
     unsigned runs;                                                 /* BT_RUNS, or 1 */
     /* --mmu auto */

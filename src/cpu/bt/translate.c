@@ -167,6 +167,7 @@ void tr_handler(struct tr *t, const struct op *op)
 {
     (void)op;
     t->gates = 0;
+    t->tb->handled |= (u32)BIT(t->i);
     put_handler_call(t, t->i, t->t->op, NULL);
 }
 
