@@ -454,6 +454,9 @@ static void constants(struct icpu *c, struct bt *t)
     t->bmi2 = host_has_bmi2();
     c->bt.self = c;
     c->bt.x_offset = x == (s32)x && x + (s64)sizeof *c->x == (s32)(x + (s64)sizeof *c->x) ? x : 0;
+    c->bt.mask_df = FLAG_DF;
+    for (unsigned i = 0; i < 3; i++)
+        c->bt.mask_bit[i] = (16u << i) - 1;
     c->bt.mask_slot = 511ull << 39;
     c->bt.mask_jump = JUMP_MASK;
     c->bt.mask_target = BT_TARGETS - 1;

@@ -52,7 +52,7 @@ struct tb_mark {
 };
 enum {
     MARK_COLD = 1,                                                 /* behind the block: not an instruction's beginning */
-    MARK_POLLS = 2,                                                /* takes long, and looks at icpu.bt.stop itself */
+    MARK_STRING = 2,                                               /* a string instruction itself: RDI and RSI are the host's, S0 and S1 led there */
     MARK_SHADOW = 4,                                               /* the instruction behind STI: no interrupt comes before it */
     MARK_KEPT = 3,                                                 /* from this bit on: 1 + the guest register whose slot's delta is in S0 here, or 0 */
 };

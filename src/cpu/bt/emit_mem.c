@@ -125,6 +125,9 @@ void tr_address(struct tr *t, const struct ea *m, unsigned dst, bool linear)
             mov_imm64(e, dst, (u64)m->disp);
             base = dst;
             disp = 0;
+        } else if (m->base == REG_TMP) {
+            op_gs(e, true, X_LOAD, dst, OFF(bt.tmp[TMP_ADDRESS]));
+            base = dst;
         } else if (m->base != REG_ZERO) {
             base = tr_read(t, m->base, dst);
         }

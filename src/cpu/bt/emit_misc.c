@@ -60,6 +60,45 @@ static bool direction(struct tr *t, unsigned df)
     return true;
 }
 
+/* MOV from a segment register: to memory 16 bits, to a register 16 or, with zeroes above, all. */
+static bool from_segment(struct tr *t, const struct op *op)
+{
+    const struct decoded *d = &tr_item(t)->d;
+    struct emit *e = &t->e;
+    struct place p;
+    struct ea m;
+    unsigned scratch;
+    if (d->insn.opcode_map != ZYDIS_OPCODE_MAP_DEFAULT || d->insn.opcode != 0x8c)
+        return false;
+    size_t off = offsetof(struct x86, seg) + (d->insn.raw.modrm.reg & 7) * sizeof(struct x86_seg) + offsetof(struct x86_seg, sel);
+    if (op->flags & OPF_MEM) {
+        if (!tr_ea(t, op, &m) || !tr_mem(t, &m, 2, MMU_WRITE, TR_SCRATCH, &p, &scratch))
+            return false;
+        t->kept = scratch == S0 ? NO_REG : t->kept;
+        op_gs(e, true, X_LOAD, scratch, OFF(x));
+        op_mem(e, false, X_LOAD, scratch, scratch, NO_REG, 0, (s32)off);
+        put8(e, 0x66);
+        op_mem(e, false, X_STORE, scratch, p.base, p.index, p.scale, p.disp);
+        return true;
+    }
+    unsigned g = tr_gpr(&d->opnd[0]), host = tr_resident(g) ? g : S1;
+    bool small = d->opnd[0].size == 16;
+    if (small && host == S1)
+        return false;
+    op_gs(e, true, X_LOAD, S1, OFF(x));
+    if (small)
+        put8(e, 0x66);
+    PUT(e, (host & 8 ? 0x45 : 0x41));                              /* movzx host, word [r15 + off]; or mov */
+    if (small)
+        put8(e, 0x8b);
+    else
+        PUT(e, 0x0f, 0xb7);
+    put_mem(e, host, S1, NO_REG, 0, (s32)off);
+    if (host == S1)
+        tr_write(t, g, S1);
+    return true;
+}
+
 bool tr_misc(struct tr *t, const struct op *op)
 {
     const struct decoded *d = &tr_item(t)->d;
@@ -79,6 +118,10 @@ bool tr_misc(struct tr *t, const struct op *op)
         return prefetch(t, op);
     case ZYDIS_MNEMONIC_CLFLUSH: case ZYDIS_MNEMONIC_CLFLUSHOPT: case ZYDIS_MNEMONIC_CLWB:
         return flush_line(t, op);
+    case ZYDIS_MNEMONIC_MOV:
+        return from_segment(t, op);
+    case ZYDIS_MNEMONIC_MOVSD: case ZYDIS_MNEMONIC_CMPSD:          /* of SSE2 have OPF_FP */
+        return tr_string(t, op);
     case ZYDIS_MNEMONIC_CLD:
         return direction(t, 0);
     case ZYDIS_MNEMONIC_STD:

@@ -74,12 +74,20 @@ static bool closed(const struct icpu *c, unsigned view, u64 la)
  * The address that faulted. Where the slot is closed the host does not tell it: then it is the operand's, or what RSP or RBP point to. False: none
  * that the shadow could do something about.
  */
-static bool faulting(const struct icpu *c, const struct tb *tb, unsigned view, const struct op *op, const struct bt_trap *s, u64 *la)
+static bool faulting(const struct icpu *c, const struct tb *tb, unsigned view, const struct op *op, bool string, const struct bt_trap *s, u64 *la)
 {
     if (s->has_address)
         return shadow_guest(c, view, s->address, la);
     if (op->flags & OPF_MEM) {
         *la = operand(c, tb, op, s);
+        if (closed(c, view, *la))
+            return true;
+    }
+    if (string) {
+        *la = s->r[RDI];
+        if (closed(c, view, *la))
+            return true;
+        *la = s->r[RSI];
         if (closed(c, view, *la))
             return true;
     }
@@ -91,14 +99,14 @@ static bool faulting(const struct icpu *c, const struct tb *tb, unsigned view, c
 }
 
 /* True: go on at op's beginning. */
-static bool filled(struct icpu *c, const struct tb *tb, const struct op *op, struct bt_trap *s)
+static bool filled(struct icpu *c, const struct tb *tb, const struct op *op, bool string, struct bt_trap *s)
 {
     enum mmu_access access = s->has_address && s->error & PF_W ? MMU_WRITE : MMU_READ;
     unsigned view = tb->key & 3;
     u64 la, changes = c->bt.delta_changes;
     u32 error;
     c->bt.exit_slow = false;
-    if (!(tb->key & KEY_SHADOW) || !faulting(c, tb, view, op, s, &la))
+    if (!(tb->key & KEY_SHADOW) || !faulting(c, tb, view, op, string, s, &la))
         return false;
     enum shadow_result r = shadow_fill(c, view, la, access, &error);
     if (c->bt.delta_changes != changes) {                          /* windows have moved: RSP's perhaps */
@@ -111,6 +119,19 @@ static bool filled(struct icpu *c, const struct tb *tb, const struct op *op, str
     return r == SHADOW_FILLED;
 }
 
+static const u8 *host_of(const struct bt *t, const struct tb *tb, const struct tb_mark *m)
+{
+    return t->rx + (tb->start + m->off - t->rw);
+}
+
+/* A string instruction on host addresses has been stopped: what it has done is to be seen in the guest's. The mark of its beginning. */
+static const struct tb_mark *string_stopped(struct bt_trap *s, const struct tb_mark *m)
+{
+    s->r[RDI] -= s->r[S0];
+    s->r[RSI] -= s->r[S1];
+    return m - 1;
+}
+
 static bool fault(struct icpu *c, struct bt *t, struct bt_trap *s)
 {
     const u8 *pc = (const u8 *)(uintptr_t)s->pc;
@@ -120,20 +141,24 @@ static bool fault(struct icpu *c, struct bt *t, struct bt_trap *s)
     const struct tb_mark *m = mark_at(t, tb, pc);
     if (m->flags & MARK_COLD || m->op >= tb->n)
         return false;
+    bool string = m->flags & MARK_STRING;
+    if (string)
+        m = string_stopped(s, m);
     c->bt.exit_slow = false;
     c->bt.exit_gate = s->what == TRAP_MEMORY && s->has_address && s->address == FP_GATE_CLOSED;
     if (s->what == TRAP_MEMORY && !c->bt.exit_gate) {
         enum vcpu_where was = vcpu_where(c->v, WHERE_SHADOW);
-        bool done = filled(c, tb, &tb->b->op[m->op], s);
+        bool done = filled(c, tb, &tb->b->op[m->op], string, s);
         vcpu_where(c->v, was);
         if (done) {
             unsigned kept = m->flags >> MARK_KEPT;
             if (kept)
                 s->r[S0] = c->bt.delta[tb->key & 3][guest_register(c, s, kept - 1) >> 39 & 511];
-            s->pc = (u64)(uintptr_t)(t->rx + (tb->start + m->off - t->rw));
+            s->pc = (u64)(uintptr_t)host_of(t, tb, m);
             return true;
         }
     }
+    c->bt.exit_slow &= !string;                                    /* it may have been all of it but one page */
     leave(c, t, tb, m->op, s, BT_EXIT_OP);
     t->slow_ops++;
     return true;
@@ -150,14 +175,12 @@ static bool kick(struct icpu *c, struct bt *t, struct bt_trap *s)
     struct tb *tb = tb_at(t, pc);
     if (tb) {
         const struct tb_mark *m = mark_at(t, tb, pc);
-        if (!(m->flags & (MARK_COLD | MARK_SHADOW)) && pc == t->rx + (tb->start + m->off - t->rw)) {
+        if (!(m->flags & (MARK_COLD | MARK_SHADOW)) && pc == host_of(t, tb, m)) {
             t->signals++;
+            if (m->flags & MARK_STRING)
+                m = string_stopped(s, m);
             leave(c, t, tb, m->op, s, BT_EXIT_RIP);
             c->bt.insns += m->op;
-            return true;
-        }
-        if (m->flags & MARK_POLLS) {
-            s->flags &= ~(u64)TRAP_FLAG;
             return true;
         }
     }

@@ -16,7 +16,7 @@
 
 #define OFF(field) offsetof(struct icpu, field)
 #define OFF_R(g) (OFF(r[0]) + 8u * (g))
-/* icpu.bt.tmp: 0 RCX or RAX in a look-up, 1 its tag or flags, 2 its result, 3 a value on its way to the stack, 4 a branch's target, 5 a light function; 6, 7 free */
+/* icpu.bt.tmp: 0 RCX or RAX in a look-up, 1 its tag or flags, 2 its result, 3 a value on its way to the stack, 4 a branch's target, 5 a light function, 6 an address; 7 free */
 enum { S0 = 14, S1 = 15 };                                         /* scratch host registers; the guest's are in icpu.r[] */
 
 struct item {
@@ -82,6 +82,8 @@ struct ea {
     unsigned base, index, scale, seg;                              /* guest registers, REG_ZERO; REG_RIP: disp is the linear address */
     s64 disp;
 };
+#define REG_TMP 18u                                                /* as a base: a linear address in icpu.bt.tmp[TMP_ADDRESS] */
+#define TMP_ADDRESS 6
 struct place {                                                     /* a host memory operand: base + index << scale + disp; NO_REG */
     unsigned base, index, scale;
     s32 disp;

@@ -461,7 +461,8 @@ static bool put_item(struct tr *t, const struct item *it, const struct op *op, b
     case K_BRANCH: return tr_branch(t, op, last);
     case K_STACK: return tr_stack(t, op);
     case K_VECTOR: return op->flags & OPF_FP ? tr_vector(t, op) : tr_misc(t, op);
-    case K_SYSTEM: return tr_system(t, op, last);
+    case K_STRING: return tr_string(t, op);
+    case K_SYSTEM: return tr_system(t, op, last) || tr_misc(t, op);
     default: return false;
     }
 }

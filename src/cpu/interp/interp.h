@@ -112,6 +112,7 @@ struct icpu_bt {
     u64 tmp[8];
     u64 kept;                      /* S0 when translated code is entered: bt.h, MARK_KEPT */
     const u8 *resume;              /* where a handler call goes on */
+    u64 mask_df, mask_bit[3];      /* for PEXT: of RFLAGS; number of a bit in 16, 32, 64 */
     u64 mask_slot, mask_jump;      /* for PEXT: bits 47..39 of an address; which bits of an address choose its place in jump[] */
     u64 mask_tlb, mask_entry, mask_page, mask_target;
     struct bt_target *target[BT_KEYS]; /* where jump[] does not lead to the right place: a larger table by linear address */
