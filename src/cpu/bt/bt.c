@@ -482,14 +482,9 @@ static int vcpu_open(struct vcpu *v)
         return err(-ENOMEM, "vCPU %u: out of host memory", v->id);
     }
     c->bt.bt = t;
-<<<<<<< HEAD
     t->runs = v->m->tools.translate_at_once || v->m->tools.check ? 1 : BT_RUNS;
     c->bt.count = v->m->tools.insns || v->m->tools.check;
-=======
-    t->runs = v->m->tools.translate_at_once ? 1 : BT_RUNS;
-    c->bt.count = v->m->tools.insns;
     t->handled = v->m->tools.handlers ? handled_open() : NULL;
->>>>>>> f4b4e9b (Statistics: which instructions translated code leaves to handlers, by mnemonic)
     bt_signal_open();
     bt_fp_open(c);
     constants(c, t);
