@@ -190,7 +190,7 @@ void bt_forget(struct icpu *c, struct block *b)
         tb_kill(c, t, &t->tb[b->translations]);
 }
 
-static struct tb *translate(struct icpu *c, struct bt *t, struct block *b, u32 page)
+static struct tb *translate(struct icpu *c, struct bt *t, struct block *b, u32 page, bool indirect)
 {
     bool full, user = c->cpl == 3;
     u32 page2 = 0;
@@ -207,7 +207,7 @@ static struct tb *translate(struct icpu *c, struct bt *t, struct block *b, u32 p
     if (how == CODE_OK && memcmp(b->bytes, ram_hva(c->v->m->ram, b->gpa), b->len))
         return NULL;                                               /* written since it was decoded, before the page was ours */
     enum vcpu_where was = vcpu_where(c->v, WHERE_TRANSLATE);
-    struct tb *tb = bt_translate(c, t, b, page, page2, how == CODE_COMPARE, &full);
+    struct tb *tb = bt_translate(c, t, b, page, page2, how == CODE_COMPARE, indirect, &full);
     vcpu_where(c->v, was);
     if (full) {
         code_flush_later(c);
@@ -258,7 +258,7 @@ static const u8 *rx(const struct bt *t, const u8 *p)
 }
 
 /* Runs translated code from here on until it is left; what it was left with is dealt with as far as that is possible here. True: the next block may follow. */
-static bool run_code(struct icpu *c, struct bt *t, const u8 *code, unsigned key, u32 *link)
+static bool run_code(struct icpu *c, struct bt *t, const u8 *code, unsigned key, u32 *link, bool *indirect)
 {
     int r;
     bt_fp_begin(c);
@@ -286,6 +286,7 @@ static bool run_code(struct icpu *c, struct bt *t, const u8 *code, unsigned key,
                 c->bt.insns += op + 1;                             /* else the way out further on counts them */
         }
     } while (r == OP_NEXT && code && !c->bt.single);
+    *indirect = false;
     c->v->insns += c->bt.insns;
     c->bt.insns = 0;
     switch (r) {
@@ -294,6 +295,7 @@ static bool run_code(struct icpu *c, struct bt *t, const u8 *code, unsigned key,
         c->rip = t->link[*link].target;
         return true;
     case BT_EXIT_MISS:
+        *indirect = true;
         return !missed(c, t);
     case BT_EXIT_END:
         return false;
@@ -317,7 +319,7 @@ static bool run_code(struct icpu *c, struct bt *t, const u8 *code, unsigned key,
 }
 
 /* The translation at c->rip, made if it is worth it. NULL: *b is to be interpreted; both NULL: the fetch has failed. */
-static struct tb *find(struct icpu *c, struct bt *t, struct block **b)
+static struct tb *find(struct icpu *c, struct bt *t, bool indirect, struct block **b)
 {
     u32 page = tb_page(c, t, c->rip, c->cpl == 3);
     struct tb *tb = page ? tb_find(t, c->rip, page, bt_key(c)) : NULL;
@@ -337,14 +339,14 @@ static struct tb *find(struct icpu *c, struct bt *t, struct block **b)
     }
     if ((*b)->runs < t->runs && ++(*b)->runs < t->runs)
         return NULL;
-    return translate(c, t, *b, page);
+    return translate(c, t, *b, page, indirect);
 }
 
 static void bt_run(struct icpu *c)
 {
     struct bt *t = c->bt.bt;
     u32 link = 0;                                                  /* by which translated code was just left */
-    bool go_on = true;
+    bool go_on = true, indirect = false;                           /* by an indirect branch */
     if (!usable(c)) {
         enum vcpu_where was = vcpu_where(c->v, WHERE_INTERP);
         icpu_run_blocks(c);
@@ -363,17 +365,17 @@ static void bt_run(struct icpu *c)
             break;
         if (unlikely(c->bt.expected) && c->cpl == 3)
             shadow_expected(c);
-        struct tb *tb = find(c, t, &b);
+        struct tb *tb = find(c, t, indirect, &b);
         if (tb) {
-            if (!c->bt.single) {
-                if (link)
-                    tb_link(c, t, link, tb);
+            if (link && !c->bt.single)
+                tb_link(c, t, link, tb);
+            if (indirect && !c->bt.single)
                 tb_jump_note(c, t, tb);
-            }
             link = 0;
-            go_on = run_code(c, t, rx(t, tb->start + (tb->page2 ? tb->page_off : tb->code_off)), tb->key, &link);
+            go_on = run_code(c, t, rx(t, tb->start + tb->code_off), tb->key, &link, &indirect);
         } else if (b) {
             link = 0;
+            indirect = false;
             vcpu_count(c->v, COUNT_CODE_INTERPRETED);
             enum vcpu_where was = vcpu_where(c->v, WHERE_INTERP);
             go_on = icpu_run_block(c, b);
@@ -436,6 +438,7 @@ static void vcpu_close(struct vcpu *v)
         bt_arena_close(c->bt.bt);
         tb_close(c->bt.bt);
         handled_close(c->bt.bt->handled);
+        free(c->bt.bt->tr);
         free(c->bt.bt);
         bt_signal_close();
     }
@@ -482,13 +485,14 @@ static int vcpu_open(struct vcpu *v)
         return err(-ENOMEM, "vCPU %u: out of host memory", v->id);
     }
     c->bt.bt = t;
+    t->tr = calloc(1, sizeof *t->tr);
     t->runs = v->m->tools.translate_at_once || v->m->tools.check ? 1 : BT_RUNS;
     c->bt.count = v->m->tools.insns || v->m->tools.check;
     t->handled = v->m->tools.handlers ? handled_open() : NULL;
     bt_signal_open();
     bt_fp_open(c);
     constants(c, t);
-    e = bt_arena_open(c, t);
+    e = t->tr ? bt_arena_open(c, t) : err(-ENOMEM, "vCPU %u: out of host memory", v->id);
     if (!e)
         e = tb_open(c, t);
     if (e < 0) {

@@ -13,10 +13,10 @@
  *     GS base        struct icpu of this vCPU (the host's x86-64 ABI leaves GS to programs)
  *
  * How one comes to a translation:
- *     entry          r15 holds the linear address that is meant: compared
- *     page           the linear page is looked up in icpu.bt.itlb: it must still be the page that the translation was made from
+ *     entry          r15 holds the linear address that is meant: compared. In front of the code, or apart from it with a jump
+ *     page entry     the linear page is looked up in icpu.bt.itlb: it must still be the page that the translation was made from
  *     code           the code itself
- * Branches within a page lead to code, to another page to page, indirect ones to entry by way of icpu.bt.jump. So flushes only have to clear itlb.
+ * Branches within a page lead to code, to another page to its page entry, indirect ones to entry by way of icpu.bt.jump. So flushes only have to clear itlb.
  *
  * All of it belongs to the vCPU's thread, except icpu.bt.stop and inside (bt.c).
  */
@@ -75,8 +75,9 @@ struct itlb {
 
 struct tb {
     u64 la, gpa;
-    u8 *start;                                                     /* in the writable mapping; first byte is the entry */
-    u32 page_off, code_off, size;                                  /* of the page and code entries; bytes, cold code included */
+    u8 *start;                                                     /* all in the writable mapping */
+    u8 *entry, *page_entry;                                        /* NULL: not needed so far (bt_entry(), bt_page_entry()) */
+    u32 code_off, size;                                            /* from start to the code; bytes, without cold code */
     u32 page, page2;                                               /* cpage ids; page2: of a crossing instruction's second page, 0 none */
     u32 hash_next, frame_next, block_next;                         /* tb indexes; 0 ends a list */
     u32 links_in;                                                  /* links that lead here */
@@ -105,6 +106,8 @@ struct bt_fixed {
 struct bt {
     u8 *rw, *rx;                                                   /* the arena, twice */
     size_t used, first;                                            /* bytes; first: behind the common routines */
+    size_t cold;                                                   /* the upper half is for what rarely runs: used up to here */
+    struct tr *tr;                                                 /* room for the block that is being translated */
     u64 flushes;                                                   /* icode.flushes when it was emptied last */
     struct tb *tb;
     struct link *link;
@@ -169,8 +172,10 @@ static inline struct tb *tb_of(struct bt *t, u32 index)
 }
 
 /* ---- translate.c ---- */
-/* Translates b at c->rip; NULL when it has to be interpreted for ever, or when there is no room (then *full). */
-struct tb *bt_translate(struct icpu *c, struct bt *t, struct block *b, u32 page, u32 page2, bool compare, bool *full);
+/* Translates b at c->rip, which indirect branches lead to if indirect is set; NULL when it has to be interpreted for ever, or when there is no room (then *full). */
+struct tb *bt_translate(struct icpu *c, struct bt *t, struct block *b, u32 page, u32 page2, bool compare, bool indirect, bool *full);
+void bt_entry(struct icpu *c, struct bt *t, struct tb *tb);          /* makes the ways in, where they are missing; there may be no room */
+void bt_page_entry(struct icpu *c, struct bt *t, struct tb *tb);
 
 /* ---- bt.c ---- */
 /* Runs op's handler; called by translated code. site: tb index << 8 | op. The result, OP_NEXT: go on behind it. */

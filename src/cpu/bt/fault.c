@@ -168,7 +168,7 @@ static bool kick(struct icpu *c, struct bt *t, struct bt_trap *s)
 {
     const u8 *pc = (const u8 *)(uintptr_t)s->pc;
     atomic_store(&c->bt.stop, 1);
-    if (pc < t->rx || pc >= t->rx + t->used) {
+    if (pc < t->rx || pc >= t->rx + BT_ARENA_BYTES) {
         s->flags &= ~(u64)TRAP_FLAG;                               /* C looks at stop before it comes back */
         return true;
     }

@@ -124,6 +124,7 @@ void tb_reset(struct icpu *c, struct bt *t)
     itlb_clear_all(c, t);
     jumps_clear(c, t);
     t->used = t->first;
+    t->cold = BT_ARENA_BYTES / 2;
     t->tbs = t->links = t->marks = t->pages = 1;                   /* 0 is none */
     t->flushes = c->code->flushes;
     t->resets++;
@@ -297,7 +298,11 @@ void tb_link(struct icpu *c, struct bt *t, u32 n, struct tb *to)
     if (l->linked || from->dead || l->key != to->key || l->target != to->la)
         return;
     bool near = from->page == to->page && !to->page2 && !from->page2;
-    aim(l->place, to->start + (near ? to->code_off : to->page_off));
+    if (!near)
+        bt_page_entry(c, t, to);
+    if (!near && !to->page_entry)
+        return;
+    aim(l->place, near ? to->start + to->code_off : to->page_entry);
     l->linked = true;
     l->next = to->links_in;
     to->links_in = n;
@@ -320,7 +325,10 @@ static struct bt_target *target_of(struct icpu *c, const struct tb *tb)
 
 void tb_jump_note(struct icpu *c, struct bt *t, struct tb *tb)
 {
-    const u8 *entry = t->rx + (tb->start - t->rw);
+    bt_entry(c, t, tb);
+    if (!tb->entry)
+        return;
+    const u8 *entry = t->rx + (tb->entry - t->rw);
     c->bt.jump[tb->key][tb->la & JUMP_MASK] = entry;
     *target_of(c, tb) = (struct bt_target){ tb->la, entry };
 }
@@ -338,7 +346,6 @@ static void list_remove(struct bt *t, u32 *head, struct tb *tb, size_t next)
 /* Whoever still comes, by icpu.bt.jump or from C, leaves: the first instruction of the entry and the page check become a jump. */
 void tb_kill(struct icpu *c, struct bt *t, struct tb *tb)
 {
-    struct emit e = { tb->start, tb->start + 32, false };
     if (tb->dead)
         return;
     tb->dead = true;
@@ -347,8 +354,11 @@ void tb_kill(struct icpu *c, struct bt *t, struct tb *tb)
     list_remove(t, tb_bucket(t, tb->la), tb, offsetof(struct tb, hash_next));
     list_remove(t, frame_bucket(t, tb->gpa), tb, offsetof(struct tb, frame_next));
     list_remove(t, &tb->b->translations, tb, offsetof(struct tb, block_next));
+    if (!tb->entry)
+        return;
+    struct emit e = { tb->entry, tb->entry + 32, false };
     const u8 **jump = &c->bt.jump[tb->key][tb->la & JUMP_MASK];
-    if (*jump == t->rx + (tb->start - t->rw))
+    if (*jump == t->rx + (tb->entry - t->rw))
         *jump = t->rx + t->lookup[tb->key];
     struct bt_target *target = target_of(c, tb);
     if (target->la == tb->la)

@@ -258,7 +258,6 @@ static void put_cold(struct tr *t, const struct cold *k)
     if (e->overflow)
         return;
     aim(k->from, e->p);
-    tr_mark(t, k->op, MARK_COLD);
     if (k->rcx_saved)
         op_gs(e, true, X_LOAD, RCX, OFF(bt.tmp[0]));
     if (k->swapped)
@@ -396,11 +395,10 @@ static void put_compares(struct tr *t)
     op_gs(e, true, X_LOAD, RAX, OFF(bt.tmp[0]));
 }
 
-static void put_prologue(struct tr *t, bool compare)
+static void put_entry_check(struct tr *t)
 {
     struct emit *e = &t->e;
     struct tb *tb = t->tb;
-    tr_mark(t, 0, MARK_COLD);
     mov_imm64(e, S0, 0 - (tb->la + secret_of(t)));
     op_mem(e, true, X_LEA, S1, S1, S0, 0, 0);
     put_itlb(t, tb->la);
@@ -408,21 +406,75 @@ static void put_prologue(struct tr *t, bool compare)
     check_cold(t, jump_unless_zero(e, S1), S1, cold_wrong_entry);
     if (tb->page2)                                                 /* never entered behind this */
         put_page_check(t, tb->la + PAGE_SIZE, tb->page2);
-    tb->code_off = (u32)(e->p - tb->start);
+}
+
+static void put_prologue(struct tr *t, bool compare, bool indirect)
+{
+    struct tb *tb = t->tb;
+    tr_mark(t, 0, MARK_COLD);
+    if (indirect) {
+        tb->entry = tb->start;
+        put_entry_check(t);
+    }
+    tb->code_off = (u32)(t->e.p - tb->start);
     if (compare)
         put_compares(t);
 }
 
-/* From another page, directly. */
-static void put_page_entry(struct tr *t)
+static void cold_begin(struct tr *t)
 {
-    struct tb *tb = t->tb;
-    tb->page_off = (u32)(t->e.p - tb->start);
-    tr_mark(t, 0, MARK_COLD);
+    t->e = (struct emit){ t->t->rw + t->t->cold, t->t->rw + MIN(t->t->cold + BT_BLOCK_BYTES, BT_ARENA_BYTES), false };
+}
+
+static void cold_end(struct tr *t)
+{
+    for (unsigned i = 0; i < t->colds; i++)
+        put_cold(t, &t->cold[i]);
+    bug_on(t->e.overflow);
+    t->t->cold = ALIGN_UP((u64)(t->e.p - t->t->rw), 16);
+}
+
+static bool cold_room(const struct bt *t)
+{
+    return BT_ARENA_BYTES - t->cold >= BT_BLOCK_BYTES;
+}
+
+/* A way in that was not made with the translation. */
+static struct tr *later(struct icpu *c, struct bt *bt, struct tb *tb)
+{
+    struct tr *t = bt->tr;
+    t->c = c;
+    t->t = bt;
+    t->tb = tb;
+    t->b = tb->b;
+    t->view = tb->key & 3;
+    t->colds = t->i = 0;
+    cold_begin(t);
+    return t;
+}
+
+void bt_entry(struct icpu *c, struct bt *bt, struct tb *tb)
+{
+    if (tb->entry || !cold_room(bt))
+        return;
+    struct tr *t = later(c, bt, tb);
+    tb->entry = t->e.p;
+    put_entry_check(t);
+    jump_to(&t->e, tb->start + tb->code_off);
+    cold_end(t);
+}
+
+void bt_page_entry(struct icpu *c, struct bt *bt, struct tb *tb)
+{
+    if (tb->page_entry || !cold_room(bt))
+        return;
+    struct tr *t = later(c, bt, tb);
+    tb->page_entry = t->e.p;
     put_page_check(t, tb->la, tb->page);
     if (tb->page2)
         put_page_check(t, tb->la + PAGE_SIZE, tb->page2);
     jump_to(&t->e, tb->start + tb->code_off);
+    cold_end(t);
 }
 
 /* ---- the block ---- */
@@ -505,39 +557,56 @@ static void put_op(struct tr *t, bool *last)
 
 static bool room(const struct bt *t)
 {
-    return BT_ARENA_BYTES - t->used >= BT_BLOCK_BYTES && t->tbs < BT_TBS && BT_LINKS - t->links > BLOCK_OPS + 2 &&
+    return BT_ARENA_BYTES / 2 - t->used >= BT_BLOCK_BYTES && cold_room(t) && t->tbs < BT_TBS && BT_LINKS - t->links > BLOCK_OPS + 2 &&
            BT_MARKS - t->marks > ARRAY_SIZE(((struct tr *)0)->mark);
 }
 
-struct tb *bt_translate(struct icpu *c, struct bt *bt, struct block *b, u32 page, u32 page2, bool compare, bool *full)
+/* What is not set here is set where it is first used. */
+static void begin(struct tr *t, struct icpu *c, struct bt *bt, struct block *b)
 {
     unsigned key = bt_key(c);
-    struct tr t = { .c = c, .t = bt, .b = b, .view = key & 3, .shadow = key & KEY_SHADOW, .kept = NO_REG };
+    t->c = c;
+    t->t = bt;
+    t->b = b;
+    t->view = key & 3;
+    t->shadow = key & KEY_SHADOW;
+    t->kept = NO_REG;
+    t->i = t->colds = t->marks = 0;
+    t->gates = 0;
+    t->ended = false;
+    t->tb = &bt->tb[bt->tbs++];
+    *t->tb = (struct tb){ .la = c->rip, .gpa = b->gpa, .start = bt->rw + bt->used, .key = (u8)key, .n = b->n, .b = b };
+    t->e = (struct emit){ t->tb->start, t->tb->start + BT_BLOCK_BYTES, false };
+}
+
+struct tb *bt_translate(struct icpu *c, struct bt *bt, struct block *b, u32 page, u32 page2, bool compare, bool indirect, bool *full)
+{
+    struct tr *t = bt->tr;
     *full = !room(bt);
     if (*full)
         return NULL;
-    struct tb *tb = t.tb = &bt->tb[bt->tbs++];
-    *tb = (struct tb){ .la = c->rip, .gpa = b->gpa, .start = bt->rw + bt->used, .page = page, .page2 = page2, .key = (u8)key, .n = b->n, .b = b };
-    t.e = (struct emit){ tb->start, tb->start + BT_BLOCK_BYTES, false };
-    analyse(&t);
-    put_prologue(&t, compare);
+    begin(t, c, bt, b);
+    struct tb *tb = t->tb;
+    tb->page = page;
+    tb->page2 = page2;
+    analyse(t);
+    put_prologue(t, compare, indirect);
     bool last = false;
-    for (t.i = 0; t.i < b->n && !last && !(compare && t.i && b->op[t.i - 1].flags & OPF_STORES); t.i++)
-        put_op(&t, &last);                                         /* what compares ends where it may have changed itself */
+    for (; t->i < b->n && !last && !(compare && t->i && b->op[t->i - 1].flags & OPF_STORES); t->i++)
+        put_op(t, &last);                                          /* what compares ends where it may have changed itself */
     if (!last) {
-        tr_mark(&t, t.i, 0);
-        t.ended = true;
-        tr_exit(&t, tb->la + b->op[t.i].off);                      /* behind the last one stands an op that leaves */
+        tr_mark(t, t->i, 0);
+        t->ended = true;
+        tr_exit(t, tb->la + b->op[t->i].off);                      /* behind the last one stands an op that leaves */
     }
-    put_page_entry(&t);
-    for (unsigned i = 0; i < t.colds; i++)
-        put_cold(&t, &t.cold[i]);
-    bug_on(t.e.overflow);
-    tb->size = (u32)(t.e.p - tb->start);
+    bug_on(t->e.overflow);
+    tb->size = (u32)(t->e.p - tb->start);
+    cold_begin(t);
+    cold_end(t);
     tb->mark = bt->marks;
-    tb->marks = (u16)t.marks;
-    memcpy(&bt->mark[bt->marks], t.mark, t.marks * sizeof t.mark[0]);
-    bt->marks += t.marks;
+    tb->marks = (u16)t->marks;
+    memcpy(&bt->mark[bt->marks], t->mark, t->marks * sizeof t->mark[0]);
+    bt->marks += t->marks;
     bt->used = ALIGN_UP(bt->used + tb->size, 16);
     tb_insert(bt, tb);
     vcpu_count(c->v, COUNT_CODE_TRANSLATED);
