@@ -715,6 +715,7 @@ void shadow_protect(struct icpu *c, u64 gpa)
 #define RUN_MIN BIT(22)                                            /* nothing is decided on less */
 #define RUN_LONG BIT(27)                                           /* what is longer ago counts half */
 #define WAIT_MAX BIT(32)
+#define FILLS_MAX 8192u
 
 void shadow_started(struct icpu *c, unsigned ctx)
 {
@@ -738,7 +739,7 @@ static void score_shadow(struct shadow_score *p, u64 cost)
 
 static void score_software(struct shadow_score *p, u64 misses)
 {
-    p->fills += misses;
+    p->fills = MIN(p->fills + misses, FILLS_MAX);                  /* what thrashes the software TLB would be filled once */
     if (p->run < RUN_MIN / 4)
         return;
     if (p->run > p->wait + p->fills * MISS_CYCLES) {
