@@ -1,7 +1,7 @@
 /*
- * sys_runner [--engine NAME] [--timeout SECONDS] [--check] [--at-once] IMAGE.bin...: runs sys programs (lib/sys.h) on an
- * engine and prints their checks as TAP. --check: bt beside interp (cpu/bt/check.h); --at-once: bt interprets nothing
- * before it translates it.
+ * sys_runner [--engine NAME] [--mmu NAME] [--timeout SECONDS] [--check] [--at-once] IMAGE.bin...: runs sys programs
+ * (lib/sys.h) on an engine and prints their checks as TAP. --mmu: bt's way to guest memory; --check: bt beside interp
+ * (cpu/bt/check.h); --at-once: bt interprets nothing before it translates it.
  *
  * The machine is as small as can be: 32 MiB of RAM, two vCPUs with local APICs, a text port (0xe9), an exit port
  * (0xf4), a scratch device of ports, one of memory, and a copier that does DMA. A program is loaded at 8000h and entered there in real mode; the
@@ -38,7 +38,7 @@
 #define MMIO_STORE 0xfd000000u
 #define MAPS_MAX 2000
 #define PORT_COPY 0xa0 /* doublewords: to, from, bytes; a byte: 1 copies at once, 2 on the loop's thread. Reads: 1 busy, 2 failed */
-#define MEMORY_MIB 64      /* of the monitor's own, beyond RAM */
+#define MEMORY_MIB 320     /* of the monitor's own, beyond RAM: the caches of a vCPU when they are full */
 #define MAPPINGS_MAX 50000 /* the kernel's default limit is 65530 */
 
 enum end { END_NONE, END_EXIT, END_SHUTDOWN, END_FAILED, END_TIMEOUT };
@@ -572,9 +572,21 @@ static void program_name(const char *path, char *name, size_t n)
 
 static void print_log(void *arg UNUSED, enum log_level level UNUSED, const char *msg) { printf("# %s\n", msg); }
 
+static bool mmu_named(const char *name, enum machine_mmu *mmu)
+{
+    static const char *const names[] = { [MACHINE_MMU_AUTO] = "auto", [MACHINE_MMU_SHADOW] = "shadow", [MACHINE_MMU_SOFTTLB] = "softtlb" };
+
+    for (unsigned i = 0; i < ARRAY_SIZE(names); i++)
+        if (!strcmp(name, names[i])) {
+            *mmu = (enum machine_mmu)i;
+            return true;
+        }
+    return false;
+}
+
 static int usage(void)
 {
-    fprintf(stderr, "usage: sys_runner [--engine %s] [--timeout SECONDS] [--check] [--at-once] IMAGE.bin...\n",
+    fprintf(stderr, "usage: sys_runner [--engine %s] [--mmu auto|shadow|softtlb] [--timeout SECONDS] [--check] [--at-once] IMAGE.bin...\n",
             engine_names());
     return 64;
 }
@@ -583,6 +595,7 @@ int main(int argc, char **argv)
 {
     static const struct option opts[] = { { "engine", required_argument, NULL, 'e' },
                                           { "timeout", required_argument, NULL, 't' },
+                                          { "mmu", required_argument, NULL, 'm' },
                                           { "check", no_argument, NULL, 'c' },
                                           { "at-once", no_argument, NULL, 'o' },
                                           { NULL, 0, NULL, 0 } };
@@ -602,6 +615,8 @@ int main(int argc, char **argv)
             r.tools.check = true;
         else if (c == 'o')
             r.tools.translate_at_once = true;
+        else if (c == 'm' && mmu_named(optarg, &r.tools.mmu))
+            ;
         else
             return usage();
     }
