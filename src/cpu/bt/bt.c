@@ -37,13 +37,21 @@ unsigned bt_key(const struct icpu *c)
     return view | KEY_SHADOW;
 }
 
+#define ACCOUNT_CYCLES BIT(20)
+#define CALM_CYCLES BIT(23)                                        /* whoever runs so long and changes no mapping had better use the shadow */
+
 void bt_account(struct icpu *c, unsigned context)
 {
     struct bt *t = c->bt.bt;
     u64 now = __rdtsc(), space = c->x->cr3 & ~0xfffull;
     const u64 *count = c->v->count;
     u64 misses = count[COUNT_TLB_WALK_READ] + count[COUNT_TLB_WALK_WRITE];
+    u64 troubles = count[COUNT_TRAP_PF] + count[COUNT_TLB_FLUSH_ALL] + count[COUNT_TLB_FLUSH_PAGE] + count[COUNT_TLB_FLUSH_NONGLOBAL];
     shadow_ran(c, context, now - t->since, misses - t->misses);
+    t->calm = troubles == t->troubles ? t->calm + (now - t->since) : 0;
+    t->troubles = troubles;
+    if (t->calm > CALM_CYCLES)
+        shadow_calm(c, context);
     t->since = now;
     t->misses = misses;
     context = c->tlb->context;
@@ -353,7 +361,7 @@ static void bt_run(struct icpu *c)
         vcpu_where(c->v, was);
         return;
     }
-    if (t->choose && !(++t->turns & 63))
+    if (t->choose && __rdtsc() - t->since > ACCOUNT_CYCLES)
         bt_account(c, c->tlb->context);
     fixed_follow(c);
     atomic_store_explicit(&c->bt.inside, 1, memory_order_relaxed);

@@ -133,7 +133,8 @@ struct bt {
     bool choose;
     u64 since, misses;                                             /* time stamp and misses of the software TLB when time was last accounted for */
     u64 space[TLB_CONTEXTS];                                       /* CR3 that each context had then */
-    unsigned context, turns;
+    unsigned context;
+    u64 troubles, calm;                                            /* guest page faults and flushes so far; cycles without one */
     u64 killed, resets, signals, steps, slow_ops;                  /* statistics */
 };
 

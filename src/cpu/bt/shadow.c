@@ -765,6 +765,13 @@ void shadow_ran(struct icpu *c, unsigned ctx, u64 run, u64 misses)
     s->cost_seen = cost;
 }
 
+void shadow_calm(struct icpu *c, unsigned ctx)
+{
+    struct shadow_score *p = &c->bt.shadow->score[ctx];
+    if (!p->pays)
+        *p = (struct shadow_score){ .pays = true, .wait = p->wait / 2 };
+}
+
 bool shadow_pays(const struct icpu *c, unsigned ctx)
 {
     return c->bt.shadow && c->bt.shadow->score[ctx].pays;

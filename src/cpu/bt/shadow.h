@@ -118,6 +118,7 @@ bool shadow_guest(const struct icpu *c, enum tlb_view_id view, u64 host, u64 *la
  */
 void shadow_started(struct icpu *c, unsigned ctx);
 void shadow_ran(struct icpu *c, unsigned ctx, u64 cycles, u64 misses);
+void shadow_calm(struct icpu *c, unsigned ctx);                    /* it changes no mappings these days: the shadow is worth another try */
 bool shadow_pays(const struct icpu *c, unsigned ctx);
 
 void shadow_stats(const struct icpu *c, struct shadow_stats *out);
