@@ -99,9 +99,11 @@ void check_gate_close(struct machine *m)
     struct check_gate *g = m->tools.gate;
     if (!g)
         return;
-    m->ram->on_begin_write = g->begin_write;
-    m->ram->on_end_write = g->end_write;
-    m->ram->on_write_arg = g->arg;
+    if (m->ram) {                                                  /* a board that is gone has taken it along */
+        m->ram->on_begin_write = g->begin_write;
+        m->ram->on_end_write = g->end_write;
+        m->ram->on_write_arg = g->arg;
+    }
     m->tools.gate = NULL;
     free(g);
 }
@@ -273,15 +275,29 @@ static bool pages_same(const struct check *k)
     return true;
 }
 
+/* After an op that ends blocks the translator may go on all the same, with the next one: nothing has to be looked at in between. */
+static bool goes_through(const struct icpu *c, u32 flags, unsigned cpl)
+{
+    return c->mode == IMODE_LONG64 && c->cpl == cpl && !((c->flags | flags) & (FLAG_TF | FLAG_RF)) && !c->db_pending && c->x->activity == X86_RUNNING;
+}
+
 /* The block's first k->most instructions on interp. */
 static void run_ops(struct icpu *c, const struct check *k, struct block *b)
 {
-    const struct op *op = b->op;
+    const struct op *op = b->op, *end = b->op + MIN(k->most, (unsigned)b->n + 1);
+    u32 flags = c->flags;
+    u8 cpl = c->cpl;
     int r = OP_NEXT;
     c->block = b;
     c->r[REG_RIP] = c->rip;
-    for (unsigned i = 0; i < k->most && r == OP_NEXT; i++, op += r == OP_NEXT)
+    while (op < end && r == OP_NEXT) {
+        if (op > b->op)
+            c->x->shadow = c->ss_shadow = false;                   /* of the one before */
         r = op->fn(c, op);
+        if (r == OP_END && op + 1 < b->op + b->n && goes_through(c, flags, cpl))
+            r = OP_NEXT;
+        op += r == OP_NEXT;
+    }
     c->v->insns += (u64)(op - b->op) + (r == OP_NEAR);
     if (r == OP_NEXT)
         c->rip = op_rip(c, op) & c->rip_mask;
