@@ -176,36 +176,42 @@ static void forgive(struct fixture *f)
 }
 
 /* ---- step by step ---- */
+/* Of anything in gpa's page. */
+static enum code_page use(struct icpu *c, u64 gpa)
+{
+    return codepage_use(c, gpa & PAGE_MASK, PAGE_SIZE);
+}
+
 static void claims(void **state)
 {
     struct fixture *f = *state;
     struct icpu *a = icpu(f, 0), *b = icpu(f, 1);
     codepage_enter(a);
     assert_false(codepage_is_code(a, 0x1000));
-    assert_int_equal(codepage_use(a, 0x1008), CODE_OK);            /* nobody else is inside */
+    assert_int_equal(use(a, 0x1008), CODE_OK);            /* nobody else is inside */
     assert_true(codepage_is_code(a, 0x1fff));
     assert_false(codepage_is_code(a, 0x2000));
     codepage_enter(b);
     f->cpu[1]->fast[2] = true;
-    assert_int_equal(codepage_use(a, 0x2000), CODE_WAIT);
+    assert_int_equal(use(a, 0x2000), CODE_WAIT);
     assert_int_equal(f->kicks, 0);
-    assert_int_equal(codepage_use(a, 0x2000), CODE_WAIT);          /* asked again: now b is made to look */
-    assert_int_equal(codepage_use(a, 0x2000), CODE_WAIT);
+    assert_int_equal(use(a, 0x2000), CODE_WAIT);          /* asked again: now b is made to look */
+    assert_int_equal(use(a, 0x2000), CODE_WAIT);
     assert_int_equal(f->kicks, 1);
     assert_true(f->cpu[1]->v.events & VCPU_EV_CODE);
     assert_true(codepage_is_code(b, 0x2000));
     codepage_serve(b);
     assert_false(f->cpu[1]->fast[2]);
-    assert_int_equal(codepage_use(a, 0x2000), CODE_OK);
-    assert_int_equal(codepage_use(b, 0x2000), CODE_OK);
+    assert_int_equal(use(a, 0x2000), CODE_OK);
+    assert_int_equal(use(b, 0x2000), CODE_OK);
     f->cpu[1]->fast[3] = true;
-    assert_int_equal(codepage_use(a, 0x3000), CODE_WAIT);
+    assert_int_equal(use(a, 0x3000), CODE_WAIT);
     codepage_leave(b);
-    assert_int_equal(codepage_use(a, 0x3000), CODE_OK);            /* who is outside follows when it enters */
+    assert_int_equal(use(a, 0x3000), CODE_OK);            /* who is outside follows when it enters */
     assert_true(f->cpu[1]->fast[3]);
     codepage_enter(b);
     assert_false(f->cpu[1]->fast[3]);
-    assert_int_equal(codepage_use(a, PAGES * PAGE_SIZE), CODE_COMPARE); /* no RAM */
+    assert_int_equal(use(a, PAGES * PAGE_SIZE), CODE_COMPARE); /* no RAM */
     assert_false(codepage_is_code(a, PAGES * PAGE_SIZE));
 }
 
@@ -214,13 +220,13 @@ static void own_stores(void **state)
     struct fixture *f = *state;
     struct icpu *a = icpu(f, 0);
     codepage_enter(a);
-    assert_int_equal(codepage_use(a, 0x1000), CODE_OK);
+    assert_int_equal(use(a, 0x1000), CODE_OK);
     struct copy *t = translate(f->cpu[0], 0x1010, 2), *u = translate(f->cpu[0], 0x1100, 1);
     assert_false(codepage_store_begin(a, 0x1020, 8));              /* beside it */
     assert_int_equal(t->words, 2);
-    assert_int_equal(codepage_use(a, 0x1000), CODE_WAIT);          /* it is being written */
+    assert_int_equal(use(a, 0x1000), CODE_WAIT);          /* it is being written */
     codepage_store_end(a, 0x1020, 8);
-    assert_int_equal(codepage_use(a, 0x1000), CODE_OK);
+    assert_int_equal(use(a, 0x1000), CODE_OK);
     assert_false(codepage_store_begin(a, 0x101f, 1));
     codepage_store_end(a, 0x101f, 1);
     assert_int_equal(t->words, 0);
@@ -230,7 +236,38 @@ static void own_stores(void **state)
     assert_int_equal(u->words, 0);
     assert_false(codepage_is_code(a, 0x1000));
     codepage_store_end(a, 0x1104, 2);
-    assert_int_equal(codepage_use(a, 0x1000), CODE_OK);
+    assert_int_equal(use(a, 0x1000), CODE_OK);
+}
+
+/* Only stores to lines from which somebody has translated end anything or wait. */
+static void lines(void **state)
+{
+    struct fixture *f = *state;
+    struct icpu *a = icpu(f, 0), *b = icpu(f, 1);
+    codepage_enter(b);
+    assert_int_equal(codepage_use(b, 0x103f, 2), CODE_OK);
+    assert_int_equal(codepage_use(b, 0x1fff, 1), CODE_OK);
+    codepage_enter(a);
+    static const struct { u64 gpa, n; } beside[] = { { 0x1080, 0xf40 }, { 0x1fbf, 1 }, { 0x1080, 1 } };
+    for (unsigned i = 0; i < ARRAY_SIZE(beside); i++) {
+        codepage_store_begin(a, beside[i].gpa, beside[i].n);
+        codepage_store_end(a, beside[i].gpa, beside[i].n);
+        assert_false(b->codepage->pending);
+    }
+    codepage_leave(a);
+    static const struct { u64 gpa, n; } hit[] = { { 0x1000, 1 }, { 0x107f, 1 }, { 0x1fc0, 1 }, { 0x1080, 0xf80 }, { 0x1000, 0x1000 } };
+    for (unsigned i = 0; i < ARRAY_SIZE(hit); i++) {
+        codepage_leave(b);
+        codepage_enter(a);
+        codepage_store_begin(a, hit[i].gpa, hit[i].n);
+        codepage_store_end(a, hit[i].gpa, hit[i].n);
+        codepage_leave(a);
+        assert_true(b->codepage->pending);
+        codepage_enter(b);
+        assert_false(b->codepage->pending);
+        assert_int_equal(codepage_use(b, 0x103f, 2), CODE_OK);
+        assert_int_equal(codepage_use(b, 0x1fff, 1), CODE_OK);
+    }
 }
 
 static void outside_stores(void **state)
@@ -239,7 +276,7 @@ static void outside_stores(void **state)
     struct icpu *a = icpu(f, 0), *b = icpu(f, 1);
     u64 v = 1;
     codepage_enter(b);
-    assert_int_equal(codepage_use(b, 0x1000), CODE_OK);
+    assert_int_equal(use(b, 0x1000), CODE_OK);
     struct copy *t = translate(f->cpu[1], 0x1ff8, 1), *u = translate(f->cpu[1], 0x1000, 1);
     codepage_leave(b);
     codepage_enter(a);
@@ -258,23 +295,23 @@ static void outside_stores(void **state)
     assert_int_equal(ram_write(&f->ram, 0x1500, &v, 8), 0);
     assert_false(codepage_is_code(a, 0x1000));
 
-    assert_int_equal(codepage_use(a, 0x1000), CODE_OK);
-    assert_int_equal(codepage_use(a, 0x2000), CODE_OK);
+    assert_int_equal(use(a, 0x1000), CODE_OK);
+    assert_int_equal(use(a, 0x2000), CODE_OK);
     t = translate(f->cpu[0], 0x1800, 1);
     ram_begin_write(&f->ram, 0x1800, 0x1000);                      /* a device's request, in flight */
     assert_int_equal(t->words, 0);
-    assert_int_equal(codepage_use(a, 0x1000), CODE_WAIT);
-    assert_int_equal(codepage_use(a, 0x2000), CODE_WAIT);
+    assert_int_equal(use(a, 0x1000), CODE_WAIT);
+    assert_int_equal(use(a, 0x2000), CODE_WAIT);
     ram_begin_write(&f->ram, 0x1900, 1);
     ram_end_write(&f->ram, 0x1800, 0x1000);
-    assert_int_equal(codepage_use(a, 0x1000), CODE_WAIT);
-    assert_int_equal(codepage_use(a, 0x2000), CODE_OK);
+    assert_int_equal(use(a, 0x1000), CODE_WAIT);
+    assert_int_equal(use(a, 0x2000), CODE_OK);
     ram_end_write(&f->ram, 0x1900, 1);
-    assert_int_equal(codepage_use(a, 0x1000), CODE_OK);
+    assert_int_equal(use(a, 0x1000), CODE_OK);
     t = translate(f->cpu[0], 0x1800, 1);
     ram_end_write(&f->ram, 0x1000, PAGE_SIZE);                     /* one that began before there was this engine */
     assert_int_equal(t->words, 0);
-    assert_int_equal(codepage_use(a, 0x1000), CODE_OK);
+    assert_int_equal(use(a, 0x1000), CODE_OK);
     ram_begin_write(&f->ram, 15 * PAGE_SIZE, ~0ull - 15 * PAGE_SIZE); /* beyond the RAM */
     ram_end_write(&f->ram, 15 * PAGE_SIZE, ~0ull - 15 * PAGE_SIZE);
     ram_begin_write(&f->ram, ~0ull, 1);
@@ -302,17 +339,17 @@ static void written_over_and_over(void **state)
     codepage_leave(b);
     codepage_enter(a);
     for (unsigned i = 0; i < 3; i++) {
-        assert_int_equal(codepage_use(a, 0x1000), CODE_OK);
+        assert_int_equal(use(a, 0x1000), CODE_OK);
         struct copy *t = translate(f->cpu[0], 0x1800, 1);
         assert_int_equal(stores_until_data(a, 0x1000), 32);
         assert_int_equal(t->words, 0);
         assert_false(codepage_is_code(a, 0x1000));
     }
-    assert_int_equal(codepage_use(a, 0x1000), CODE_OK);
+    assert_int_equal(use(a, 0x1000), CODE_OK);
     translate(f->cpu[0], 0x1800, 1);
     assert_int_equal(stores_until_data(a, 0x1000), 32);
     assert_int_equal(codepage_state(a, 0x1000), PAGE_VOLATILE);
-    assert_int_equal(codepage_use(a, 0x1000), CODE_COMPARE);
+    assert_int_equal(use(a, 0x1000), CODE_COMPARE);
     assert_int_equal(stores_until_data(a, 0x1000), 1);
     struct copy *t = translate(f->cpu[0], 0x1800, 1);
     codepage_revisit(a);
@@ -320,13 +357,13 @@ static void written_over_and_over(void **state)
     nanosleep(&wait, NULL);                                        /* more than a tick of any processor's counter: 2^28 at 1 GHz and more */
     codepage_revisit(a);
     assert_int_equal(t->words, 0);
-    assert_int_equal(codepage_use(a, 0x1000), CODE_OK);
+    assert_int_equal(use(a, 0x1000), CODE_OK);
     t = translate(f->cpu[0], 0x1800, 1);
     assert_int_equal(stores_until_data(a, 0x1000), 32);            /* at once volatile again, and for longer */
-    assert_int_equal(codepage_use(a, 0x1000), CODE_COMPARE);
+    assert_int_equal(use(a, 0x1000), CODE_COMPARE);
     /* Code that is made, run and overwritten, with nothing else in its page: the same end. */
     unsigned rounds = 0;
-    while (codepage_use(a, 0x2000) == CODE_OK && rounds++ < 100) {
+    while (use(a, 0x2000) == CODE_OK && rounds++ < 100) {
         translate(f->cpu[0], 0x2000, 1);
         codepage_store_begin(a, 0x2000, 1);
         codepage_store_end(a, 0x2000, 1);
@@ -335,7 +372,7 @@ static void written_over_and_over(void **state)
     /* A sleeper's translations do not keep a page of data slow. */
     codepage_leave(a);
     codepage_enter(b);
-    assert_int_equal(codepage_use(b, 0x3000), CODE_OK);
+    assert_int_equal(use(b, 0x3000), CODE_OK);
     translate(f->cpu[1], 0x3000, 1);
     codepage_leave(b);
     codepage_enter(a);
@@ -350,7 +387,7 @@ static void falling_behind(void **state)
     codepage_enter(b);
     for (unsigned i = 0; i < PAGES; i++) {
         f->cpu[1]->fast[i] = true;
-        assert_int_equal(codepage_use(b, i * PAGE_SIZE), CODE_OK);
+        assert_int_equal(use(b, i * PAGE_SIZE), CODE_OK);
         translate(f->cpu[1], i * PAGE_SIZE + 0x800, 1);
         translate(f->cpu[1], i * PAGE_SIZE + 0x900, 1);
     }
@@ -371,14 +408,14 @@ static void falling_behind(void **state)
 static void claim_often(struct fixture *f, struct icpu *a, u64 gpa, unsigned n)
 {
     for (unsigned i = 0; i < n; i++) {
-        assert_int_equal(codepage_use(a, gpa), CODE_OK);
+        assert_int_equal(use(a, gpa), CODE_OK);
         codepage_store_begin(a, gpa, 1);
         codepage_store_end(a, gpa, 1);
         assert_false(codepage_is_code(a, gpa));
         if (i % 2)
             forgive(f);
     }
-    assert_int_equal(codepage_use(a, gpa), CODE_OK);
+    assert_int_equal(use(a, gpa), CODE_OK);
 }
 
 static void many_claims(void **state)
@@ -419,7 +456,7 @@ static void everything(void **state)
     assert_int_equal(codepage_ram_changed(b), 0);
     codepage_enter(b);
     for (unsigned i = 0; i < 200; i++)
-        assert_int_equal(codepage_use(b, GiB + i * PAGE_SIZE), CODE_OK);
+        assert_int_equal(use(b, GiB + i * PAGE_SIZE), CODE_OK);
     translate(f->cpu[1], GiB, 1);
     codepage_leave(b);
     codepage_enter(a);
@@ -430,7 +467,7 @@ static void everything(void **state)
     codepage_enter(b);
     assert_int_equal(f->cpu[1]->everything, before);
     for (unsigned i = 0; i < 200; i++)
-        assert_int_equal(codepage_use(b, GiB + i * PAGE_SIZE), CODE_OK);
+        assert_int_equal(use(b, GiB + i * PAGE_SIZE), CODE_OK);
     codepage_leave(b);
     for (unsigned i = 0; i < 200; i += 3) {
         ram_begin_write(&f->ram, GiB + i * PAGE_SIZE, 1);
@@ -496,7 +533,7 @@ static void one_step(struct cpu *p)
         break;
     case 2 ... 5: slow_store(p, gpa, p->seed); break;
     case 6 ... 25:
-        switch (codepage_use(c, gpa)) {
+        switch (codepage_use(c, gpa, 8 * words)) {
         case CODE_OK: translate(p, gpa, words); p->ok++; break;
         case CODE_WAIT: p->wait++; break;
         case CODE_COMPARE: p->compare++; break;
@@ -582,11 +619,104 @@ static void hammer(void **state)
     assert_int_equal(f->stale, 0);
 }
 
-#define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
-int main(void)
+/* ---- what it costs: codepage_test --cost ---- */
+#define COST_ROUNDS 200000u
+static void cost(const char *what, u64 since, u64 n)
 {
+    printf("%-60s %8.1f ns\n", what, (double)(now() - since) / (double)n);
+}
+
+static void *follower(void *arg)
+{
+    struct cpu *p = arg;
+    struct icpu *c = p->v.engine_data;
+    codepage_enter(c);
+    use(c, 0);
+    translate(p, 0x800, 1);
+    while (!atomic_load_explicit(&p->f->stop, memory_order_relaxed))
+        if (atomic_load_explicit(&p->v.events, memory_order_relaxed)) {
+            atomic_fetch_and(&p->v.events, ~(u32)VCPU_EV_CODE);
+            codepage_serve(c);
+        }
+    codepage_leave(c);
+    return NULL;
+}
+
+static void costs(struct fixture *f)
+{
+    struct icpu *a = icpu(f, 0);
+    u64 t, claimed = 0, v = 0;
+    pthread_t other;
+
+    t = now();
+    for (unsigned i = 0; i < COST_ROUNDS; i++) {
+        codepage_enter(a);
+        codepage_leave(a);
+    }
+    cost("enter and leave", t, COST_ROUNDS);
+    codepage_enter(a);
+    for (unsigned i = 0; i < COST_ROUNDS / 10; i++) {
+        t = now();
+        use(a, 0x1000);
+        claimed += now() - t;
+        codepage_store_begin(a, 0x1000, 1);
+        codepage_store_end(a, 0x1000, 1);
+        forgive(f);
+    }
+    printf("%-60s %8.1f ns\n", "claim, all others outside (with two looks at the clock)", (double)claimed / (COST_ROUNDS / 10));
+    use(a, 0x1000);
+    t = now();
+    for (unsigned i = 0; i < COST_ROUNDS; i++)
+        use(a, 0x1000);
+    cost("use of a page that is code", t, COST_ROUNDS);
+    t = now();
+    for (unsigned i = 0; i < COST_ROUNDS; i++)
+        ram_write(&f->ram, 0x2000, &v, 8);
+    cost("ram_write() of 8 bytes, data", t, COST_ROUNDS);
+    t = now();
+    for (unsigned i = 0; i < COST_ROUNDS / 10; i++) {
+        ram_begin_write(&f->ram, 0x2000, 8 * PAGE_SIZE);
+        ram_end_write(&f->ram, 0x2000, 8 * PAGE_SIZE);
+    }
+    cost("begin and end of DMA, per page of data", t, COST_ROUNDS / 10 * 8);
+    codepage_leave(a);
+    assert_int_equal(pthread_create(&other, NULL, follower, f->cpu[1]), 0);
+    while (!atomic_load(&codepage_at(f->m.engine_data, 0)->holders))
+        ;
+    codepage_enter(a);
+    t = now();
+    for (unsigned i = 0; i < COST_ROUNDS / 10; i++) {
+        codepage_store_begin(a, 0, 1);
+        codepage_store_end(a, 0, 1);
+        if (i % 16 == 15)
+            forgive(f);
+    }
+    cost("store beside another vCPU's code, which looks at once", t, COST_ROUNDS / 10);
+    atomic_store(&f->stop, true);
+    pthread_join(other, NULL);
+    use(a, 0);
+    translate(f->cpu[0], 0x900, 1);
+    t = now();
+    for (unsigned i = 0; i < COST_ROUNDS; i++) {
+        codepage_store_begin(a, 0, 1);
+        codepage_store_end(a, 0, 1);
+        if (i % 16 == 15)
+            forgive(f);
+    }
+    cost("store beside own code", t, COST_ROUNDS);
+}
+
+#define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
+int main(int argc, char **argv)
+{
+    if (argc > 1 && !strcmp(argv[1], "--cost")) {
+        void *f;
+        setup(&f);
+        costs(f);
+        return teardown(&f);
+    }
     const struct CMUnitTest tests[] = {
-        TEST(claims), TEST(own_stores), TEST(outside_stores), TEST(written_over_and_over), TEST(falling_behind), TEST(many_claims), TEST(everything), TEST(hammer),
+        TEST(claims), TEST(own_stores), TEST(lines), TEST(outside_stores), TEST(written_over_and_over), TEST(falling_behind), TEST(many_claims), TEST(everything), TEST(hammer),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -209,7 +209,7 @@ static struct tb *translate(struct icpu *c, struct bt *t, struct block *b, u32 p
         if (!page2)
             return NULL;
     }
-    enum code_page how = page2 ? CODE_COMPARE : codepage_use(c, b->gpa);  /* a crossing instruction is found by its first page only: it compares */
+    enum code_page how = page2 ? CODE_COMPARE : codepage_use(c, b->gpa, b->len);  /* a crossing instruction is found by its first page only: it compares */
     if (how == CODE_WAIT)
         return NULL;
     if (how == CODE_OK && memcmp(b->bytes, ram_hva(c->v->m->ram, b->gpa), b->len))

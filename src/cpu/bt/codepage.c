@@ -14,9 +14,9 @@
  * sequentially consistent, so one of them sees the other.) Nobody waits for that; the claimer interprets on and asks again.
  *
  * *Stores.* Who writes (a vCPU's slow path, a device, the monitor by ram_write()) adds itself to the word's writers; while there are any, nobody is
- * allowed to translate from the page. Then it looks at the holders: a vCPU sets its bit and looks at the word once more before it translates, so that
- * again one of the two sees the other. Each holder is sent a request to end translations of the range; those that are inside are kicked and waited
- * for. Then the bytes are stored, and the writer takes itself off. So at no time does a translation run whose bytes in memory are others.
+ * allowed to translate from the page. Then it looks whether anybody holds anything there: a vCPU notes itself and the lines that it translates from, and looks
+ * at the word once more before it does, so that again one of the two sees the other. If so, each holder is sent a request to end translations of the
+ * range; those that are inside are kicked and waited for. Then the bytes are stored, and the writer takes itself off. So at no time does a translation run whose bytes in memory are others.
  * That is stronger than the manual asks of cross-modifying code, and all that it asks of self-modifying code and DMA. A write's end without its beginning
  * (the engine was changed in between) does both at once: the device says only afterwards that its data is there.
  *
@@ -292,8 +292,17 @@ static struct icpu *inside_here(struct codepages *all)
     return NULL;
 }
 
+/* The 64ths of a page that n bytes from gpa on lie in. */
+static u64 lines_of(u64 gpa, u64 n)
+{
+    unsigned first = gpa >> 6 & 63, last = (gpa + n - 1) >> 6 & 63;
+    return ~0ull >> (63 - (last - first)) << first;
+}
+
 static void end_translations(struct write *w, struct codepage *p, u64 gpa, u64 len)
 {
+    if (!(atomic_load(&p->lines) & lines_of(gpa, len)))
+        return;
     u64 others = atomic_load(&p->holders);
     if (w->self) {
         invalidate_page(w->self, p, gpa, len);
@@ -363,6 +372,7 @@ static bool scored(struct codepage *p, u64 add)
 static void becomes_data(struct codepage *p)
 {
     u64 old = atomic_load(&p->word), new;
+    atomic_store(&p->lines, 0);
     do {
         bool often = field(old, LEVEL_SHIFT, LEVEL_MASK) >= LEVEL_VOLATILE;
         new = with(old, 0, CODEPAGE_STATE, often ? PAGE_VOLATILE : PAGE_PLAIN);
@@ -555,7 +565,13 @@ static bool allowed(const struct codepage *p)
     return (w & CODEPAGE_STATE) == PAGE_CODE && !(w & WRITERS);
 }
 
-enum code_page codepage_use(struct icpu *c, u64 gpa)
+static void note(_Atomic u64 *word, u64 bits)
+{
+    if (bits & ~atomic_load(word))
+        atomic_fetch_or(word, bits);
+}
+
+enum code_page codepage_use(struct icpu *c, u64 gpa, u64 n)
 {
     struct codepage_vcpu *v = c->codepage;
     struct codepage *p = codepage_at(v->all, gpa);
@@ -566,10 +582,12 @@ enum code_page codepage_use(struct icpu *c, u64 gpa)
         return CODE_COMPARE;
     if ((w & CODEPAGE_STATE) != PAGE_CODE && !(w & WRITERS))
         advance(c, p, gpa);
-    if (allowed(p) && !(atomic_load(&p->holders) & v->bit))
-        atomic_fetch_or(&p->holders, v->bit);
-    if (allowed(p))
-        return CODE_OK;
+    if (allowed(p)) {
+        note(&p->holders, v->bit);
+        note(&p->lines, lines_of(gpa, n));
+        if (allowed(p))
+            return CODE_OK;
+    }
     vcpu_count(c->v, COUNT_CODE_WAIT);
     return CODE_WAIT;
 }

@@ -22,6 +22,7 @@ enum codepage_state { PAGE_PLAIN, PAGE_CLAIMED, PAGE_CODE, PAGE_VOLATILE };
 struct codepage {
     _Atomic u64 word;                  /* state and what decides about it: codepage.c */
     _Atomic u64 holders;               /* vCPUs that may have translations of this page, by number; each sets and clears its own bit */
+    _Atomic u64 lines;                 /* which 64ths of the page these may be made from; bits stay until the page is data */
 };
 
 struct codepage_table {
@@ -86,9 +87,9 @@ void codepage_leave(struct icpu *c);
 void codepage_serve(struct icpu *c);
 /* Now and then, between blocks, if there are any: comparing translations of pages that have been volatile for long enough are dropped. */
 void codepage_revisit(struct icpu *c);
-/* May the code at gpa be translated, and how? To be asked once per page of a translation, before its bytes are read; inside; never blocks. Between CODE_OK
- * and the moment when bt.invalidate() would find the translation there must be no codepage_serve(), _enter() or _store_begin(). */
-enum code_page codepage_use(struct icpu *c, u64 gpa);
+/* May n bytes of code at gpa, in one page, be translated, and how? To be asked before they are read; inside; never blocks. Between CODE_OK and the
+ * moment when bt.invalidate() would find the translation there must be no codepage_serve(), _enter() or _store_begin(). */
+enum code_page codepage_use(struct icpu *c, u64 gpa, u64 n);
 /*
  * A store of this vCPU to [gpa, gpa + n), within one page that is code (or from which this vCPU has cached blocks) stands between these two; inside.
  * Translations that it hits are gone when the first returns, on all vCPUs. True: the page counts as data from now on, whatever is cached of it
