@@ -1,5 +1,5 @@
 /*
- * The choice of --engine auto (engine_choice.h): KVM where it is real, else the interpreter, which works everywhere.
+ * The choice of --engine auto (engine_choice.h): KVM where it is real, else the translator.
  */
 #include "ctl/engine_choice.h"
 
@@ -28,7 +28,7 @@ const struct engine *engine_choose_by(void (*probe)(struct probe *), char *reaso
         snprintf(reason, size, "no /dev/kvm on this host");
         break;
     }
-    return &interp_engine;
+    return &bt_engine;
 }
 
 const struct engine *engine_choose(char *reason, size_t size)

@@ -343,12 +343,12 @@ static int open_command(struct run *run)
     return command_new(&config, &run->command);
 }
 
-/* The probe liked it and yet it fails: auto does not give up for that. Other reasons of failure fail again. */
-static int without_kvm(struct run *run, struct vm_config *config)
+/* What auto took fails: it does not give up for that. Other reasons of failure fail again. */
+static int next_engine(struct run *run, struct vm_config *config)
 {
     char why[400];
     snprintf(why, sizeof(why), "%s", err_last());
-    config->engine = &interp_engine;
+    config->engine = config->engine == &kvm_engine ? &bt_engine : &interp_engine;
     int r = vm_new(config, &run->vm);
     if (r == 0 && !run->options.quiet)
         fprintf(run->stderr_stream, "engine: %s (%s)\n", config->engine->name, why);
@@ -373,8 +373,8 @@ static int open_vm(struct run *run, const struct engine *engine)
     };
     config.port = command_ports(run->command, &config.ports);
     int r = vm_new(&config, &run->vm);
-    if (r < 0 && engine == &kvm_engine && !strcmp(o->engine, "auto"))
-        r = without_kvm(run, &config);
+    while (r < 0 && config.engine != &interp_engine && !strcmp(o->engine, "auto") && !o->check)
+        r = next_engine(run, &config);
     if (r < 0)
         return r;
     timer_init(&run->press_again, vm_clock(run->vm), on_press_again, run);

@@ -271,7 +271,7 @@ const struct option run_option_table[] = {
     {"engine", "auto|interp|bt|kvm",
      "What carries out the guest's instructions. auto (the default) takes the best engine that works on this host, and "
      "says so in the first line on standard error; \"doppel doctor\" explains the choice. interp is the reference: an "
-     "interpreter that needs nothing from the host. bt translates 64-bit code and needs nothing either. kvm uses the "
+     "interpreter that needs nothing from the host. bt translates 64-bit code and needs nothing either: auto takes it where KVM is not real. kvm uses the "
      "processor's virtualization extensions through /dev/kvm.", false, set_engine},
     {"mmu", "auto|shadow|softtlb",
      "How bt's translated code reaches the guest's memory. shadow: the host's page tables hold the guest's mappings; fast once they do. softtlb: a table "

@@ -53,7 +53,7 @@ move interp kvm 2 "${STEP_LONG:-700}" 5
 if [ -n "${REFUSE:-}" ]; then
     out=$(LD_PRELOAD=$REFUSE KVM_REFUSE_NR=96 timeout 100 "$DOPPEL" run --kernel "$ONCE" --debug-exit --console none 2>&1)
     is "auto without interrupt chips: ends as it should" $? 11
-    is "auto without interrupt chips: takes another engine" "$(echo "$out" | sed -n 's/^engine: \([a-z]*\) (kvm: .*/\1/p')" interp
+    is "auto without interrupt chips: takes another engine" "$(echo "$out" | sed -n 's/^engine: \([a-z]*\) (kvm: .*/\1/p')" bt
 fi
 
 timeout 200 "$ENGINE_TEST" --engine kvm 2>&1 | sed -n 's/^\(not ok\|ok\) [0-9]* - /\1 engine: /p;/^#/p'

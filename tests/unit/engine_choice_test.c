@@ -48,10 +48,10 @@ static void chooses(void **state)
         const struct engine *engine;
         const char *word;
     } row[] = {
-        { fast, &kvm_engine, "real" }, { slow, &interp_engine, "1234 times slower" }, { stuck, &interp_engine,
+        { fast, &kvm_engine, "real" }, { slow, &bt_engine, "1234 times slower" }, { stuck, &bt_engine,
         "does not end" },
-        { broken, &interp_engine, "No space left" }, { forbidden, &interp_engine, "permission" }, { absent,
-        &interp_engine, "no /dev/kvm" },
+        { broken, &bt_engine, "No space left" }, { forbidden, &bt_engine, "permission" }, { absent,
+        &bt_engine, "no /dev/kvm" },
     };
     char reason[128];
 
