@@ -842,6 +842,27 @@ static void test_regions_run_out(void **state)
         assert_int_equal(probe(f, VIEW_USER, base + i * 2 * MiB, true), KEEP_OUT);
 }
 
+/* More scattered pages than there may be mappings: `auto` is told at once. */
+static void test_thrashing(void **state)
+{
+    struct fixture *f = *state;
+    f->c->bt.shadow->limit = 300;
+    f->c->bt.shadow->score[0].pays = true;
+    for (unsigned i = 0; i < 2048; i++)
+        put(f, USER + i * PAGE_SIZE, 1, (DATA + (i ^ 1) * PAGE_SIZE) | P | U | W | A | D);
+    for (unsigned i = 0; i < 150; i++)
+        writes(f, VIEW_USER, USER + i * PAGE_SIZE);
+    assert_true(shadow_pays(f->c, 0));
+    for (unsigned i = 0; i < 2048; i++)
+        assert_int_equal(writes(f, VIEW_USER, USER + i * PAGE_SIZE), stamp(DATA + (i ^ 1) * PAGE_SIZE));
+    assert_false(shadow_pays(f->c, 0));
+    assert_true(host_mappings(f) < 300);
+    shadow_ran(f->c, 0, 10000000, 0);                              /* not so soon again */
+    assert_false(shadow_pays(f->c, 0));
+    shadow_ran(f->c, 0, 1000000000, 0);
+    assert_true(shadow_pays(f->c, 0));
+}
+
 static void test_no_address_space(void **state)
 {
     struct fixture *f = *state;
@@ -1231,7 +1252,7 @@ int main(void)
         TEST(test_closed), TEST(test_open_slot), TEST(test_rights), TEST(test_around), TEST(test_end_of_ram), TEST(test_large), TEST(test_huge),
         TEST(test_revalidate), TEST(test_invlpg), TEST(test_expected), TEST(test_reuse), TEST(test_moved),
         TEST(test_changed_without_flush), TEST(test_contexts), TEST(test_low_supervisor), TEST(test_user_global), TEST(test_odd_states),
-        TEST(test_protect), TEST(test_tracked), TEST(test_mappings), TEST(test_windows), TEST(test_regions_run_out), TEST(test_no_address_space), TEST(test_pays),
+        TEST(test_protect), TEST(test_tracked), TEST(test_mappings), TEST(test_windows), TEST(test_regions_run_out), TEST(test_thrashing), TEST(test_no_address_space), TEST(test_pays),
         TEST(test_random), TEST(test_costs),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);

@@ -150,6 +150,11 @@ static bool fault(struct icpu *c, struct bt *t, struct bt_trap *s)
         enum vcpu_where was = vcpu_where(c->v, WHERE_SHADOW);
         bool done = filled(c, tb, &tb->b->op[m->op], string, s);
         vcpu_where(c->v, was);
+        if (done && unlikely(bt_key(c) != tb->key)) {              /* the shadow does not pay any more */
+            leave(c, t, tb, m->op, s, BT_EXIT_RIP);
+            c->bt.insns += m->op;
+            return true;
+        }
         if (done) {
             unsigned kept = m->flags >> MARK_KEPT;
             if (kept)

@@ -15,7 +15,8 @@
 #include "cpu/bt/shadow_map.h"
 #include "cpu/stats.h"
 
-#define MAPPINGS_MAX 16384u                                        /* per vCPU, also where the host would allow more */
+#define MAPPINGS_MIN 512u
+#define MAPPINGS_MAX 32768u                                        /* per vCPU, also where the host would allow more */
 #define WINDOWS_TOTAL 192u                                         /* of all vCPUs, of 255 for which a process has addresses */
 #define WINDOWS_MIN 8u
 
@@ -431,6 +432,22 @@ void shadow_flush_in(struct icpu *c, u64 la, unsigned ctx)
         context_stale(s, ctx);
 }
 
+/* ---- what pays: constants, in cycles ---- */
+#define SIGNAL_CYCLES 4000u                                        /* the host's part of a fill that is not measured here */
+#define MISS_CYCLES 25000u                                         /* so long has to run on the software TLB, for each miss of it, what a fill would have paid for */
+#define RUN_MIN BIT(22)                                            /* nothing is decided on less */
+#define RUN_LONG BIT(27)                                           /* what is longer ago counts half */
+#define WAIT_MAX BIT(32)
+#define FILLS_MAX 8192u
+#define WAIT_THRASHING BIT(28)
+
+/* It uses more than the host's mappings can hold: for a while it is better off with the software TLB, whatever else may be. */
+static void score_thrashing(struct shadow_score *p)
+{
+    if (p->pays)
+        *p = (struct shadow_score){ .wait = MIN(MAX(2 * p->wait, WAIT_THRASHING), WAIT_MAX) };
+}
+
 /* ---- fills ---- */
 static void note_write(struct shadow *s, u64 la, u64 gpa, bool write)
 {
@@ -598,7 +615,11 @@ static enum shadow_result fill_page(struct shadow *s, struct look *k, enum tlb_v
         return SHADOW_SLOW;
     k->user = map->user;
     note_write(s, la, map->gpa, write);
-    return fill_window(s, w, k, la, write);
+    u64 trims = s->stats.trims;
+    enum shadow_result r = fill_window(s, w, k, la, write);
+    if (unlikely(s->stats.trims != trims))
+        score_thrashing(&s->score[la >> 63 ? SHADOW_SUPER : s->current]);
+    return r;
 }
 
 /* ---- pages that the guest has just made accessible ---- */
@@ -710,13 +731,6 @@ void shadow_protect(struct icpu *c, u64 gpa)
 }
 
 /* ---- what pays ---- */
-#define SIGNAL_CYCLES 4000u                                        /* the host's part of a fill that is not measured here */
-#define MISS_CYCLES 25000u                                         /* so long has to run on the software TLB, for each miss of it, what a fill would have paid for */
-#define RUN_MIN BIT(22)                                            /* nothing is decided on less */
-#define RUN_LONG BIT(27)                                           /* what is longer ago counts half */
-#define WAIT_MAX BIT(32)
-#define FILLS_MAX 8192u
-
 void shadow_started(struct icpu *c, unsigned ctx)
 {
     c->bt.shadow->score[ctx] = (struct shadow_score){ .pays = ctx == SHADOW_SUPER };
@@ -827,7 +841,7 @@ void shadow_report(const struct icpu *c, struct stats *out)
 #define ROW(field, name) stats_u64(out, name, st.field);
     ROW(fills, "fills") ROW(expected, "fills-expected") ROW(pages, "pages") ROW(upgrades, "made-writable") ROW(slow, "slow") ROW(faults, "guest-faults")
     ROW(flushes, "flushes") ROW(page_flushes, "flushes-page") ROW(switches, "switches") ROW(compared, "compared") ROW(dropped, "dropped")
-    ROW(downgraded, "made-read-only") ROW(moved, "moved") ROW(protects, "protected") ROW(evictions, "evictions") ROW(refused, "refused")
+    ROW(downgraded, "made-read-only") ROW(moved, "moved") ROW(protects, "protected") ROW(evictions, "evictions") ROW(trims, "trimmed") ROW(refused, "refused")
     ROW(resets, "resets") ROW(windows, "windows") ROW(regions, "regions") ROW(mapped, "mapped") ROW(mappings, "mappings")
 #undef ROW
     stats_u64(out, "fill-us", st.fill_cycles * 1000 / khz);        /* without the host's part of the fault */
@@ -890,7 +904,7 @@ int shadow_open(struct icpu *c, bool (*code)(const struct icpu *c, u64 gpa))
     s->epoch = c->v->m->ram->epoch;
     s->reuse = 256;
     shadow_started(c, SHADOW_SUPER);
-    if (!tables_open(s)) {
+    if (s->limit >= MAPPINGS_MIN && !tables_open(s)) {
         shadow_reset(c);
         return 0;
     }

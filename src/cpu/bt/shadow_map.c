@@ -551,6 +551,25 @@ static bool room(const struct shadow *s)
     return s->borders + 2 * s->windows < s->limit && (s->region_list || s->region_top < REGIONS) && (s->cells_list || s->cells_top < CELLS);
 }
 
+/* The quarter of a window's regions that is oldest goes: what is used comes back soon. */
+static void window_trim(struct shadow *s, struct shadow_window *w)
+{
+    u64 refused = s->stats.refused;
+    unsigned n = 0, keep = 0;
+    s->stats.trims++;
+    for (u32 i = w->regions; i; i = s->region[i].next)
+        n++;
+    if (n < 4) {
+        window_empty(s, w);
+        return;
+    }
+    for (u32 i = w->regions, next; i && refused == s->stats.refused; i = next) {
+        next = s->region[i].next;                                  /* new ones are at the list's head */
+        if (++keep > n - n / 4)
+            pages_unmap(s, &s->region[i], s->region[i].la, REGION_PAGES);
+    }
+}
+
 /* Windows that were not used for long go, unless this one has most of everything itself. */
 void shadow_make_room(struct shadow *s, struct shadow_window *w)
 {
@@ -560,9 +579,9 @@ void shadow_make_room(struct shadow *s, struct shadow_window *w)
         s->stats.evictions++;
         if (old)
             window_release(s, old);
-        else if (w)
-            window_empty(s, w);
-        if (!old)
+        else if (w && w->regions)
+            window_trim(s, w);
+        else
             return;
     }
 }
