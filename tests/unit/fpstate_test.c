@@ -251,10 +251,13 @@ static void test_gates(void **state)
         x->cr4 ^= row[i].cr4;
         x->xcr0 ^= row[i].xcr0 & t->can;
         bt_fp_load(t->c);
+        bool sse = open_gate(t, FP_GATE_SSE), avx = open_gate(t, FP_GATE_AVX), avx512 = open_gate(t, FP_GATE_AVX512);
         bt_fp_save(t->c);
-        assert_int_equal(open_gate(t, FP_GATE_SSE), row[i].sse);
-        assert_int_equal(open_gate(t, FP_GATE_AVX), row[i].avx && t->can & XSTATE_AVX);
-        assert_int_equal(open_gate(t, FP_GATE_AVX512), row[i].avx512 && (t->can & XSTATE_AVX512) == XSTATE_AVX512);
+        assert_int_equal(sse, row[i].sse);
+        assert_int_equal(avx, row[i].avx && t->can & XSTATE_AVX);
+        assert_int_equal(avx512, row[i].avx512 && (t->can & XSTATE_AVX512) == XSTATE_AVX512);
+        for (unsigned gate = 0; gate < FP_GATES; gate++)
+            assert_false(open_gate(t, gate));
         *x = was;
     }
 }

@@ -169,6 +169,7 @@ static int carry_on(struct icpu *c, int r)
         fixed_follow(c);
     unsigned key = bt_key(c);
     bt_rebias(c, key);
+    bt_fp_begin(c);
     c->bt.resume = c->bt.jump[key][c->rip & JUMP_MASK];
     return OP_NEXT;
 }

@@ -50,6 +50,13 @@ static u64 tracked(const struct icpu *c)
     return c->x->xcr0 & FP_TRACKED;
 }
 
+/* Without the state no gate is open, so code that is entered without it does not go far. */
+static void close_gates(struct icpu *c)
+{
+    for (unsigned i = 0; i < FP_GATES; i++)
+        c->live.gate[i] = FP_GATE_CLOSED;
+}
+
 /* Volatile, so that no compiler makes a call of memset() of it. */
 static void zero_words(u64 *p, unsigned n)
 {
@@ -119,6 +126,7 @@ void bt_fp_save(struct icpu *c)
     u64 hard = hardware_in_use(f), mine = tracked(c), use = hard & mine;
     c->live.on = false;
     bt_fp_here = NULL;
+    close_gates(c);
     if (use & BIT_ZMM)
         asm volatile(ROWS(ZMM_OUT) : : "r"(f->v) : "memory");
     else if (use & XSTATE_AVX)
@@ -197,6 +205,5 @@ void bt_fp_claim_here(void)
 void bt_fp_open(struct icpu *c)
 {
     c->live.claim = bt_fp_save;
-    for (unsigned i = 0; i < FP_GATES; i++)
-        c->live.gate[i] = FP_GATE_CLOSED;
+    close_gates(c);
 }
