@@ -215,6 +215,10 @@ static struct tb *translate(struct icpu *c, struct bt *t, struct block *b, u32 p
         return NULL;
     if (how == CODE_OK && memcmp(b->bytes, ram_hva(c->v->m->ram, b->gpa), b->len))
         return NULL;                                               /* written since it was decoded, before the page was ours */
+    if (how == CODE_OK && b->cut) {
+        code_drop(c, b);                                           /* shorter than it need be now */
+        return NULL;
+    }
     enum vcpu_where was = vcpu_where(c->v, WHERE_TRANSLATE);
     struct tb *tb = bt_translate(c, t, b, page, page2, how == CODE_COMPARE, indirect, &full);
     vcpu_where(c->v, was);

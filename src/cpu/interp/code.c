@@ -194,7 +194,7 @@ static void block_insert(struct icpu *c, struct block *b)
     *bucket = b;
     b->page_next = *page;
     *page = b;
-    if (!b->cut)                                                   /* no instruction can change what follows it in its block */
+    if (!b->cut && b->n > 1)                                       /* else no instruction can change what follows it in its block */
         page_mark(c, b->gpa);
 }
 
@@ -217,6 +217,12 @@ void code_leave(struct icpu *c)
 {
     if (c->block)
         block_abandon(c, c->block);
+}
+
+void code_drop(struct icpu *c, struct block *b)
+{
+    if (b->gpa != BLOCK_DEAD)
+        block_kill(c, b);
 }
 
 static void page_forget(struct icpu *c, u64 gpa)
@@ -354,7 +360,7 @@ static struct block *decode_block(struct icpu *c, u64 gpa, const u8 *host)
     if (!n)
         return NULL;
     block_make(c, b, gpa, bytes, len, n);
-    b->cut = n == 1 || volatile_page;
+    b->cut = volatile_page;
     b->chunks = in_page >= padded(len) ? (u8)(padded(len) / 16) : 0;
     arena_commit(c->code, b);
     block_insert(c, b);

@@ -37,7 +37,7 @@ struct block {
     u8 chunks;                         /* comparison in 16-byte steps; 0: too close to the page's end for that */
     u8 kind;                           /* check.c's; 0: not looked at yet */
     u8 mode, first;                    /* first: bytes in the first page (== len unless crossing) */
-    bool cut;                          /* only its last instruction stores */
+    bool cut;                          /* made while its page was volatile: only its last instruction stores */
     bool fp;                           /* an op has OPF_FP */
     u8 bytes[] __attribute__((aligned(16)));                       /* as decoded, zeroed up to the next 16 */
 };
@@ -74,6 +74,8 @@ struct block *code_find_slow(struct icpu *c, u64 la);
 void code_flush_later(struct icpu *c);
 /* A store of this vCPU. forget: the page counts as data from now on (codepage_store_begin()). */
 void code_written(struct icpu *c, u64 gpa, unsigned n, bool forget);
+/* Forgets a block that could be a better one. */
+void code_drop(struct icpu *c, struct block *b);
 /* What runs now leaves its block before the next instruction. */
 void code_leave(struct icpu *c);
 /* The RAM table has changed. */
