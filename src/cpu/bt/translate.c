@@ -533,6 +533,35 @@ static bool keeps(const struct tr *t, const struct item *it)
     return true;
 }
 
+static bool uses_rsp(const struct decoded *d)
+{
+    bool high;
+    for (unsigned i = 0; i < d->insn.operand_count; i++) {
+        const ZydisDecodedOperand *o = &d->opnd[i];
+        if (o->type == ZYDIS_OPERAND_TYPE_REGISTER && ZydisRegisterGetLargestEnclosing(ZYDIS_MACHINE_MODE_LONG_64, o->reg.value) == ZYDIS_REGISTER_RSP)
+            return true;
+        if (o->type == ZYDIS_OPERAND_TYPE_MEMORY && o->mem.base != ZYDIS_REGISTER_NONE && o->mem.base != ZYDIS_REGISTER_RIP && decode_gpr(o->mem.base, &high) == RSP)
+            return true;
+    }
+    return false;
+}
+
+/*
+ * An op that has met a device, or a page with code that it wrote to: in a function like memcpy() most of its accesses are to neither. So the software TLB
+ * decides each time, though the block's other ops go through the windows; RSP, which is biased for those, must have no part in it.
+ */
+static bool put_slow(struct tr *t, const struct item *it, const struct op *op, bool *last)
+{
+    if (!t->shadow || (it->kind != K_PLAIN && it->kind != K_VECTOR) || uses_rsp(&it->d))
+        return false;
+    t->kept = NO_REG;
+    t->shadow = false;
+    bool done = put_item(t, it, op, last);
+    t->shadow = true;
+    t->kept = NO_REG;
+    return done;
+}
+
 static void put_op(struct tr *t, bool *last)
 {
     const struct op *op = &t->b->op[t->i];
@@ -541,7 +570,8 @@ static void put_op(struct tr *t, bool *last)
     u32 links = t->t->links;
     tr_mark(t, t->i, t->shadowed && t->i == t->shadowed ? MARK_SHADOW : 0);
     marks = t->marks;
-    if (!(t->b->slow & BIT(t->i)) && put_item(t, &t->item[t->i], op, last)) {
+    bool slow = t->b->slow & BIT(t->i);
+    if (slow ? put_slow(t, &t->item[t->i], op, last) : put_item(t, &t->item[t->i], op, last)) {
         if (t->kept != NO_REG && !keeps(t, &t->item[t->i]))
             t->kept = NO_REG;
         return;
