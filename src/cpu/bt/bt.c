@@ -129,11 +129,11 @@ static bool usable(const struct icpu *c)
 }
 
 /* May translated code follow at c->rip, without a look at what lies between instructions? vcpu.events are told by icpu.bt.stop. */
-static bool goes_on(const struct icpu *c)
+static bool goes_on(struct icpu *c)
 {
     const struct x86 *x = c->x;
-    return usable(c) && !(c->flags & (FLAG_TF | FLAG_RF)) && !(c->irq_wait && c->flags & FLAG_IF) && !x->shadow && !x->nmi_pending && !c->db_pending &&
-           x->activity == X86_RUNNING && !c->v->debug.stop && !c->code->flush_wanted && tlb_canonical(c->rip);
+    return usable(c) && !(c->irq_wait && c->flags & FLAG_IF) && !x->nmi_pending && !c->db_pending && x->activity == X86_RUNNING && !c->v->debug.stop &&
+           !c->code->flush_wanted && tlb_canonical(c->rip) && !icpu_steps(c);
 }
 
 /* What translations take for granted. */

@@ -281,6 +281,14 @@ static bool wants_step(const struct icpu *c)
     return c->flags & FLAG_RF || c->x->shadow || wants_iterations(c);
 }
 
+/* RF only holds back breakpoints at the next instruction; where there are none, that instruction is like any other. */
+bool icpu_steps(struct icpu *c)
+{
+    if (unlikely(c->flags & FLAG_RF) && !c->x->shadow && !wants_iterations(c))
+        c->flags &= ~FLAG_RF;
+    return wants_step(c);
+}
+
 static int step_insn(struct icpu *c)
 {
     bool tf = c->flags & FLAG_TF, rf = c->flags & FLAG_RF, iterations = wants_iterations(c);
@@ -437,7 +445,7 @@ static enum run_exit run(struct vcpu *v)
     while (likely(!v->debug.stop) && boundary(c, &exit)) {
         if (unlikely(v->debug.stop))                               /* an interrupt's frame met a watchpoint */
             break;
-        if (unlikely(wants_step(c)))
+        if (unlikely(icpu_steps(c)))
             step(c);
         else if (unlikely(v->m->debug.points || v->m->debug.watches))
             icpu_run_blocks(c);                                    /* translations know nothing of them */

@@ -286,6 +286,7 @@ void icpu_mode(struct icpu *c);                                    /* recomputes
 /* What comes after an op that returned r, neither OP_NEAR nor OP_FALL: the result's work, and the trap that it left pending. */
 void icpu_end(struct icpu *c, const struct op *op, int r);
 bool icpu_quiet(const struct icpu *c);                             /* nothing is to be looked at between two instructions here */
+bool icpu_steps(struct icpu *c);                                   /* the next instruction runs by itself (TF, a debugger, ...); when no event is pending */
 void icpu_fetch_failed(struct icpu *c);                            /* code_find() returned NULL */
 void icpu_run_blocks(struct icpu *c);                              /* one after the other until something else has to be looked at */
 bool icpu_run_block(struct icpu *c, struct block *b);              /* one, found by code_find(); true: the next may follow at once */

@@ -21,7 +21,7 @@
 
 #include "cpu/interp/interp.h"
 
-#define TLB_BITS 14
+#define TLB_BITS 13
 #define TLB_SIZE (1u << TLB_BITS)
 #define TLB_INVALID (~0ull)
 #define TLB_CONTEXTS 8u
