@@ -114,6 +114,8 @@ static void jumps_clear(struct icpu *c, struct bt *t)
         for (unsigned i = 0; i < BT_JUMPS; i++)
             c->bt.jump[k][i] = t->rx + t->lookup[k];
     give_back(t->target, TARGET_BYTES);
+    for (unsigned k = 0; k < BT_KEYS; k++)                         /* an empty entry is no target; but in the first place 0 would be one */
+        t->target[k * BT_TARGETS].la = 1;
 }
 
 void tb_reset(struct icpu *c, struct bt *t)
