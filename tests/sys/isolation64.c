@@ -504,6 +504,20 @@ static void kernel_and_user(void)
     for (unsigned i = 0; i < ARRAY_SIZE(implied); i++)
         attempt_implied(&implied[i], VA_TEST + 64, true, FOR_KERNEL);
     attempt_jump(VA_TEST + 64, true, FOR_KERNEL);
+    begin("calls and jumps to address 0: no page of CPL 3's, a page of CPL 0's");
+    static const u8 jump[] = {0xff, 0xe0};
+    u8 *zero = NULL;
+    asm("" : "+r"(zero));
+    for (unsigned i = 0; i < 20; i++) {
+        attempt_jump(0, true, FOR_KERNEL);
+        attempt(&ops[i], 0, true, FOR_KERNEL);
+        zero[0] = 0xcd, zero[1] = VEC_DONE;
+        registers();
+        run_in.gpr[RAX] = 0;
+        run_at(put_bytes(jump, 2), false);
+        complain("jump to 0", "vector", trap.vector, VEC_DONE, false);
+        complain("jump to 0", "RIP", trap.ip, 2, false);
+    }
     begin("pages that may not be written");
     write_cr0(read_cr0() | CR0_WP);
     map(VA_TEST, (u64)page, PTE_P | PTE_U);
