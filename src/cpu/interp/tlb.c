@@ -599,10 +599,11 @@ static void fault_clear(struct icpu *c, u64 la)
     for (unsigned i = 0; i < VIEWS; i++)
         if (t->view[i]->page[slot_of(la)] & TLB_LISTED)
             entry_clear(&t->view[i]->e[slot_of(la)]);
-    if (unlikely(hash_has(t->code, TLB_CODE_BITS, la >> PAGE_SHIFT))) {
+    if (unlikely(hash_has(t->code, TLB_CODE_BITS, la >> PAGE_SHIFT)))
         renew_all(t);
-        flushed(c, FLUSH_PAGE, la, t->context);
-    }
+    if (c->bt.flushed)
+        c->bt.flushed(c, FLUSH_PAGE, la, t->context);
+    code_retag(c);
 }
 
 static struct tlb_entry *entry_walk(struct icpu *c, enum tlb_view_id view, u64 la, enum mmu_access access, u32 *error)
