@@ -94,7 +94,8 @@ I
 chmod 755 "$tmp/rd/late"
 (cd "$tmp/rd" && echo late | cpio --quiet -o -H newc) >"$tmp/more.cpio"
 cat "$guest/initrd" "$tmp/more.cpio" >"$tmp/initrd"
-timeout "$BOOT_SECONDS" "$DOPPEL" "${run[@]}" --console none --kernel "$guest/vmlinuz" --initrd "$tmp/initrd" \
+# timeout hands the signal on to its process only: in the background its group would get it as well, and a second one ends doppel at once.
+timeout --foreground "$BOOT_SECONDS" "$DOPPEL" "${run[@]}" --console none --kernel "$guest/vmlinuz" --initrd "$tmp/initrd" \
     --append "console=ttyS0 quiet panic=-1 cryptomgr.notests=1 rdinit=/late" </dev/null >"$tmp/out" 2>"$tmp/err" &
 job=$!
 sleep 1
