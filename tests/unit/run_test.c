@@ -509,7 +509,7 @@ static void sigterm_while_output_waits(void **state UNUSED)
     kill(child.pid, SIGTERM);
     usleep(100000);
     kill(child.pid, SIGTERM);
-    double end = now_ms() + 3000;
+    double end = now_ms() + 10000;
     while (!reaped() && now_ms() < end)
         usleep(10000);
     assert_true(reaped());
