@@ -213,8 +213,8 @@ static bool write_pages(struct test *t, const u16 *list)
     return go(t) == EV_EXIT;
 }
 
-/* Are these, ascending, ~0 behind the last, the pages of both runs (of the second from HIGH_BASE on) and no others? */
-static bool written(struct test *t, const u64 *pages)
+/* Are these, ascending, ~0 behind the last, the pages of both runs (of the second from HIGH_BASE on) and no others? Of but, a page's number, and three behind it nothing is asked. */
+static bool written(struct test *t, u64 but, const u64 *pages)
 {
     bool same = true;
 
@@ -232,6 +232,8 @@ static bool written(struct test *t, const u64 *pages)
             bool is = bits[p / 64] >> p % 64 & 1, wanted = *pages == page;
 
             pages += wanted;
+            if (page >= but && page - but < 4)
+                continue;
             if (is != wanted)
                 printf("# page 0x%llx: %s\n", (unsigned long long)page, is ? "should be clean" : "should be dirty");
             same = same && is == wanted;
@@ -240,7 +242,9 @@ static bool written(struct test *t, const u64 *pages)
     }
     return same && *pages == ~0ull;
 }
-#define WRITTEN(t, ...) written(t, (const u64[]){ __VA_ARGS__ __VA_OPT__(,) ~0ull })
+#define NO_PAGE (~0ull)
+#define WRITTEN(t, ...) WRITTEN_BUT(t, NO_PAGE, __VA_ARGS__)
+#define WRITTEN_BUT(t, but, ...) written(t, but, (const u64[]){ __VA_ARGS__ __VA_OPT__(,) ~0ull })
 #define WRITE(t, ...) write_pages(t, (const u16[]){ __VA_ARGS__, 0 })
 
 static void check_dirty(struct test *t)
@@ -504,15 +508,20 @@ static void check_state(struct test *t)
     check(t, go(t) == EV_NONE, "state: and only that one");
 }
 
-/* With paging, in a loop. The first time, A and D bits are set in the tables. */
+/*
+ * With paging, in a loop. The first time, A and D bits are set in the tables. With nested paging a processor's walk through the guest's tables counts as
+ * writing to them, whether it changes a bit or not (APM vol. 2 15.25.5; SDM vol. 3C 28.3.3.2 with accessed and dirty flags for EPT): KVM may tell them.
+ */
 static void check_dirty64(struct test *t)
 {
+    u64 tables = !strcmp(t->engine->name, "kvm") ? PAGE_TABLES >> PAGE_SHIFT : NO_PAGE;
+
     begin(t, false);
     t->m.debug.attached = false;
     set_rip(t, AT(at_writes), FLAG_1);
-    check(t, go(t) == EV_EXIT && machine_track(&t->m, true) == 0 && go(t) == EV_EXIT && WRITTEN(t, 4, 6),
+    check(t, go(t) == EV_EXIT && machine_track(&t->m, true) == 0 && go(t) == EV_EXIT && WRITTEN_BUT(t, tables, 4, 6),
           "dirty: 64-bit code: its data and its stack");
-    check(t, go(t) == EV_EXIT && WRITTEN(t, 4, 6) && WRITTEN(t), "dirty: 64-bit code: once more, after a fetch");
+    check(t, go(t) == EV_EXIT && WRITTEN_BUT(t, tables, 4, 6) && WRITTEN(t), "dirty: 64-bit code: once more, after a fetch");
     put64(t, PAGE_TABLES + 0x3000 + 6 * 8, 6 << PAGE_SHIFT | 7);
     check(t, WRITTEN(t, 0x23), "dirty: a page-table entry that we have changed");
     machine_track(&t->m, false);

@@ -273,6 +273,7 @@ static void vanishing(void)
     volatile u64 *entry = pte(VA_TEST, 1);
     ulong r;
 
+    /* A processor need not keep a translation (SDM 3A 4.10.2.3): the instruction that makes it forget may be gone already. */
     test("hostile: code that unmaps its own page: the next instruction is not there");
     /* movq $0, (%rdi); invlpg (%rsi); mov $1, %eax; ret */
     static const u8 own[] = {0x48, 0xc7, 0x07, 0, 0, 0, 0, 0x0f, 0x01, 0x3e, 0xb8, 1, 0, 0, 0, 0xc3};
@@ -281,8 +282,8 @@ static void vanishing(void)
         map(VA_TEST, (u64)frame, PTE_P | PTE_W);
         asm volatile(TRY("call *%1") : "=a"(r) : "r"(VA_TEST + 0x80), "D"(entry), "S"(VA_TEST), "0"(0x55ul) : "memory");
         eq_trap(PF, PF_I);
-        eq("RIP", trap.ip, VA_TEST + 0x8a);
-        eq("CR2", trap.cr2, VA_TEST + 0x8a);
+        must("RIP is behind INVLPG, or at it", trap.ip == VA_TEST + 0x8a || trap.ip == VA_TEST + 0x87);
+        eq("CR2", trap.cr2, trap.ip);
         eq("RAX", r, 0x55);
     }
     test("hostile: the same by MOV CR3, and by an NX bit");
@@ -296,7 +297,7 @@ static void vanishing(void)
                      : "r"(VA_TEST + 0x80), "D"(entry), "b"(read_cr3()), "d"(i & 1 ? 0 : (u64)frame | PTE_P | PTE_W | PTE_NX), "0"(0x55ul)
                      : "memory");
         eq_trap(PF, i & 1 ? PF_I : PF_I | PF_P);
-        eq("RIP", trap.ip, VA_TEST + 0x86);
+        must("RIP is behind MOV CR3, or at it", trap.ip == VA_TEST + 0x86 || trap.ip == VA_TEST + 0x83);
         eq("RAX", r, 0x55);
     }
     test("hostile: a page that vanishes in the middle of a hot loop of many blocks");
