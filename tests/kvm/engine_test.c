@@ -510,7 +510,7 @@ static void check_state(struct test *t)
 
 /*
  * With paging, in a loop. The first time, A and D bits are set in the tables. With nested paging a processor's walk through the guest's tables counts as
- * writing to them, whether it changes a bit or not (APM vol. 2 15.25.5; SDM vol. 3C 28.3.3.2 with accessed and dirty flags for EPT): KVM may tell them.
+ * writing to them, whether it changes a bit or not (APM vol. 2 15.25.5; SDM vol. 3C, accessed and dirty flags for EPT): KVM may tell them.
  */
 static void check_dirty64(struct test *t)
 {

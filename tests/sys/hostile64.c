@@ -273,7 +273,7 @@ static void vanishing(void)
     volatile u64 *entry = pte(VA_TEST, 1);
     ulong r;
 
-    /* A processor need not keep a translation (SDM 3A 4.10.2.3): the instruction that makes it forget may be gone already. */
+    /* A processor need not keep a translation (SDM 3A 4.10.2): the instruction that makes it forget may be gone already. */
     test("hostile: code that unmaps its own page: the next instruction is not there");
     /* movq $0, (%rdi); invlpg (%rsi); mov $1, %eax; ret */
     static const u8 own[] = {0x48, 0xc7, 0x07, 0, 0, 0, 0, 0x0f, 0x01, 0x3e, 0xb8, 1, 0, 0, 0, 0xc3};
