@@ -136,6 +136,13 @@ static void strings(void)
     eq("RCX", c, 6);
     eq("RDI", d, VA_TEST + 0x1000);
     eq("reads", (u8)(after - before), 4);
+    test("io: REP INSB and OUTSB of nothing, where the bitmap forbids the port: AMD faults all the same");
+    tss.io[0xe0 / 8] = 0xff;
+    c = 0, d = VA_TEST;
+    asm volatile(USER("mov $0xe0, %%edx; rep insb") : "+c"(c), "+D"(d)::"rdx", "memory");
+    eq_trap(cpu_amd() ? GP : NONE, cpu_amd() ? 0 : NONE);
+    asm volatile(USER("mov $0xe0, %%edx; rep outsb") : "+c"(c), "+S"(d)::"rdx", "memory");
+    eq_trap(cpu_amd() ? GP : NONE, cpu_amd() ? 0 : NONE);
     test("io: REP OUTSB from an absent page");
     before = inb(0xe8);
     c = 10, s = VA_TEST + 0x1000 - 3;

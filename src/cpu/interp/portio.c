@@ -140,10 +140,13 @@ static int string_io(struct icpu *c, const struct op *op, int (*one)(struct icpu
     u16 port = (u16)c->r[RDX];
     u64 mask = address_mask(op);
     bool rep = op->flags & (OPF_REP | OPF_REPNE);
-    if (rep && !(c->r[RCX] & mask))
+    bool nothing = rep && !(c->r[RCX] & mask);
+    if (nothing && !guest_is_amd(c))
         return OP_NEXT;
-    if (port_allowed(c, port, op->size))
+    if (port_allowed(c, port, op->size))                           /* AMD looks also where there is nothing to do */
         return OP_FAULT;
+    if (nothing)
+        return OP_NEXT;
     for (;;) {
         if (one(c, op, port))
             return OP_FAULT;
