@@ -112,7 +112,7 @@ ASAN_WARN := $(if $(findstring clang,$(CC)),,-Wno-array-bounds -Wno-maybe-uninit
 ASAN := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 PROGRAMS = $(patsubst tests/%.c,$(B)/tests/%,$(wildcard $(1)))
 ASAN_TESTS := $(call PROGRAMS,tests/unit/*_test.c tests/dev/*_test.c tests/hostile/*_test.c)
-INSN_TESTS := $(call PROGRAMS,tests/insn/*_test.c)
+INSN_TESTS := $(call PROGRAMS,tests/insn/*_test.c tests/diff/*_test.c)
 FUZZERS := $(patsubst tests/fuzz/%.c,$(B)/bin/%,$(wildcard tests/fuzz/*_fuzz.c))
 
 $(B)/tests/%: tests/%.c $(B)/libdoppel.a

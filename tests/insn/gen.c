@@ -15,7 +15,7 @@ struct gen {
     const u8 *pattern;
     ZydisDecoder decoder[2];
     u64 at;                                                        /* how far the enumeration is */
-    unsigned number;
+    unsigned number, rounds;
     struct {
         u64 key;
         unsigned used;
@@ -624,12 +624,17 @@ static bool make_case(struct gen *g, struct icase *i, const u8 *bytes, unsigned 
     return ZYAN_SUCCESS(ZydisDecoderDecodeFull(&g->decoder[compat], i->code, i->len, &i->z, i->o));
 }
 
+void gen_rounds(struct gen *g, unsigned n)
+{
+    g->rounds = n;
+}
+
 bool gen_next(struct gen *g, struct icase *i)
 {
     static unsigned (*const put[])(struct rng *, u64, u8 *, bool) = {put_legacy, put_vex, put_evex};
     u64 total = 2 * (kind_size[KIND_LEGACY] + kind_size[KIND_VEX] + kind_size[KIND_EVEX]);
 
-    while (g->at < ROUNDS * total) {
+    while (g->at < g->rounds * total) {
         u64 index = g->at++ % total / 2;
         bool compat = (g->at - 1) & 1;
         unsigned kind = 0, len;
@@ -664,6 +669,7 @@ struct gen *gen_open(u64 seed, const struct xlayout *l, const u8 *pattern)
     g->r.s = seed * 0x9e3779b97f4a7c15 + 1;
     g->layout = *l;
     g->pattern = pattern;
+    g->rounds = ROUNDS;
     ZydisDecoderInit(&g->decoder[0], ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
     ZydisDecoderInit(&g->decoder[1], ZYDIS_MACHINE_MODE_LONG_COMPAT_32, ZYDIS_STACK_WIDTH_32);
     for (unsigned n = 0; n < 2; n++) {

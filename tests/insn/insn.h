@@ -13,7 +13,8 @@
 
 /* The pages that both sides have. */
 #define REGION 0x10000000ull
-enum { PAGE_CODE0, PAGE_CODE1, PAGE_GAP0, PAGE_DATA0, PAGE_DATA1, PAGE_GAP1, PAGE_DATA2, PAGE_RO, PAGE_DATA3, PAGE_GAP2, PAGE_STACK0, PAGE_STACK1, PAGES };
+enum { PAGE_CODE0, PAGE_CODE1, PAGE_GAP0, PAGE_DATA0, PAGE_DATA1, PAGE_GAP1, PAGE_DATA2, PAGE_RO, PAGE_DATA3, PAGE_GAP2, PAGE_STACK0, PAGE_STACK1,
+       PAGE_GAP3, PAGE_CTL, PAGES };                                  /* the last one is tests/diff's */
 #define PAGE_VA(n) (REGION + PAGE_SIZE * (n))
 #define CODE_VA PAGE_VA(PAGE_CODE0)
 enum page_kind { KIND_NONE, KIND_CODE, KIND_RW, KIND_RO };
@@ -21,7 +22,7 @@ static inline enum page_kind page_kind(unsigned n)
 {
     switch (n) {
     case PAGE_CODE0: case PAGE_CODE1: return KIND_CODE;
-    case PAGE_GAP0: case PAGE_GAP1: case PAGE_GAP2: return KIND_NONE;
+    case PAGE_GAP0: case PAGE_GAP1: case PAGE_GAP2: case PAGE_GAP3: return KIND_NONE;
     case PAGE_RO: return KIND_RO;
     default: return KIND_RW;
     }
@@ -106,6 +107,7 @@ void compare_memory(const struct outcome *a, const struct outcome *b);
 /* gen.c: cases that differ in mnemonic, form, size, prefixes and addresses; the same list for the same seed. pattern: what memory holds before each case. */
 struct gen;
 struct gen *gen_open(u64 seed, const struct xlayout *l, const u8 *pattern);
+void gen_rounds(struct gen *g, unsigned n);                        /* passes over all opcodes, instead of many: fewer cases sooner */
 /* The next case, or false after the last. */
 bool gen_next(struct gen *g, struct icase *i);
 void gen_close(struct gen *g);
