@@ -83,7 +83,7 @@ static void run_native(const struct prog *p, struct outcome *out)
 {
     static struct icase i;
     icase_of(p, &i);
-    alarm(10);
+    alarm(60);
     native_run(&i, pattern, out);
     alarm(0);
 }
@@ -94,7 +94,7 @@ static bool run_guest(struct guest *g, const struct prog *p, struct outcome *out
     static struct icase i;
     icase_of(p, &i);
     now.guest = g;
-    alarm(20);
+    alarm(60);
     int r = guest_run(g, &i, pattern, out);
     alarm(0);
     now.guest = NULL;
