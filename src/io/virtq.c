@@ -266,20 +266,30 @@ static void end_writes(struct virtq *q, struct virtq_chain *c)
     c->parts = 0;
 }
 
-void virtq_push(struct virtq *q, struct virtq_chain *c, u32 len)
+/* Writes the used element that stands n behind the used index, which does not move. */
+static void put_used(struct virtq *q, struct virtq_chain *c, u32 len, unsigned n)
 {
     struct vring_used_elem e = { .id = c->head, .len = len };
-    u64 at = q->used + USED_RING + sizeof(e) * (q->used_idx & (q->size - 1));
+    u64 at = q->used + USED_RING + sizeof(e) * ((u16)(q->used_idx + n) & (q->size - 1));
 
     end_writes(q, c);
+    if (q->enabled && !q->broken && ram_write(q->ram, at, &e, sizeof(e)) < 0)
+        q->broken = true;
+}
+
+void virtq_push_all(struct virtq *q, struct virtq_chain *c, const u32 *len, unsigned n)
+{
+    for (unsigned i = 0; i < n; i++)
+        put_used(q, &c[i], len[i], i);
     if (!q->enabled || q->broken)
         return;
-    if (ram_write(q->ram, at, &e, sizeof(e)) < 0) {
-        q->broken = true;
-        return;
-    }
-    q->used_idx++;
+    q->used_idx = (u16)(q->used_idx + n);
     store16(q, q->used + USED_IDX, q->used_idx);
+}
+
+void virtq_push(struct virtq *q, struct virtq_chain *c, u32 len)
+{
+    virtq_push_all(q, c, &len, 1);
 }
 
 void virtq_drop(struct virtq *q, struct virtq_chain *c)

@@ -63,6 +63,8 @@ int virtq_pop(struct virtq *q, struct virtq_chain *c);
 int virtq_take(struct virtq *q, u16 head, struct virtq_chain *c);
 /* Gives the chain back; len bytes at least were written, from the beginning of its writable part. */
 void virtq_push(struct virtq *q, struct virtq_chain *c, u32 len);
+/* Gives n chains back, in the order in which they were taken, at one moment: the driver sees all of them or none. */
+void virtq_push_all(struct virtq *q, struct virtq_chain *c, const u32 *len, unsigned n);
 void virtq_drop(struct virtq *q, struct virtq_chain *c);           /* forgets it: the queue was reset */
 /* Puts the chain just popped back: the next pop finds it again. */
 void virtq_unpop(struct virtq *q, struct virtq_chain *c);

@@ -142,6 +142,33 @@ static void test_wrap(void **state UNUSED)
     virtq_chain_free(&b);
 }
 
+/* A frame in several buffers: none of them is given back before all are. */
+static void test_push_all(void **state UNUSED)
+{
+    struct virtq_chain all[3] = { 0 };
+    u32 id, len;
+
+    fresh(true, true);
+    gq_set_used_event(&r, 2);
+    for (unsigned round = 0; round < 5; round++) {                 /* over the ring's end, too */
+        for (unsigned i = 0; i < 3; i++)
+            gq_add(&r, (struct buf[]){ { BUF + 100 * i, 100, true } }, 1);
+        for (unsigned i = 0; i < 3; i++)
+            assert_int_equal(virtq_pop(&q, &all[i]), 1);
+        assert_int_equal(gq_used_idx(&r), 3 * round);
+        virtq_push_all(&q, all, (u32[]){ 100, 99, 98 }, 3);
+        for (unsigned i = 0; i < 3; i++) {
+            assert_true(gq_used(&r, &id, &len));
+            assert_int_equal(id, (3 * round + i) % N);
+            assert_int_equal(len, 100 - i);
+        }
+        assert_false(gq_used(&r, &id, &len));
+        assert_int_equal(virtq_wants_interrupt(&q), round == 0);
+    }
+    for (unsigned i = 0; i < 3; i++)
+        virtq_chain_free(&all[i]);
+}
+
 static void test_unpop_and_take(void **state UNUSED)
 {
     u16 head;
@@ -495,7 +522,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_round_trip), cmocka_unit_test(test_last_byte), cmocka_unit_test(test_seam), cmocka_unit_test(test_wrap),
-        cmocka_unit_test(test_unpop_and_take), cmocka_unit_test(test_indirect), cmocka_unit_test(test_loop),
+        cmocka_unit_test(test_push_all), cmocka_unit_test(test_unpop_and_take), cmocka_unit_test(test_indirect), cmocka_unit_test(test_loop),
         cmocka_unit_test(test_loop_in_table), cmocka_unit_test(test_head_out_of_range), cmocka_unit_test(test_next_out_of_range),
         cmocka_unit_test(test_next_out_of_table), cmocka_unit_test(test_zero_length), cmocka_unit_test(test_huge_lengths),
         cmocka_unit_test(test_huge_sum), cmocka_unit_test(test_outside_memory), cmocka_unit_test(test_readable_after_writable),
