@@ -112,7 +112,7 @@ ASAN_WARN := $(if $(findstring clang,$(CC)),,-Wno-array-bounds -Wno-maybe-uninit
 ASAN := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 PROGRAMS = $(patsubst tests/%.c,$(B)/tests/%,$(wildcard $(1)))
 ASAN_TESTS := $(call PROGRAMS,tests/unit/*_test.c tests/dev/*_test.c tests/hostile/*_test.c)
-INSN_TESTS := $(call PROGRAMS,tests/insn/*_test.c tests/diff/*_test.c)
+INSN_TESTS := $(call PROGRAMS,tests/insn/*_test.c tests/diff/*_test.c tests/latency/*_test.c)
 FUZZERS := $(patsubst tests/fuzz/%.c,$(B)/bin/%,$(wildcard tests/fuzz/*_fuzz.c))
 
 $(B)/tests/%: tests/%.c $(B)/libdoppel.a
@@ -155,7 +155,7 @@ soak: $(B)/setup-test
 		echo "soak: round $$i of $(SOAK)"; SOAK_LONG=1 tests/run --build $(B) --fuzz-seconds $(SECONDS) $(T) || exit 1; \
 	done
 
-bench: $(B)/setup-bench $(B)/doppel $(B)/bench/rows guest
+bench: $(B)/setup-bench $(B)/doppel $(B)/bench/rows $(B)/tests/latency/latency_test guest
 	$(Q)bench/run $(BENCH) $(B)/doppel
 
 # ---- installation ----
