@@ -11,12 +11,15 @@
 #include <stdatomic.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "base/err.h"
 #include "ctl/terminal.h"
 
 #define LAST_RESORT_SECONDS 3
+/* timeout(1) signals its process and then its group, which is the same process again: one sender, at once, is one SIGTERM. */
+#define SAME_TERM_NS 100000000ll
 
 static const int watched[] = {SIGTERM, SIGINT, SIGQUIT, SIGHUP, SIGTSTP, SIGCONT, SIGWINCH, SIGALRM};
 
@@ -26,13 +29,29 @@ static struct {
     void (*fn)(void *arg, int signo);
     void *arg;
     atomic_uint terms;                                             /* SIGTERMs so far */
+    _Atomic long long term_ns;                                     /* the last one: when, by CLOCK_MONOTONIC */
+    atomic_int term_sender;                                        /* and from which process */
     atomic_bool overdue;                                           /* the next alarm ends the process */
 } signals = {.pipe = {-1, -1}};
 
-static void on_signal(int signo)
+/* Async-signal-safe. */
+static bool same_term(const siginfo_t *info)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    long long ns = now.tv_sec * 1000000000ll + now.tv_nsec, last = atomic_exchange(&signals.term_ns, ns);
+    int sender = atomic_exchange(&signals.term_sender, info->si_pid);
+    return last && sender == info->si_pid && ns - last < SAME_TERM_NS;
+}
+
+static void on_signal(int signo, siginfo_t *info, void *context UNUSED)
 {
     int saved_errno = errno;
     u8 byte = (u8)signo;
+    if (signo == SIGTERM && same_term(info)) {
+        errno = saved_errno;
+        return;
+    }
     /* The loop is to end us now. Should it hang, the next alarm does. */
     if (signo == SIGALRM && atomic_load(&signals.overdue))
         terminal_die(128 + SIGTERM);
@@ -72,7 +91,7 @@ int signals_open(struct loop *loop, void (*fn)(void *arg, int signo), void *arg)
         signals_close();
         return r;
     }
-    struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
+    struct sigaction action = {.sa_sigaction = on_signal, .sa_flags = SA_RESTART | SA_SIGINFO};
     sigfillset(&action.sa_mask);
     for (size_t i = 0; i < ARRAY_SIZE(watched); i++)
         if (!ignored_by_parent(watched[i]))

@@ -71,8 +71,9 @@ wait $job
 is "SIGTERM: the power button ends the guest in order" $? 0
 like "SIGTERM: the guest powered itself off" "$(cat "$tmp/console")" 'Power down'
 
-# Pressed when nobody listens yet: it is pressed again. (No -k: it would count from the first signal.)
-timeout "$BOOT_SECONDS" "$DOPPEL" "${run[@]}" -- sleep 1000 </dev/null >"$tmp/out" 2>"$tmp/err" &
+# Pressed when nobody listens yet: it is pressed again. (No -k: it would count from the first signal.) --foreground: timeout's own second signal
+# cannot be what ends it.
+timeout --foreground "$BOOT_SECONDS" "$DOPPEL" "${run[@]}" -- sleep 1000 </dev/null >"$tmp/out" 2>"$tmp/err" &
 job=$!
 sleep 1.5
 kill -TERM $job                                     # which timeout passes on

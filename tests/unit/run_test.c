@@ -473,14 +473,24 @@ static void second_sigterm_ends(void **state UNUSED)
     has(status_file(), "status=143\nend=quit\nfailed=user\n");
 }
 
-/* Two at once are still two. */
-static void two_sigterms_in_a_row(void **state UNUSED)
+/* timeout(1) signals its process and then its group: one sender, at once, is one. Two senders are two. */
+static void two_sigterms_at_once(void **state UNUSED)
 {
-    start("run --kernel deaf", -1, -1);
+    start("run --kernel shell", -1, -1);
     expect(0, "ready$");
     kill(child.pid, SIGTERM);
     usleep(1000);
     kill(child.pid, SIGTERM);
+    assert_int_equal(finish(), 0);
+
+    start("run --kernel deaf", -1, -1);
+    expect(0, "ready$");
+    for (int i = 0; i < 2; i++) {
+        pid_t sender = fork();
+        if (sender == 0)
+            _exit(kill(child.pid, SIGTERM));
+        waitpid(sender, NULL, 0);
+    }
     assert_int_equal(finish(), 128 + SIGTERM);
 }
 
@@ -888,7 +898,7 @@ int main(void)
         cmocka_unit_test(end_of_input_does_not_end_the_guest), cmocka_unit_test(console_file),
         cmocka_unit_test(first_sigterm_is_the_power_button), cmocka_unit_test(second_sigterm_ends),
         cmocka_unit_test(power_button_again),
-        cmocka_unit_test(two_sigterms_in_a_row), cmocka_unit_test(other_signals),
+        cmocka_unit_test(two_sigterms_at_once), cmocka_unit_test(other_signals),
         cmocka_unit_test(sigterm_while_output_waits), cmocka_unit_test(exit_statuses),
         cmocka_unit_test(separate_outputs), cmocka_unit_test(everything_arrives), cmocka_unit_test(input_to_output),
         cmocka_unit_test(closed_streams), cmocka_unit_test(ends_are_passed_on),
