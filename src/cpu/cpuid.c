@@ -179,6 +179,7 @@ static const struct {
     [CPU_XSAVEC] = {W_D1A, 1, "xsavec"},                   [CPU_XGETBV1] = {W_D1A, 2, "xgetbv1"},
     [CPU_XSAVES] = {W_D1A, 3, "xsaves"},                   [CPU_AVX] = {W_1C, 28, "avx"},
     [CPU_AVX2] = {W_7B, 5, "avx2"},                        [CPU_AVX512F] = {W_7B, 16, "avx512f"},
+    [CPU_AVX512BW] = {W_7B, 30, "avx512bw"},               [CPU_AVX512VL] = {W_7B, 31, "avx512vl"},
     [CPU_RDTSCP] = {W_E1D, 27, "rdtscp"},                  [CPU_RDPID] = {W_7C, 22, "rdpid"},
     [CPU_MONITOR] = {W_1C, 3, "monitor"},                  [CPU_X2APIC] = {W_1C, 21, "x2apic"},
     [CPU_TSC_DEADLINE] = {W_1C, 24, "tsc_deadline_timer"}, [CPU_VME] = {W_1D, 1, "vme"},
@@ -248,6 +249,11 @@ static u32 reg_of(const struct cpuid_regs *r, unsigned reg)
     return reg == EAX ? r->eax : reg == EBX ? r->ebx : reg == ECX ? r->ecx : r->edx;
 }
 
+static u32 *reg_in(struct cpuid_regs *r, unsigned reg)
+{
+    return reg == EAX ? &r->eax : reg == EBX ? &r->ebx : reg == ECX ? &r->ecx : &r->edx;
+}
+
 static void follow_dependencies(struct cpuid_policy *p)
 {
     for (unsigned i = 0; i < ARRAY_SIZE(dependency); i++)
@@ -298,6 +304,47 @@ static void crystal_ratio(struct cpuid_policy *p)
     p->crystal_den = d1 ? (u32)d1 : 0;
 }
 
+/* What may pass from the host, and what hangs on it. */
+static void features_of_host(struct cpuid_policy *p)
+{
+    for (unsigned i = 0; i < WORDS; i++)
+        p->w[i] = reg_of(cpuid_host(word[i].leaf, word[i].subleaf), word[i].reg) & word[i].pass;
+    if (!(host.xcr0 & XSTATE_AVX))
+        p->w[W_1C] &= ~F(28);
+    if ((host.xcr0 & XSTATE_AVX512) != XSTATE_AVX512)
+        p->w[W_7B] &= ~F(16);
+    if (!(cpuid_host(1, 0)->ecx & F(27)))                              /* OSXSAVE: else XGETBV is #UD */
+        p->w[W_D1A] &= ~F(2);
+    if (!cpuid_host(0xd, 9)->eax)
+        p->w[W_7C] &= ~F(3);
+    follow_dependencies(p);
+}
+
+bool cpuid_host_has(enum cpu_feature f)
+{
+    struct cpuid_policy p = {0};
+    features_of_host(&p);
+    return cpuid_has(&p, f);
+}
+
+int cpuid_host_mask(const char *list)
+{
+    for (const char *name = list; *name;) {
+        size_t len = strcspn(name, ",");
+        unsigned i = 0;
+        while (i < CPU_FEATURES && (strlen(feature[i].name) != len || memcmp(feature[i].name, name, len)))
+            i++;
+        if (i == CPU_FEATURES)
+            return err(-EINVAL, "\"%.*s\": no feature; names are those of /proc/cpuinfo, with commas between", (int)MIN(len, 100u), name);
+        cpuid_host(0, 0);                                              /* reads the host */
+        for (unsigned n = 0; n < host.n; n++)
+            if (host.entry[n].leaf == word[feature[i].word].leaf && host.entry[n].subleaf == word[feature[i].word].subleaf)
+                *reg_in(&host.entry[n].r, word[feature[i].word].reg) &= ~F(feature[i].bit);
+        name += len + (name[len] == ',');
+    }
+    return 0;
+}
+
 int cpuid_policy_new(unsigned vcpus, u64 tsc_khz, struct cpuid_policy **out)
 {
     struct cpuid_policy *p = calloc(1, sizeof(*p));
@@ -309,16 +356,9 @@ int cpuid_policy_new(unsigned vcpus, u64 tsc_khz, struct cpuid_policy **out)
     p->tsc_khz = tsc_khz;
     u32 basic = cpuid_host(0, 0)->eax;     /* first: reads the host */
     p->amd = host.amd;
-    for (unsigned i = 0; i < WORDS; i++) {
-        u32 have = reg_of(cpuid_host(word[i].leaf, word[i].subleaf), word[i].reg);
-        p->w[i] = (have & word[i].pass) | word[i].always | (p->amd ? word[i].amd : word[i].intel);
-    }
-    if (!(host.xcr0 & XSTATE_AVX))
-        p->w[W_1C] &= ~F(28);
-    if ((host.xcr0 & XSTATE_AVX512) != XSTATE_AVX512)
-        p->w[W_7B] &= ~F(16);
-    if (!cpuid_host(0xd, 9)->eax)
-        p->w[W_7C] &= ~F(3);
+    features_of_host(p);
+    for (unsigned i = 0; i < WORDS; i++)
+        p->w[i] |= word[i].always | (p->amd ? word[i].amd : word[i].intel);
     for (unsigned i = 0; i < ARRAY_SIZE(pv_feature); i++)
         p->pv |= F(pv_feature[i].bit);
     topology_features(p);

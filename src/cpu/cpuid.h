@@ -23,7 +23,7 @@ void cpuid_get(const struct cpuid_policy *p, unsigned vcpu, const struct x86 *x,
 /* Features that other code asks for; the list grows as needed. */
 enum cpu_feature {
     CPU_PSE, CPU_PAE, CPU_PGE, CPU_PCID, CPU_INVPCID, CPU_SMEP, CPU_SMAP, CPU_UMIP, CPU_FSGSBASE, CPU_PKU, CPU_NX, CPU_GBPAGES,
-    CPU_XSAVE, CPU_XSAVEOPT, CPU_XSAVEC, CPU_XGETBV1, CPU_XSAVES, CPU_AVX, CPU_AVX2, CPU_AVX512F, CPU_RDTSCP, CPU_RDPID, CPU_MONITOR,
+    CPU_XSAVE, CPU_XSAVEOPT, CPU_XSAVEC, CPU_XGETBV1, CPU_XSAVES, CPU_AVX, CPU_AVX2, CPU_AVX512F, CPU_AVX512BW, CPU_AVX512VL, CPU_RDTSCP, CPU_RDPID, CPU_MONITOR,
     CPU_X2APIC, CPU_TSC_DEADLINE, CPU_VME, CPU_DE, CPU_SEP, CPU_CX16, CPU_MOVBE, CPU_RDRAND, CPU_RDSEED, CPU_ADX, CPU_BMI1, CPU_BMI2, CPU_CLFLUSHOPT,
     CPU_CLWB, CPU_WAITPKG, CPU_SYSCALL, CPU_LM,
     /* AMD's, which only engines on the bare processor show (cpuid_keep) */
@@ -51,3 +51,10 @@ bool cpuid_is_amd(const struct cpuid_policy *p);                    /* the guest
 
 /* The host's own CPUID (cached: the instruction traps on cloud hosts). */
 const struct cpuid_regs *cpuid_host(u32 leaf, u32 subleaf);
+/* May the monitor itself use it? Of the features on doppel's list that pass from the host, with what they need. Nothing else asks the host. */
+bool cpuid_host_has(enum cpu_feature f);
+/*
+ * "NAME,NAME": from now on the host is taken for one that lacks these features, by the monitor's own code and for guests. For tests, before any
+ * machine is made and any thread. 0, or -EINVAL with err().
+ */
+int cpuid_host_mask(const char *list);

@@ -2,9 +2,11 @@
 #include "ctl/cli.h"
 
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "base/err.h"
+#include "cpu/cpuid.h"
 #include "ctl/doctor.h"
 #include "ctl/help.h"
 #include "ctl/message.h"
@@ -129,6 +131,11 @@ int cli_main(int argc, char **argv)
 {
     if (argc < 2) {
         message_error("no command; \"doppel run\" boots a guest, \"doppel help\" lists the commands");
+        return EXIT_USAGE;
+    }
+    const char *mask = getenv("DOPPEL_HOST_MASK");
+    if (mask && cpuid_host_mask(mask) < 0) {
+        message_error("DOPPEL_HOST_MASK: %s", err_last());
         return EXIT_USAGE;
     }
     if (argv[1][0] == '-')

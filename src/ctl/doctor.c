@@ -22,6 +22,7 @@
 
 #include "base/err.h"
 #include "base/types.h"
+#include "cpu/cpuid.h"
 #include "ctl/engine_choice.h"
 #include "ctl/guest.h"
 #include "ctl/help.h"
@@ -144,9 +145,9 @@ static void check_features(struct finding *f)
     char has[200] = "", lacks[200] = "";
     bool bad = false;
     for (size_t i = 0; i < ARRAY_SIZE(features); i++) {
-        u32 r[4] = {0};
-        bool there = __get_cpuid_count(features[i].leaf, 0, &r[0], &r[1], &r[2], &r[3]) &&
-            (r[features[i].reg] & BIT(features[i].bit));
+        const struct cpuid_regs *h = cpuid_host(features[i].leaf, 0);
+        const u32 r[4] = {h->eax, h->ebx, h->ecx, h->edx};
+        bool there = r[features[i].reg] & BIT(features[i].bit);
         char *list = there ? has : lacks;
         size_t len = strlen(list);
         snprintf(list + len, sizeof(has) - len, " %s", features[i].name);
@@ -164,7 +165,7 @@ static void check_fsgsbase(struct finding *f)
     bool on = getauxval(AT_HWCAP2) & HWCAP2_FSGSBASE_BIT;
     found(f, on ? GOOD : NOTE, on ? "usable by programs" : "not usable by programs");
     if (!on)
-        remedy(f, "not needed by interp; Linux 5.9 or later enables it where the processor has it");
+        remedy(f, "not needed by doppel, which sets the base once in a thread's life; Linux 5.9 or later enables it where the processor has it");
 }
 
 /* --- engines --- */

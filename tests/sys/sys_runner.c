@@ -603,8 +603,13 @@ int main(int argc, char **argv)
                                .lock = PTHREAD_MUTEX_INITIALIZER,
                                .copier.lock = PTHREAD_MUTEX_INITIALIZER,
                                .log = { .sink = print_log } };
+    const char *mask = getenv("DOPPEL_HOST_MASK");
     int c;
 
+    if (mask && cpuid_host_mask(mask) < 0) {
+        fprintf(stderr, "sys_runner: DOPPEL_HOST_MASK: %s\n", err_last());
+        return 64;
+    }
     r.engine = engine_find("interp");
     while ((c = getopt_long(argc, argv, "", opts, NULL)) != -1) {
         if (c == 'e')

@@ -228,13 +228,38 @@ static void out_of_range(void **state)
         assert_memory_equal(&r, &top, sizeof(r));
 }
 
+/* The last one: the host stays less. What was masked is gone for the monitor and for guests, with what needs it, and all else is there. */
+static void a_masked_host_lacks_it(void **state UNUSED)
+{
+    bool bmi2 = cpuid_host_has(CPU_BMI2), avx512 = cpuid_host_has(CPU_AVX512F), fsgsbase = cpuid_host_has(CPU_FSGSBASE), xgetbv1 = cpuid_host_has(CPU_XGETBV1);
+    assert_int_equal(cpuid_host_mask(""), 0);
+    assert_int_equal(cpuid_host_mask("avx512"), -EINVAL);
+    assert_int_equal(cpuid_host_mask("bmi2,,avx"), -EINVAL);
+    cpuid_host_mask("avx512f,fsgsbase");
+    struct cpuid_policy *p = make(2, 2596122);
+    assert_false(cpuid_host_has(CPU_AVX512F) || cpuid_host_has(CPU_AVX512BW) || cpuid_host_has(CPU_AVX512VL) || cpuid_host_has(CPU_FSGSBASE));
+    assert_false(cpuid_has(p, CPU_AVX512F) || cpuid_has(p, CPU_FSGSBASE));
+    assert_int_equal(cpuid_xcr0_mask(p) & XSTATE_AVX512, 0);
+    assert_int_equal(cpuid_cr4_mask(p) & CR4_FSGSBASE, 0);
+    assert_int_equal(cpuid_host_has(CPU_XGETBV1), xgetbv1);
+    assert_int_equal(cpuid_has(p, CPU_XGETBV1), xgetbv1);
+    cpuid_policy_free(p);
+    cpuid_host_mask("xsave");
+    p = make(2, 2596122);
+    assert_false(cpuid_host_has(CPU_AVX) || cpuid_host_has(CPU_XGETBV1) || cpuid_has(p, CPU_AVX) || cpuid_has(p, CPU_XSAVE) || cpuid_has(p, CPU_PKU));
+    assert_int_equal(cpuid_xcr0_mask(p), 3);
+    cpuid_policy_free(p);
+    if (!avx512 && !fsgsbase && !bmi2)
+        print_message("# this host has none of what was masked\n");
+}
+
 int main(void)
 {
 #define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
     const struct CMUnitTest tests[] = {
         T(vendor_is_the_hosts), T(hidden),        T(subset_of_host),            T(dynamic_bits), T(xsave_sizes), T(topology),
         T(kvm_leaves),          T(tsc_frequency), T(clearing_takes_dependents), T(out_of_range),
-        T(keeping_follows_the_engine), T(named_by_the_user),
+        T(keeping_follows_the_engine), T(named_by_the_user), T(a_masked_host_lacks_it),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

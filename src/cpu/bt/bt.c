@@ -9,7 +9,6 @@
 #include "cpu/bt/bt.h"
 
 #include <asm/prctl.h>
-#include <cpuid.h>
 #include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -25,6 +24,7 @@
 #include "cpu/bt/shadow.h"
 #include "cpu/bt/signal.h"
 #include "cpu/bt/tr.h"
+#include "cpu/cpuid.h"
 #include "cpu/interp/ops.h"
 
 unsigned bt_key(const struct icpu *c)
@@ -458,16 +458,10 @@ static void vcpu_close(struct vcpu *v)
     interp_engine.vcpu_close(v);
 }
 
-static bool host_has_bmi2(void)
-{
-    unsigned a, b = 0, c, d;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && b & bit_BMI2;
-}
-
 static void constants(struct icpu *c, struct bt *t)
 {
     s64 x = (s64)((uintptr_t)c->x - (uintptr_t)c);
-    t->bmi2 = host_has_bmi2();
+    t->bmi2 = cpuid_host_has(CPU_BMI2);
     c->bt.self = c;
     c->bt.x_offset = x == (s32)x && x + (s64)sizeof *c->x == (s32)(x + (s64)sizeof *c->x) ? x : 0;
     c->bt.mask_df = FLAG_DF;

@@ -7,10 +7,10 @@
  *
  * Not modelled: CR0.NE = 0 sends x87 errors to a FERR# pin that nobody watches (fp_x87.c).
  */
-#include <cpuid.h>
 #include <errno.h>
 #include <string.h>
 
+#include "cpu/cpuid.h"
 #include "cpu/interp/access.h"
 #include "cpu/interp/fp.h"
 
@@ -80,17 +80,6 @@ static void pointers_open(struct icpu *c, struct fp *f)
     f->save_on_error = r.ebx == 0x68747541 || r.ebx == 0x6f677948; /* "Auth"enticAMD, "Hygo"nGenuine */
 }
 
-static bool host_xgetbv1(void)
-{
-    u32 a, b, c, d;
-
-    __cpuid(1, a, b, c, d);
-    if (!(c >> 27 & 1))                                            /* OSXSAVE */
-        return false;
-    __cpuid_count(0xd, 1, a, b, c, d);
-    return a >> 2 & 1;
-}
-
 int fp_open(struct icpu *c)
 {
     struct fp *f = NULL;
@@ -101,10 +90,10 @@ int fp_open(struct icpu *c)
     memset(f, 0, sizeof *f);
     f->host_mxcsr = f->mxcsr = MXCSR_RESET;
     f->x87.mxcsr = MXCSR_RESET;
-    f->avx = __builtin_cpu_supports("avx");
-    f->avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl");
-    f->avx512bw = f->avx512 && __builtin_cpu_supports("avx512bw");
-    f->xinuse = host_xgetbv1();
+    f->avx = cpuid_host_has(CPU_AVX);
+    f->avx512 = cpuid_host_has(CPU_AVX512F);
+    f->avx512bw = cpuid_host_has(CPU_AVX512BW);
+    f->xinuse = cpuid_host_has(CPU_XGETBV1);
     isa_open(c, f);
     pointers_open(c, f);
     fp_xsave_open(c, f);
