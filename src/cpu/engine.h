@@ -26,6 +26,9 @@ struct engine {
     void (*cpuid_limit)(struct cpuid_policy *p);                   /* takes away the features that this engine cannot carry */
     void (*time_stop)(struct machine *m);                          /* before guest time stands still, and after it goes on; vCPUs are held. NULL: */
     void (*time_start)(struct machine *m);                         /* the engine has no clock of its own */
+    /* The guest's RIP, as exactly as it is known, for a profile; on the vCPU's thread, in a signal handler that interrupted it at pc. *direct: that is the
+     * guest's own code. NULL: the engine cannot tell. */
+    u64 (*sample)(const struct vcpu *v, u64 pc, bool *direct);
     bool counts_insns;                                             /* vcpu.insns is right without machine_tools.insns, too */
     int (*dirty)(struct machine *m, unsigned run);                 /* vCPUs are held: notes (ram_mark_bits) the pages of that run that the guest wrote since the last call, while RAM is tracked. NULL: they are noted as they are written */
     unsigned debug_points;                                         /* how many breakpoints and watchpoints of a debugger it can heed at once */

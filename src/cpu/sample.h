@@ -1,7 +1,11 @@
 /*
- * Looks at what vCPUs are doing, many times a second, from a thread of its own: what each publishes in vcpu.where. The vCPUs notice nothing of it.
+ * Looks at what vCPUs are doing, many times a second, from a thread of its own.
  *
- * Locking: the sampler's thread alone writes its counters; anybody may read them.
+ * For statistics it reads what each publishes in vcpu.where; the vCPUs notice nothing of it. For a profile it also interrupts those that run by a signal, whose handler
+ * notes where the vCPU's thread was in the monitor, and the guest's RIP as the engine knows it.
+ *
+ * Locking: the sampler's thread alone writes counters, a vCPU's thread alone (in the handler) its tables of addresses; counters may be read by anybody at any time, tables
+ * once the vCPUs are held.
  */
 #pragma once
 
@@ -11,6 +15,18 @@
 
 struct sampler;
 
-int sampler_new(struct machine *m, struct sampler **out);          /* after the vCPUs have been made; 0 or a negative errno with err() */
+/* After the vCPUs' threads have been started; 0 or a negative errno with err(). */
+int sampler_new(struct machine *m, bool profile, struct sampler **out);
 void sampler_free(struct sampler *s);                              /* NULL is fine; before the vCPUs are freed */
 u64 sampler_hits(const struct sampler *s, unsigned vcpu, enum vcpu_where w);
+
+/* An address that was met: guest RIPs, and addresses in the monitor's own code. */
+enum sampled { SAMPLED_GUEST, SAMPLED_MONITOR, SAMPLED };
+struct sampled_address {
+    u64 addr;
+    u32 n;                                                         /* how often */
+    u32 direct;                                                    /* SAMPLED_GUEST: of these, how often the guest's own code ran */
+};
+/* Entry n of a vCPU's table, or NULL behind the last. Entries that were not met have n == 0. */
+const struct sampled_address *sampler_address(const struct sampler *s, unsigned vcpu, enum sampled what, unsigned n);
+u64 sampler_lost(const struct sampler *s);                         /* samples that found their table full */

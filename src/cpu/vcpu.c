@@ -220,6 +220,7 @@ int vcpu_start(struct vcpu *v)
     sigdelset(&all, SIGFPE);
     sigdelset(&all, SIGILL);
     sigdelset(&all, SIGABRT);
+    sigdelset(&all, SAMPLE_SIGNAL);
     pthread_sigmask(SIG_BLOCK, &all, &old);
     r = pthread_create(&t->thread, NULL, vcpu_main, v);
     pthread_sigmask(SIG_SETMASK, &old, NULL);
@@ -229,6 +230,13 @@ int vcpu_start(struct vcpu *v)
     pthread_setname_np(t->thread, name);
     t->started = true;
     return 0;
+}
+
+int vcpu_interrupt(struct vcpu *v, int signo, void *value)
+{
+    struct vcpu_thread *t = thread_of(v);
+
+    return t->started ? pthread_sigqueue(t->thread, signo, (union sigval){ .sival_ptr = value }) : -1;
 }
 
 void vcpu_free(struct vcpu *v)

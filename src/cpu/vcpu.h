@@ -8,6 +8,8 @@
  */
 #pragma once
 
+#include <signal.h>
+
 #include "cpu/machine.h"
 
 struct vcpu_hooks {
@@ -32,6 +34,10 @@ int vcpu_set(struct vcpu *v, const struct x86 *x);
 int vcpu_get(struct vcpu *v, struct x86 *x);
 /* INIT, start-up IPIs and kicks that a held vCPU has not looked at yet become part of its state: before it is saved. */
 void vcpu_settle(struct vcpu *v);
+
+/* Sends the vCPU's thread a signal with a value, for cpu/sample.c; any thread. Nonzero: it has no thread. vCPU threads do not block it. */
+#define SAMPLE_SIGNAL (SIGRTMIN + 2)
+int vcpu_interrupt(struct vcpu *v, int signo, void *value);
 
 /* What a local APIC calls; vcpu is the struct vcpu. */
 void vcpu_signal(void *vcpu, enum cpu_signal what, u8 vector);

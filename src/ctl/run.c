@@ -320,10 +320,12 @@ static int open_trace(struct run *run)
 
 static int open_stats(struct run *run)
 {
-    if (!run->options.stats_file)
-        return 0;
-    run->stats_file = message_open(run->options.stats_file, "--stats");
-    return run->stats_file ? 0 : -EIO;
+    const struct run_options *o = &run->options;
+    if (o->stats_file && !(run->stats_file = message_open(o->stats_file, "--stats")))
+        return -EIO;
+    if (o->profile_file && !(run->profile_file = message_open(o->profile_file, "--profile")))
+        return -EIO;
+    return 0;
 }
 
 static int open_command(struct run *run)
@@ -367,7 +369,7 @@ static int open_vm(struct run *run, const struct engine *engine)
         .virtio_modern = o->virtio_modern, .debug_exit = o->debug_exit, .start_paused = o->gdb_wait,
         .no_reboot = o->no_reboot || o->command,                   /* a command is not run twice */
         .trace = {.mask = o->trace_mask, .file = run->trace_file ? run->trace_file : run->stderr_stream},
-        .tools = {.insns = o->stats || o->verbose, .handlers = o->stats, .check = o->check, .mmu = o->mmu}, .sample = o->stats,
+        .tools = {.insns = o->stats || o->verbose, .handlers = o->stats, .check = o->check, .mmu = o->mmu}, .sample = o->stats, .profile = o->profile_file,
         .log = &run->log, .loop = run->loop, .ended = on_vm_ended, .ended_arg = run,
         .resumed = on_vm_resumed,
     };
@@ -486,6 +488,12 @@ static void say_stats(struct run *run)
         vm_stats(run->vm, run->stats_file ? run->stats_file : run->stderr_stream, run->options.stats_json);
 }
 
+static void say_profile(struct run *run)
+{
+    if (run->profile_file && vm_profile(run->vm, run->options.profile_symbols, run->profile_file) < 0)
+        message_error("%s", err_last());
+}
+
 static void release(struct run *run)
 {
     gdb_free(run->gdb);
@@ -503,6 +511,8 @@ static void release(struct run *run)
         fclose(run->trace_file);
     if (run->stats_file)
         fclose(run->stats_file);
+    if (run->profile_file)
+        fclose(run->profile_file);
     if (run->stderr_stream)
         fclose(run->stderr_stream);
     free(run->cmdline);
@@ -549,6 +559,7 @@ static int run_guest(struct run *run)
         say_counts(run);
         say_checked(run);
         say_stats(run);
+        say_profile(run);
     }
     int status = write_status(run, &s);
     release(run);

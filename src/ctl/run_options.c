@@ -203,6 +203,24 @@ static int set_stats(void *target, const char *value)
     return 0;
 }
 
+/* FILE[,symbols=MAP]; from the right, since names may hold commas. */
+static int set_profile(void *target, const char *value)
+{
+    static const char key[] = ",symbols=";
+    struct run_options *o = target;
+    char *found = NULL;
+    for (char *p = (char *)value; (p = strstr(p, key)); p++)       /* a word of argv: ours to cut */
+        found = p;
+    if (found) {
+        o->profile_symbols = found + strlen(key);
+        *found = '\0';
+    }
+    if (!*value || (found && !*o->profile_symbols))
+        return err(-EINVAL, "--profile: a file's name is missing; write --profile FILE or --profile FILE,symbols=MAP");
+    o->profile_file = value;
+    return 0;
+}
+
 static int set_status_file(void *target, const char *value)
 {
     ((struct run_options *)target)->status_file = value;
@@ -324,6 +342,10 @@ const struct option run_option_table[] = {
     {"stats", "[=text|json][,file=FILE]",
      "When the run has ended, writes to FILE or standard error what each processor did: how often what was handled for "
      "the guest, what became of its code, why translated code was left, and where the time went.", false, set_stats},
+    {"profile", "FILE[,symbols=MAP]",
+     "Looks about 1000 times a second at what each processor does, and when the run has ended writes to FILE which parts "
+     "of doppel and which functions of the guest's kernel took how much of the time. Names are found in the guest's "
+     "memory if it is Linux, or taken from MAP, a file like System.map.", false, set_profile},
     {"status-file", "FILE",
      "Writes how the run ended to FILE, when it has ended: lines \"status=N\" (the exit status), \"end=\" (exited, "
      "poweroff, reset, quit, panic, triple-fault, debug-exit, host-error, usage), \"failed=\" (none, command, guest, "

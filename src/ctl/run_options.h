@@ -24,6 +24,7 @@ struct run_options {
     u32 trace_mask;
     const char *trace_file;                                        /* NULL: standard error */
     bool check, stats, stats_json;
+    const char *profile_file, *profile_symbols;                    /* NULL: no profile; symbols from the guest's memory */
     const char *stats_file;                                        /* NULL: standard error */
     const char *status_file;
     /* NULL-terminated words behind "--"; NULL: a shell */

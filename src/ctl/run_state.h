@@ -23,7 +23,7 @@ struct run {
     struct guest guest;                                            /* dir is "" when the default guest is not used */
     char *cmdline;
     FILE *trace_file, *stderr_stream;                              /* trace_file: NULL without --trace FILE */
-    FILE *stats_file;                                              /* likewise */
+    FILE *stats_file, *profile_file;                               /* likewise */
     struct vm *vm;
     struct monitor monitor;
     struct command *command;

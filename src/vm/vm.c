@@ -9,11 +9,11 @@
 #include <string.h>
 
 #include "cpu/cpuid.h"
-#include "cpu/sample.h"
 #include "cpu/stats.h"
 #include "cpu/vcpu.h"
 #include "vm/board.h"
 #include "vm/boot.h"
+#include "vm/profile.h"
 
 /* A guest that gives up so soon will not do better the next time: a kernel's panic before it can tell, with panic=-1. */
 #define EARLY_RESET_NS 1000000000ull
@@ -243,8 +243,7 @@ static int vm_machine_open(struct vm *vm)
             return r;
         m->vcpus = i + 1;
     }
-    r = board_connect_cpus(vm->board);
-    return r < 0 || !c->sample ? r : sampler_new(m, &vm->sampler);
+    return board_connect_cpus(vm->board);
 }
 
 int vm_new(const struct vm_config *config, struct vm **out)
@@ -299,6 +298,12 @@ int vm_start(struct vm *vm)
 {
     for (unsigned i = 0; i < vm->m.vcpus; i++) {
         int r = vcpu_start(vm->m.vcpu[i]);
+
+        if (r < 0)
+            return r;
+    }
+    if (vm->config.sample || vm->config.profile) {
+        int r = sampler_new(&vm->m, vm->config.profile, &vm->sampler);
 
         if (r < 0)
             return r;
@@ -558,6 +563,11 @@ static void counts_print(const struct vcpu *v, FILE *f)
     for (unsigned i = 0; i < COUNTS && vcpu_count_group(i) == GROUP_HANDLED; i++)
         fprintf(f, "%s %s %llu", i ? "," : "", vcpu_count_name(i), (unsigned long long)count_of(v, i));
     fputc('\n', f);
+}
+
+int vm_profile(struct vm *vm, const char *map, FILE *f)
+{
+    return vm->sampler ? profile_print(&vm->m, vm->sampler, map, f) : 0;
 }
 
 void vm_stats(struct vm *vm, FILE *f, bool json)

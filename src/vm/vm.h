@@ -76,7 +76,7 @@ struct vm_config {
     /* the board has a debug exit port and a debug console */
     bool debug_exit;
     struct machine_tools tools;
-    bool sample;                                                   /* statistics tell where time goes */
+    bool sample, profile;                                          /* statistics tell where time goes; vm_profile() will be asked */
     struct trace trace;                                            /* clock is filled in by vm_new; mask may be 0 */
     const struct log *log;
     struct loop *loop;
@@ -127,6 +127,8 @@ u64 vm_insns(const struct vm *vm);
 /* The name of what is handled for the guest, and how often it was, by all vCPUs. NULL: what is none. */
 const char *vm_count(const struct vm *vm, unsigned what, u64 *n);
 u64 vm_counted(const struct vm *vm, enum vcpu_counted what);        /* by all vCPUs */
+/* With config.profile, when the VM has ended: what was sampled, with names (vm/profile.h). 0 or a negative errno with err(). */
+int vm_profile(struct vm *vm, const char *map, FILE *f);
 /* All statistics, as text or JSON. */
 void vm_stats(struct vm *vm, FILE *f, bool json);
 

@@ -192,6 +192,30 @@ static void statistics(void **state UNUSED)
     rejects("--stats=", "empty");
 }
 
+static void profiles(void **state UNUSED)
+{
+    struct run_options o;
+    accepts(&o, "--profile p");
+    assert_string_equal(o.profile_file, "p");
+    assert_null(o.profile_symbols);
+    accepts(&o, "--profile=a,b,symbols=/boot/System.map");
+    assert_string_equal(o.profile_file, "a,b");
+    assert_string_equal(o.profile_symbols, "/boot/System.map");
+    rejects("--profile p,symbols=", "missing");
+    rejects("--profile ,symbols=m", "missing");
+    rejects("--profile", "missing");
+}
+
+static void checks(void **state UNUSED)
+{
+    struct run_options o;
+    accepts(&o, "--check");
+    assert_true(o.check);
+    accepts(&o, "--check --engine bt");
+    rejects("--check --engine interp", "--engine interp");
+    rejects("--check=1", "no value");
+}
+
 static void commands(void **state UNUSED)
 {
     struct run_options o;
@@ -268,7 +292,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(sizes), cmocka_unit_test(defaults), cmocka_unit_test(all_options),
-        cmocka_unit_test(too_many_disks), cmocka_unit_test(consoles), cmocka_unit_test(traces), cmocka_unit_test(statistics),
+        cmocka_unit_test(too_many_disks), cmocka_unit_test(consoles), cmocka_unit_test(traces), cmocka_unit_test(statistics), cmocka_unit_test(profiles), cmocka_unit_test(checks),
         cmocka_unit_test(commands), cmocka_unit_test(wrong_values), cmocka_unit_test(unknown_options),
         cmocka_unit_test(long_words), cmocka_unit_test(disks),
     };

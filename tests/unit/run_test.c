@@ -279,6 +279,21 @@ static void statistics(void **state UNUSED)
     fclose(f);
     unlink(line);
     assert_string_equal(text, "{}\n");
+    snprintf(line, sizeof(line), "run --quiet --profile %s/profile,symbols=map --kernel poweroff", scratch);
+    assert_int_equal(run(line), 0);
+    snprintf(line, sizeof(line), "%s/profile", scratch);
+    f = fopen(line, "r");
+    assert_non_null(f);
+    assert_non_null(fgets(text, sizeof(text), f));
+    fclose(f);
+    unlink(line);
+    assert_string_equal(text, "profile by map\n");
+    assert_int_equal(run("run --kernel poweroff --profile /nonexistent/x"), 1);
+    has(child.text[1], "--profile: cannot write /nonexistent/x");
+    assert_int_equal(run("run --quiet --check --kernel poweroff"), 0);
+    assert_string_equal(child.text[1], "");
+    assert_int_equal(run("run --check --kernel poweroff"), 0);
+    has(child.text[1], "42 instructions in 42 blocks ran on both engines");
     assert_int_equal(run("run --kernel poweroff --stats=file=/nonexistent/x"), 1);
     has(child.text[1], "--stats: cannot write /nonexistent/x");
 }

@@ -136,7 +136,7 @@ static void the_sampler_sees_where_it_is(void **state UNUSED)
     struct sampler *s;
     m.vcpu = &v;
     vcpu_where(v, WHERE_DEVICE);
-    assert_int_equal(sampler_new(&m, &s), 0);
+    assert_int_equal(sampler_new(&m, false, &s), 0);
     for (unsigned i = 0; i < 500 && sampler_hits(s, 0, WHERE_DEVICE) < 10; i++)
         wait_ms(10);
     assert_true(sampler_hits(s, 0, WHERE_DEVICE) >= 10);

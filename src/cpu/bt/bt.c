@@ -559,6 +559,22 @@ static void stats(const struct vcpu *v, struct stats *s)
     handled_report(c->bt.bt->handled, s);
 }
 
+/* In code of ours the guest's instruction is one of the block that a handler or interp began last, or the next that will be looked up. */
+static u64 sample(const struct vcpu *v, u64 pc, bool *direct)
+{
+    const struct icpu *c = v->engine_data;
+    struct bt *t = c->bt.bt;
+    const u8 *p = (const u8 *)(uintptr_t)pc;
+    struct tb *tb = tb_at(t, p);
+    *direct = tb;
+    if (tb)
+        return tb_rip(t, tb, p);
+    switch (atomic_load_explicit(&v->where, memory_order_relaxed)) {
+    case WHERE_BOUNDARY: case WHERE_FIND: case WHERE_DECODE: case WHERE_TRANSLATE: return c->rip;
+    default: return c->r[REG_RIP];
+    }
+}
+
 const struct engine bt_engine = {
     .name = "bt",
     .machine_open = machine_open,
@@ -568,6 +584,7 @@ const struct engine bt_engine = {
     .run = run,
     .debug_points = DEBUG_POINTS_MAX,
     .kick = kick,
+    .sample = sample,
     .stats = stats,
     .get = get,
     .set = set,

@@ -172,6 +172,9 @@ static inline struct tb *tb_of(struct bt *t, u32 index)
     return index ? &t->tb[index] : NULL;
 }
 
+/* ---- fault.c ---- */
+u64 tb_rip(const struct bt *t, const struct tb *tb, const u8 *pc); /* the guest's instruction that this host address belongs to */
+
 /* ---- translate.c ---- */
 /* Translates b at c->rip, which indirect branches lead to if indirect is set; NULL when it has to be interpreted for ever, or when there is no room (then *full). */
 struct tb *bt_translate(struct icpu *c, struct bt *t, struct block *b, u32 page, u32 page2, bool compare, bool indirect, bool *full);

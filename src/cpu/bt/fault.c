@@ -132,6 +132,12 @@ static const struct tb_mark *string_stopped(struct bt_trap *s, const struct tb_m
     return m - 1;
 }
 
+u64 tb_rip(const struct bt *t, const struct tb *tb, const u8 *pc)
+{
+    unsigned op = mark_at(t, tb, pc)->op;
+    return tb->la + tb->b->op[MIN(op, (unsigned)tb->n)].off;
+}
+
 static bool fault(struct icpu *c, struct bt *t, struct bt_trap *s)
 {
     const u8 *pc = (const u8 *)(uintptr_t)s->pc;

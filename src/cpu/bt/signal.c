@@ -17,6 +17,7 @@
 #include <unistd.h>
 
 #include "base/err.h"
+#include "cpu/vcpu.h"
 
 #define STACK_BYTES (128 * KiB)
 #define KICK_SIGNAL (SIGRTMIN + 1)
@@ -79,6 +80,7 @@ int bt_signal_open(void)
 {
     struct sigaction sa = { .sa_sigaction = handler, .sa_flags = SA_SIGINFO | SA_ONSTACK | SA_RESTART };
     sigfillset(&sa.sa_mask);
+    sigdelset(&sa.sa_mask, SAMPLE_SIGNAL);                         /* what handlers do takes time, too */
     pthread_mutex_lock(&lock);
     if (users++ == 0) {
         for (unsigned n = 0; n < ARRAY_SIZE(caught); n++)

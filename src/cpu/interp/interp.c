@@ -531,6 +531,13 @@ static int set(struct vcpu *v, const struct x86 *x)
     return 0;
 }
 
+/* The block's, since single instructions do not say where they are. */
+static u64 sample(const struct vcpu *v, u64 pc UNUSED, bool *direct UNUSED)
+{
+    const struct icpu *c = v->engine_data;
+    return c->rip;
+}
+
 const struct engine interp_engine = {
     .name = "interp",
     .machine_open = codepages_open,
@@ -540,6 +547,7 @@ const struct engine interp_engine = {
     .run = run,
     .get = get,
     .set = set,
+    .sample = sample,
     .counts_insns = true,
     .debug_points = DEBUG_POINTS_MAX,
 };
