@@ -51,6 +51,7 @@
 #include "dev/virtio_blk.h"
 #include "dev/virtio_console.h"
 #include "dev/virtio_rng.h"
+#include "dev/virtio_vsock.h"
 #include "io/virtio_pci.h"
 #include "vm/boot.h"
 #include "vm/fw_items.h"
@@ -78,7 +79,7 @@ static const u8 pci_gsi[4] = { 16, 17, 18, 19 };                   /* INTA..D on
 static const u8 pci_isa[4] = { 10, 11, 10, 11 };                   /* the same on the i8259 pair */
 #define ELCR 0x0e00                                                /* IRQ 9, 10, 11 are level-triggered */
 
-enum { SLOT_HOST = 0, SLOT_CONSOLE = 1, SLOT_RNG = 2, SLOT_DISK = 3 };
+enum { SLOT_HOST = 0, SLOT_CONSOLE = 1, SLOT_RNG = 2, SLOT_DISK = 3, SLOT_VSOCK = 30 };
 
 #define DEVICES_MAX (32 + VM_DISKS_MAX + VM_VCPUS_MAX)
 
@@ -356,6 +357,18 @@ static int build_console(struct board *b)
     return r < 0 ? r : attach_virtio(b, SLOT_CONSOLE, b->console);
 }
 
+static int build_vsock(struct board *b)
+{
+    const struct vm_config *c = b->config;
+    struct virtio_vsock *vsock;
+    int r;
+
+    if (!c->vsock)
+        return 0;
+    r = virtio_vsock_new(&b->ram, c->log, c->loop, c->vsock, &vsock);
+    return r < 0 ? r : attach_virtio(b, SLOT_VSOCK, vsock);
+}
+
 static int build_virtio(struct board *b)
 {
     const struct vm_config *c = b->config;
@@ -378,7 +391,7 @@ static int build_virtio(struct board *b)
         if (r == 0)
             r = attach_virtio(b, SLOT_DISK + i, blk);
     }
-    return r;
+    return r < 0 ? r : build_vsock(b);
 }
 
 int board_new(const struct vm_config *config, struct machine *m, struct machine_hook hook, struct board **out)

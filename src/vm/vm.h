@@ -21,6 +21,7 @@
 #include "cpu/engine.h"
 
 struct chardev;
+struct vsock_host;
 struct vport_ops;
 struct vport;
 
@@ -70,6 +71,7 @@ struct vm_config {
     const struct vm_port *port;
     /* of the virtio console; 0: the board has no virtio console */
     unsigned ports;
+    struct vsock_host *vsock;                                      /* the board has a virtio vsock; borrowed; NULL: it has none */
     bool virtio_modern;                                            /* without the legacy registers and identity */
     bool no_reboot;
     bool start_paused;                                             /* vm_start() leaves it VM_PAUSED */

@@ -1,0 +1,281 @@
+/*
+ * Addresses of vsock on this host (vsock_host.h): unix(7). The words of the handshake are those that Firecracker uses ("FROM" is ours).
+ *
+ * A client that has connected and not yet said whom it wants is a `knock`. There are KNOCKS_MAX of them; then the eldest is turned away,
+ * so that silent clients cost nobody else the service. Of what a client sends no more is read than its first line.
+ */
+#define _GNU_SOURCE
+#include "back/vsock_host.h"
+
+#include <ctype.h>
+#include <errno.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "back/listen.h"
+
+#define KNOCKS_MAX 64
+#define LINE_MAX_BYTES 64                                          /* of the handshake, with its newline */
+
+struct knock {
+    struct vsock_host *h;
+    int fd;                                                        /* -1: free */
+    u64 age;
+    struct loop_fd watch;
+};
+
+struct vsock_host {
+    struct vsock_host_config config;
+    struct loop *loop;
+    struct listener listener;
+    struct loop_fd watch;
+    const struct vsock_host_ops *ops;
+    void *arg;
+    u64 knocked;
+    bool complained;
+    struct knock knock[KNOCKS_MAX];
+};
+
+/* --- lines --- */
+
+/* Takes the first line from the socket, without its newline: its length; 0: it is not complete; -errno: it never will be. */
+static int take_line(int fd, char line[LINE_MAX_BYTES])
+{
+    ssize_t n = recv(fd, line, LINE_MAX_BYTES, MSG_PEEK | MSG_DONTWAIT);
+    char *end = n > 0 ? memchr(line, '\n', (size_t)n) : NULL;
+
+    if (n < 0)
+        return errno == EAGAIN || errno == EINTR ? 0 : -errno;
+    if (n == 0)
+        return -ECONNRESET;
+    if (!end)
+        return n == LINE_MAX_BYTES ? -EPROTO : 0;
+    n = recv(fd, line, (size_t)(end - line) + 1, MSG_DONTWAIT);
+    if (n != end - line + 1)
+        return -EPROTO;
+    *end = '\0';
+    return end == line ? -EPROTO : (int)(end - line);
+}
+
+/* A decimal number of 32 bits at *p, which is advanced behind it. */
+static bool take_number(const char **p, u32 *v)
+{
+    u64 n = 0;
+    const char *at = *p;
+
+    for (; isdigit((unsigned char)*at) && at - *p < 10; at++)
+        n = 10 * n + (u64)(*at - '0');
+    if (at == *p || isdigit((unsigned char)*at) || n > UINT32_MAX)
+        return false;
+    *p = at;
+    *v = (u32)n;
+    return true;
+}
+
+static bool take_word(const char **p, const char *word)
+{
+    size_t len = strlen(word);
+
+    if (strncmp(*p, word, len))
+        return false;
+    *p += len;
+    return true;
+}
+
+/* "CONNECT PORT" or "CONNECT PORT FROM CID:PORT"; a carriage return at the end is nothing (telnet). */
+static bool parse_connect(const char *p, u32 *cid, u32 *from, u32 *to)
+{
+    *cid = VSOCK_CID_HOST;
+    *from = 0;
+    if (!take_word(&p, "CONNECT ") || !take_number(&p, to))
+        return false;
+    if (take_word(&p, " FROM ") &&
+        (!take_number(&p, cid) || !take_word(&p, ":") || !take_number(&p, from) || *cid < VSOCK_CID_FIRST || *cid > VSOCK_CID_MAX))
+        return false;
+    take_word(&p, "\r");
+    return !*p;
+}
+
+/* --- clients --- */
+
+static void knock_forget(struct knock *k)
+{
+    loop_fd_del(&k->watch);
+    k->fd = -1;
+}
+
+static void knock_refuse(struct knock *k)
+{
+    int fd = k->fd;
+
+    knock_forget(k);
+    close(fd);
+    vsock_host_closed(k->h);
+}
+
+static void knock_speaks(void *arg, u32 events UNUSED)
+{
+    struct knock *k = arg;
+    struct vsock_host *h = k->h;
+    char line[LINE_MAX_BYTES];
+    u32 cid, from, to;
+    int n = take_line(k->fd, line), fd = k->fd;
+
+    if (n == 0)
+        return;
+    if (n < 0 || !parse_connect(line, &cid, &from, &to) || !h->ops) {
+        knock_refuse(k);
+        return;
+    }
+    knock_forget(k);
+    h->ops->incoming(h->arg, fd, cid, from, to);
+}
+
+/* A free place, or that of the eldest. */
+static struct knock *knock_place(struct vsock_host *h)
+{
+    struct knock *place = h->knock;
+
+    for (struct knock *k = h->knock; k < h->knock + KNOCKS_MAX; k++) {
+        if (k->fd < 0)
+            return k;
+        if (k->age < place->age)
+            place = k;
+    }
+    knock_refuse(place);
+    return place;
+}
+
+static void client_arrived(void *arg, u32 events UNUSED)
+{
+    struct vsock_host *h = arg;
+    int fd = listener_accept(&h->listener);
+    struct knock *k;
+
+    if (fd < 0) {
+        if (errno == EAGAIN || errno == ECONNABORTED || errno == EINTR)
+            return;
+        if (!h->complained)
+            log_msg(h->config.log, LOG_WARN, "vsock unix:%s: cannot take a client: %s; it waits until another has gone", h->config.path,
+                    strerror(errno));
+        h->complained = true;
+        loop_fd_del(&h->watch);                                    /* it would be reported again and again */
+        return;
+    }
+    k = knock_place(h);
+    k->fd = fd;
+    k->age = ++h->knocked;
+    if (loop_fd_add(h->loop, &k->watch, fd, EPOLLIN, knock_speaks, k) < 0) {
+        k->fd = -1;
+        close(fd);
+    }
+}
+
+void vsock_host_closed(struct vsock_host *h)
+{
+    if (h->ops && !h->watch.loop)
+        loop_fd_add(h->loop, &h->watch, h->listener.fd, EPOLLIN, client_arrived, h);
+}
+
+int vsock_host_accepted(int fd, u32 port)
+{
+    char line[32];
+    int len = snprintf(line, sizeof(line), "OK %u\n", port);
+
+    return send(fd, line, (size_t)len, MSG_DONTWAIT | MSG_NOSIGNAL) == len ? 0 : -EPIPE;
+}
+
+/* --- calls --- */
+
+int vsock_host_call(struct vsock_host *h, u32 cid, u32 from, u32 to)
+{
+    struct sockaddr_un address = { .sun_family = AF_UNIX };
+    const size_t size = sizeof(address.sun_path);
+    char line[LINE_MAX_BYTES];
+    int len = -1, fd, error = 0;
+
+    if (cid == VSOCK_CID_HOST)
+        len = snprintf(address.sun_path, size, "%s_%u", h->config.path, to);
+    else if (h->config.peers && cid >= VSOCK_CID_FIRST && cid <= VSOCK_CID_MAX && cid != h->config.cid)
+        len = snprintf(address.sun_path, size, "%s/" VSOCK_PEER_NAME "/" VSOCK_SOCKET_NAME, h->config.peers, cid);
+    if (len < 0 || (size_t)len >= size)
+        return -ECONNREFUSED;
+    fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (fd < 0)
+        return -errno;
+    if (connect(fd, (const struct sockaddr *)&address, sizeof(address)) < 0)
+        error = -errno;
+    if (!error && cid != VSOCK_CID_HOST) {
+        len = snprintf(line, sizeof(line), "CONNECT %u FROM %u:%u\n", to, h->config.cid, from);
+        if (send(fd, line, (size_t)len, MSG_DONTWAIT | MSG_NOSIGNAL) != len)
+            error = -EPIPE;
+    }
+    if (error)
+        close(fd);
+    return error ? error : fd;
+}
+
+int vsock_host_answer(int fd)
+{
+    char line[LINE_MAX_BYTES];
+    int n = take_line(fd, line);
+
+    if (n <= 0)
+        return n;
+    return strncmp(line, "OK ", 3) ? -EPROTO : 1;
+}
+
+/* --- life --- */
+
+u32 vsock_host_cid(const struct vsock_host *h)
+{
+    return h->config.cid;
+}
+
+int vsock_host_serve(struct vsock_host *h, const struct vsock_host_ops *ops, void *arg)
+{
+    h->ops = ops;
+    h->arg = arg;
+    if (ops)
+        return loop_fd_add(h->loop, &h->watch, h->listener.fd, EPOLLIN, client_arrived, h);
+    loop_fd_del(&h->watch);
+    for (struct knock *k = h->knock; k < h->knock + KNOCKS_MAX; k++)
+        if (k->fd >= 0)
+            knock_refuse(k);
+    return 0;
+}
+
+int vsock_host_new(struct loop *loop, const struct vsock_host_config *config, struct vsock_host **out)
+{
+    struct vsock_host *h = calloc(1, sizeof(*h));
+    int r;
+
+    if (!h)
+        return err(-ENOMEM, "vsock: out of memory");
+    h->config = *config;
+    h->loop = loop;
+    for (struct knock *k = h->knock; k < h->knock + KNOCKS_MAX; k++)
+        *k = (struct knock){ .h = h, .fd = -1 };
+    r = listener_unix(&h->listener, "vsock", config->path);
+    if (r == 0 && listen(h->listener.fd, KNOCKS_MAX) < 0) {        /* more than one client at a time */
+        r = err(-errno, "vsock unix:%s: cannot listen: %s", config->path, strerror(errno));
+        listener_close(&h->listener);
+    }
+    if (r < 0) {
+        free(h);
+        return r;
+    }
+    *out = h;
+    return 0;
+}
+
+void vsock_host_free(struct vsock_host *h)
+{
+    if (!h)
+        return;
+    vsock_host_serve(h, NULL, NULL);
+    listener_close(&h->listener);
+    free(h);
+}

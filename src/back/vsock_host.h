@@ -1,0 +1,54 @@
+/*
+ * The host's side of a guest's vsock: which Unix socket stands for which address. dev/virtio_vsock.c speaks with the guest.
+ *
+ *   to the guest      a client connects to PATH and sends "CONNECT PORT\n"; when the guest has accepted, it reads "OK N\n", N being
+ *                     the port that the guest sees it at; from then on the socket is the connection. If the guest refuses, it is closed.
+ *   to the host       the guest connects to CID 2, port P: that is the Unix socket PATH_P, where the host's program listens
+ *   to another guest  of the same user, by its CID: PEERS/.cid-N/vsock is the other doppel's PATH. "CONNECT PORT FROM CID:PORT\n" names
+ *                     who calls, which is believed: the socket's file is open to its owner only.
+ *
+ * On the loop's thread (or before it runs). Callbacks come with no lock held.
+ */
+#pragma once
+
+#include "base/err.h"
+#include "base/loop.h"
+
+#define VSOCK_CID_HOST 2u
+#define VSOCK_CID_FIRST 3u                                         /* of guests */
+#define VSOCK_CID_MAX 0xfffffffeu
+#define VSOCK_PEER_NAME ".cid-%u"                                  /* in the folder of peers: a folder, or a link to one */
+#define VSOCK_SOCKET_NAME "vsock"                                  /* in there */
+
+struct vsock_host;
+
+struct vsock_host_config {
+    const char *path;                                              /* where clients connect; borrowed */
+    const char *peers;                                             /* the folder with other guests; NULL: none can be reached; borrowed */
+    u32 cid;                                                       /* this guest's */
+    const struct log *log;
+};
+
+/* Somebody calls the guest's port `to`: a program (cid VSOCK_CID_HOST, port 0: any will do), or another guest. fd is the callee's now. */
+struct vsock_host_ops {
+    void (*incoming)(void *arg, int fd, u32 cid, u32 from, u32 to);
+};
+
+/* Listens. 0, or a negative errno with err(). */
+int vsock_host_new(struct loop *loop, const struct vsock_host_config *config, struct vsock_host **out);
+void vsock_host_free(struct vsock_host *h);                        /* NULL is fine */
+/* Begins to take clients. The device calls it; ops NULL: no more. */
+int vsock_host_serve(struct vsock_host *h, const struct vsock_host_ops *ops, void *arg);
+u32 vsock_host_cid(const struct vsock_host *h);
+
+/*
+ * The guest calls. A descriptor that does not block, or a negative errno (without err(): a guest that calls where nobody is is no fault of
+ * the host's). With a cid other than VSOCK_CID_HOST the answer has to be awaited: vsock_host_answer().
+ */
+int vsock_host_call(struct vsock_host *h, u32 cid, u32 from, u32 to);
+/* Looks for "OK ...\n" at the beginning of what fd brings, and takes it: 1; 0: not there yet; negative errno: refused. */
+int vsock_host_answer(int fd);
+/* Tells the client that the guest has accepted. 0 or negative errno. */
+int vsock_host_accepted(int fd, u32 port);
+/* A descriptor was closed: clients may be taken again, if there were too many. */
+void vsock_host_closed(struct vsock_host *h);

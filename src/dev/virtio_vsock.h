@@ -1,0 +1,16 @@
+/*
+ * virtio socket device (virtio 1.2, 5.10): stream connections between programs of the guest and programs of the host, or other guests.
+ *
+ * Ends on the host are Unix sockets, which back/vsock_host.h finds. Everything is done on the loop's thread.
+ */
+#pragma once
+
+#include "back/vsock_host.h"
+#include "io/virtio.h"
+
+struct virtio_vsock;
+
+/* host is borrowed, and is served until the device is freed. */
+int virtio_vsock_new(struct ram *ram, const struct log *log, struct loop *loop, struct vsock_host *host, struct virtio_vsock **out);
+/* Connections that exist now. */
+unsigned virtio_vsock_conns(struct virtio_vsock *v);
