@@ -105,6 +105,21 @@ static bool cmd_trace(struct monitor *m, char *args, FILE *out)
     return true;
 }
 
+static bool cmd_shutdown(struct monitor *m, char *args UNUSED, FILE *out)
+{
+    m->want_shutdown = true;
+    fprintf(out, "the guest is asked to shut down\n");
+    return true;
+}
+
+static bool cmd_status(struct monitor *m, char *args UNUSED, FILE *out)
+{
+    if (m->status)
+        m->status(m->arg, out);
+    fprintf(out, "state=%s\n", vm_state_name(vm_state(m->vm)));
+    return true;
+}
+
 static bool cmd_quit(struct monitor *m, char *args UNUSED, FILE *out UNUSED)
 {
     m->want_quit = true;
@@ -119,8 +134,10 @@ const struct monitor_command monitor_commands[] = {
     {"resume", "", "they go on", cmd_resume},
     {"reset", "", "the reset button: the guest boots again", cmd_reset},
     {"power", "", "the power button: the guest is asked to shut down", cmd_power},
+    {"shutdown", "", "the same, again and again until the guest has heard it; a paused guest goes on", cmd_shutdown},
     {"trace", "LIST[,file=FILE]|off", "as --trace: exits, faults, interrupts, msr, pio, mmio, cr3, insn, all",
      cmd_trace},
+    {"status", "", "name, engine, size and state, as lines \"key=value\"", cmd_status},
     {"quit", "", "ends at once", cmd_quit},
 };
 const unsigned monitor_command_count = ARRAY_SIZE(monitor_commands);

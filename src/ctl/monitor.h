@@ -6,7 +6,9 @@
 struct monitor {
     struct vm *vm;
     FILE *trace_file;                                              /* opened by `trace`; NULL: as it was at the start */
-    bool want_quit;                                                /* `quit` was said; the caller sees to it */
+    bool want_quit, want_shutdown;                                 /* `quit`, `shutdown` was said; the caller sees to it */
+    void (*status)(void *arg, FILE *out);                          /* for `status`; may be NULL */
+    void *arg;
 };
 
 /* Carries out a line (which is cut up); what it has to say goes to out. False: the prompt closes. */

@@ -229,6 +229,9 @@ static bool on_monitor_line(void *arg, char *line, FILE *out)
     bool stay = monitor_line(&run->monitor, line, out);
     if (run->monitor.want_quit)
         quit(run, 0);
+    if (run->monitor.want_shutdown && !run->ended)
+        press_power_button(run);
+    run->monitor.want_shutdown = false;
     return stay;
 }
 
@@ -366,7 +369,7 @@ static int open_vm(struct run *run, const struct engine *engine)
         .firmware = o->firmware, .cpuid = o->cpuid,
         .initrd = o->initrd ? o->initrd : o->kernel || o->firmware ? NULL : run->guest.initrd,
         .cmdline = run->cmdline, .disk = o->disk, .disks = o->disks, .serial = run->serial,
-        .virtio_modern = o->virtio_modern, .debug_exit = o->debug_exit, .start_paused = o->gdb_wait,
+        .vsock = run->vsock, .virtio_modern = o->virtio_modern, .debug_exit = o->debug_exit, .start_paused = o->gdb_wait,
         .no_reboot = o->no_reboot || o->command,                   /* a command is not run twice */
         .trace = {.mask = o->trace_mask, .file = run->trace_file ? run->trace_file : run->stderr_stream},
         .tools = {.insns = o->stats || o->verbose, .handlers = o->stats, .check = o->check, .mmu = o->mmu}, .sample = o->stats, .profile = o->profile_file,
@@ -382,6 +385,8 @@ static int open_vm(struct run *run, const struct engine *engine)
     timer_init(&run->press_again, vm_clock(run->vm), on_press_again, run);
     command_attach(run->command, run->vm);
     run->monitor.vm = run->vm;
+    run->monitor.status = run_ways_status;
+    run->monitor.arg = run;
     return 0;
 }
 
@@ -412,6 +417,8 @@ static int prepare(struct run *run)
     int r = o->status_file ? status_file_prepare(o->status_file) : 0;
     if (r < 0)
         run->options.status_file = NULL;                           /* told once is enough */
+    if (r == 0)
+        r = run_ways_claim(run);
     const struct engine *engine = r == 0 ? choose_engine(run) : NULL;
     if (r == 0)
         r = find_guest(run);
@@ -423,6 +430,8 @@ static int prepare(struct run *run)
         r = loop_new(&run->loop);
     if (r == 0)
         r = run_io_open(run, &console_ops);
+    if (r == 0)
+        r = run_ways_open(run, on_monitor_line);
     if (r == 0)
         r = open_command(run);
     if (r == 0)
@@ -500,6 +509,7 @@ static void release(struct run *run)
     if (run->vm)
         timer_disarm(&run->press_again);
     vm_free(run->vm);
+    run_ways_close(run);
     command_free(run->command);
     monitor_close(&run->monitor);
     run_io_close(run);

@@ -12,6 +12,9 @@
 #include "base/err.h"
 #include "cpu/cpuid.h"
 #include "cpu/engine.h"
+#include "ctl/instance.h"
+
+#define DETACH_SECONDS 120
 
 static int set_engine(void *target, const char *value)
 {
@@ -273,6 +276,32 @@ static int set_gdb(void *target, const char *value)
     return 0;
 }
 
+static int set_name(void *target, const char *value)
+{
+    if (!instance_name_valid(value))
+        return err(-EINVAL, "--name %.100s: not a name for a VM; take 1 to %d letters, digits, \"_\", \".\" or \"-\", the first a letter "
+                            "or digit", value, INSTANCE_NAME_MAX);
+    ((struct run_options *)target)->name = value;
+    return 0;
+}
+
+static int set_vsock(void *target, const char *value)
+{
+    ((struct run_options *)target)->vsock = value;
+    return 0;
+}
+
+static int set_detach(void *target, const char *value)
+{
+    struct run_options *o = target;
+    u64 n = DETACH_SECONDS;
+    if (value && (parse_unsigned(value[0] == '=' ? value + 1 : value, &n) < 0 || n > 86400))
+        return err(-EINVAL, "--detach=%.100s: not a number of seconds; give 0 (do not wait) to 86400", value);
+    o->detach = true;
+    o->detach_seconds = (unsigned)n;
+    return 0;
+}
+
 static int set_quiet(void *target, const char *value UNUSED)
 {
     ((struct run_options *)target)->quiet = true;
@@ -327,6 +356,15 @@ const struct option run_option_table[] = {
      "For kernels under test: a write of V to port 0xf4 (1, 2 or 4 bytes) ends doppel with the exit status (V << 1) | "
      "1, of which a process keeps the lowest 8 bits, and bytes written to port 0xe9 go where the serial console goes.",
      false, set_debug_exit},
+    {"name", "NAME",
+     "The VM's name, by which doppel exec, cp, kill and rm find it while it runs. Default: vm1, or the next number that is free.", false, set_name},
+    {"detach", "[=SECONDS]",
+     "Runs the VM in the background: prints its name and returns as soon as \"doppel exec\" works in it, or tells why it ended instead. An error "
+     "after SECONDS (default: 120), the VM goes on then; 0: does not wait. Its console is that of --console, or none.", false, set_detach},
+    {"vsock", "PATH",
+     "Where the guest's vsock is on this host: a program connects to the Unix socket PATH and sends \"CONNECT PORT\" to reach the guest's port, "
+     "and reads \"OK\" and a number; the guest's connections to CID 2, port PORT, arrive at the Unix socket PATH_PORT. Default: "
+     "the socket \"vsock\" in the VM's directory.", false, set_vsock},
     {"gdb", "PORT|unix:PATH[,wait][,i386]",
      "Takes a gdb, one at a time, at that port of 127.0.0.1 (where every user of this host can connect) or at a Unix "
      "socket (where only you can): \"target remote :PORT\" or \"target remote PATH\". The guest stops while gdb looks "
@@ -363,6 +401,11 @@ static int check_together(const struct run_options *o)
         return err(-EINVAL, "--quiet and --verbose contradict each other; leave one out");
     if (o->check && strcmp(o->engine, "auto") && strcmp(o->engine, "bt"))
         return err(-EINVAL, "--check: compares the engines bt and interp; leave --engine %s out", o->engine);
+    if (o->detach && o->command)
+        return err(-EINVAL, "--detach: leaves the terminal, and a command is for whoever waits; start the VM, then say doppel exec NAME -- "
+                            "COMMAND");
+    if (o->detach && o->console == CONSOLE_STDIO)
+        return err(-EINVAL, "--detach: leaves the terminal; give --console a file or a socket");
     if (o->command && !*o->command)
         return err(-EINVAL, "--: no command follows; name one, or leave \"--\" out for a shell");
     if (o->command && o->console == CONSOLE_STDIO)

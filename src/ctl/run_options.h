@@ -18,6 +18,9 @@ struct run_options {
     enum console_kind console;
     const char *console_path;                                      /* of CONSOLE_FILE and CONSOLE_UNIX */
     bool no_reboot, virtio_modern, debug_exit, quiet, verbose;
+    const char *name, *vsock;                                      /* NULL: not given */
+    bool detach;
+    unsigned detach_seconds;                                       /* how long exec is waited for; 0: not at all */
     u16 gdb_port;                                                  /* 0 with gdb_path, and without --gdb */
     const char *gdb_path;
     bool gdb_wait, gdb_i386;

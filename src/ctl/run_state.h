@@ -6,6 +6,7 @@
 
 #include "ctl/command.h"
 #include "ctl/guest.h"
+#include "ctl/instance.h"
 #include "ctl/message.h"
 #include "ctl/monitor.h"
 #include "ctl/run_options.h"
@@ -28,6 +29,12 @@ struct run {
     struct monitor monitor;
     struct command *command;
     struct gdb *gdb;                                               /* NULL without --gdb */
+
+    /* run_ways.c: ways in, from other processes */
+    struct instance instance;                                      /* name[0] 0: it has no name */
+    struct control *control;
+    struct vsock_host *vsock;                                      /* NULL: the board has no vsock */
+    char *vsock_path, *peers_path, *control_path;
 
     /* run_io.c */
     bool tty;                                                      /* a terminal is the console's (or the command's) */
@@ -63,6 +70,15 @@ bool run_io_drained(const struct run *run);
 void run_io_on_drained(struct run *run, void (*drained)(void *arg), void *arg);
 void run_io_resize(struct run *run);
 void run_io_close(struct run *run);
+
+/*
+ * run_ways.c: takes a name; then opens its control socket and its vsock's, before the VM is made. Without a name nobody asked for, none of it
+ * is an error: a message is enough. 0 or a negative errno with err().
+ */
+int run_ways_claim(struct run *run);
+int run_ways_open(struct run *run, bool (*line)(void *arg, char *line, FILE *out));
+void run_ways_status(void *arg, FILE *out);                        /* for monitor.status */
+void run_ways_close(struct run *run);
 
 /* run_end.c: says what has to be said and fills in *s; reason lives as long as the run. */
 void run_end(struct run *run, struct status *s);

@@ -25,7 +25,9 @@ chmod 755 "$tmp/rd/legacy"
 cat "$guest/initrd" "$tmp/more.cpio" >"$tmp/initrd"
 
 look='for d in /sys/bus/virtio/devices/virtio*; do
-          p=$(readlink -f $d/..); echo "$(cat $p/device) $(cat $p/revision) $(cut -c33 $d/features) $(cat $d/status)"
+          p=$(readlink -f $d/..)
+          [ $(cat $p/device) = 0x1053 ] && continue  # vsock: its driver comes when it comes, and there is no legacy one
+          echo "$(cat $p/device) $(cat $p/revision) $(cut -c33 $d/features) $(cat $d/status)"
       done
       dd if=/dev/vda of=/dev/vdb bs=64k conv=fsync 2>/dev/null
       dd if=/dev/hwrng bs=512 count=4 2>/dev/null | wc -c

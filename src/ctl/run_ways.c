@@ -1,0 +1,103 @@
+/*
+ * Ways into a VM that runs, for other processes: its name, its control socket, its vsock (instance.h, control.h, back/vsock_host.h).
+ *
+ * doppel runs VMs also where a user has no directory of his own to be found in (a container without /tmp): then there are no ways in.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <limits.h>
+#include <string.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "back/vsock_host.h"
+#include "ctl/control.h"
+#include "ctl/run_state.h"
+
+int run_ways_claim(struct run *run)
+{
+    const struct run_options *o = &run->options;
+    int r = instance_claim(&run->instance, o->name);
+    if (r == 0 || o->name || o->detach)
+        return r;
+    message(&run->messages, LOG_WARN, "%s; so the VM has no name, and no control socket", err_last());
+    return 0;
+}
+
+static bool named(const struct run *run)
+{
+    return run->instance.base[0];
+}
+
+/* A path in the VM's directory: through its descriptor where it would be too long for a socket's address. */
+static char *path_in(const struct instance *i, const char *name)
+{
+    char *path;
+    int n = asprintf(&path, "%s/%s", i->dir, name);
+    if (n < 0)
+        return NULL;
+    if ((size_t)n + sizeof("_4294967295") <= sizeof(((struct sockaddr_un *)0)->sun_path))
+        return path;
+    free(path);
+    return asprintf(&path, "/proc/self/fd/%d/%s", i->dir_fd, name) < 0 ? NULL : path;
+}
+
+static int open_control(struct run *run, bool (*line)(void *arg, char *line, FILE *out))
+{
+    run->control_path = path_in(&run->instance, "control");
+    struct control_config config = {.path = run->control_path, .loop = run->loop, .log = &run->log, .line = line, .arg = run};
+    return run->control_path ? control_new(&config, &run->control) : err(-ENOMEM, "no memory");
+}
+
+/* --vsock PATH is known by the VM's name, too. */
+static int link_vsock(struct run *run)
+{
+    char path[PATH_MAX];
+    if (!realpath(run->vsock_path, path))
+        return err(-errno, "--vsock %s: %s", run->vsock_path, strerror(errno));
+    unlinkat(run->instance.dir_fd, VSOCK_SOCKET_NAME, 0);
+    return symlinkat(path, run->instance.dir_fd, VSOCK_SOCKET_NAME) == 0 ? 0 : err(-errno, "%s: cannot make a link: %s", run->instance.dir,
+                                                                                strerror(errno));
+}
+
+static int open_vsock(struct run *run)
+{
+    const struct run_options *o = &run->options;
+    run->vsock_path = o->vsock ? strdup(o->vsock) : path_in(&run->instance, VSOCK_SOCKET_NAME);
+    if (!run->vsock_path || (named(run) && asprintf(&run->peers_path, "/proc/self/fd/%d", run->instance.base_fd) < 0))
+        return err(-ENOMEM, "no memory");
+    struct vsock_host_config config = {
+        .path = run->vsock_path, .peers = run->peers_path, .cid = named(run) ? run->instance.cid : VSOCK_CID_FIRST, .log = &run->log,
+    };
+    int r = vsock_host_new(run->loop, &config, &run->vsock);
+    return r < 0 || !o->vsock || !named(run) ? r : link_vsock(run);
+}
+
+int run_ways_open(struct run *run, bool (*line)(void *arg, char *line, FILE *out))
+{
+    int r = named(run) ? open_control(run, line) : 0;
+    return r < 0 || (!named(run) && !run->options.vsock) ? r : open_vsock(run);
+}
+
+void run_ways_status(void *arg, FILE *out)
+{
+    const struct run *run = arg;
+    u64 ran = run_now_ns() - run->running_ns;
+    fprintf(out, "name=%s\npid=%d\nengine=%s\ncpus=%u\nmemory=%llu\nuptime=%llu\n", run->instance.name, (int)getpid(),
+            vm_machine(run->vm)->engine->name, run->options.cpus, (unsigned long long)run->options.memory_bytes,
+            (unsigned long long)(run->running_ns ? ran / 1000000000 : 0));
+    if (run->vsock)
+        fprintf(out, "cid=%u\nvsock=%s\n", vsock_host_cid(run->vsock), run->vsock_path);
+    if (run->options.gdb_port)
+        fprintf(out, "ports=gdb:%u\n", run->options.gdb_port);
+}
+
+void run_ways_close(struct run *run)
+{
+    control_free(run->control);
+    vsock_host_free(run->vsock);
+    instance_release(&run->instance);
+    free(run->control_path);
+    free(run->vsock_path);
+    free(run->peers_path);
+}
