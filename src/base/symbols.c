@@ -89,7 +89,8 @@ static const Elf64_Shdr *table_of(const struct file *f, const Elf64_Ehdr *h, u32
     return NULL;
 }
 
-static long add_table(struct symbols *s, const struct file *f, const Elf64_Ehdr *h, const Elf64_Shdr *table, u64 bias)
+/* rest: the name of what is behind a function; NULL: nothing is known to be. */
+static long add_table(struct symbols *s, const struct file *f, const Elf64_Ehdr *h, const Elf64_Shdr *table, u64 bias, const char *rest)
 {
     const Elf64_Shdr *all = at(f, h->e_shoff, (u64)h->e_shnum * sizeof *all), *strings = &all[table->sh_link];
     const Elf64_Sym *sym = at(f, table->sh_offset, table->sh_size);
@@ -102,14 +103,15 @@ static long add_table(struct symbols *s, const struct file *f, const Elf64_Ehdr 
         if ((type != STT_FUNC && type != STT_GNU_IFUNC && type != STT_NOTYPE) || sym[i].st_shndx == SHN_UNDEF || sym[i].st_name >= strings->sh_size ||
             !text[sym[i].st_name])
             continue;
-        if (symbols_add(s, sym[i].st_value + bias, text + sym[i].st_name))
+        if (symbols_add(s, sym[i].st_value + bias, text + sym[i].st_name) ||
+            (rest && sym[i].st_size && symbols_add(s, sym[i].st_value + sym[i].st_size + bias, rest)))
             return -ENOMEM;
         n++;
     }
     return n;
 }
 
-long symbols_elf(struct symbols *s, const char *path, u64 bias)
+static long add_elf(struct symbols *s, const char *path, u64 bias, const char *rest)
 {
     struct file f;
     long r = map_file(path, &f);
@@ -119,9 +121,14 @@ long symbols_elf(struct symbols *s, const char *path, u64 bias)
     const Elf64_Shdr *table = h ? table_of(&f, h, SHT_SYMTAB) : NULL;
     if (h && !table)
         table = table_of(&f, h, SHT_DYNSYM);
-    r = table ? add_table(s, &f, h, table, bias) : -EINVAL;
+    r = table ? add_table(s, &f, h, table, bias, rest) : -EINVAL;
     munmap((void *)f.p, f.n);
     return r;
+}
+
+long symbols_elf(struct symbols *s, const char *path, u64 bias)
+{
+    return add_elf(s, path, bias, NULL);
 }
 
 /* Where a file's segment that begins at this offset was linked to be; ~0: there is none. */
@@ -140,17 +147,28 @@ static u64 linked_at(const char *path, u64 offset)
     return va;
 }
 
+/* "/usr/lib/libc.so.6" is "[libc.so.6]", "/memfd:NAME (deleted)" "[memfd:NAME]", and "[vdso]" itself. */
+static void bracketed(const char *path, char name[64])
+{
+    const char *base = strrchr(path, '/');
+    base = base ? base + 1 : path[0] == '[' ? path + 1 : path;
+    snprintf(name, 64, "[%.*s]", (int)MIN(strcspn(base, " ]"), (size_t)60), base);
+}
+
 void symbols_self(struct symbols *s)
 {
     FILE *f = fopen("/proc/self/maps", "r");
-    char line[4352], path[4096], rights[5];
-    unsigned long long start, offset;
+    char line[4352], path[4096], rights[5], name[64];
+    unsigned long long start, end, offset;
     while (f && fgets(line, sizeof line, f)) {
-        if (sscanf(line, "%llx-%*x %4s %llx %*s %*u %4095[^\n]", &start, rights, &offset, path) != 4 || rights[2] != 'x' || path[0] != '/')
+        if (sscanf(line, "%llx-%llx %4s %llx %*s %*u %4095[^\n]", &start, &end, rights, &offset, path) != 5 || rights[2] != 'x')
             continue;
-        u64 va = linked_at(path, offset);
+        bracketed(path, name);
+        symbols_add(s, start, name);
+        symbols_add(s, end, "");
+        u64 va = path[0] == '/' ? linked_at(path, offset) : ~0ull;
         if (va != ~0ull)
-            symbols_elf(s, path, start - va);
+            add_elf(s, path, start - va, name);
     }
     if (f)
         fclose(f);
@@ -173,6 +191,11 @@ long symbols_map(struct symbols *s, const char *path)
 }
 
 /* ---- finding ---- */
+static bool nameless(const struct symbols *s, const struct symbol *x)
+{
+    return s->text[x->name] == '[' || !s->text[x->name];
+}
+
 static int by_address(const void *a, const void *b)
 {
     const struct symbol *x = a, *y = b;
@@ -194,6 +217,9 @@ const char *symbols_find(struct symbols *s, u64 addr, u64 *offset)
     }
     if (!lo)
         return NULL;
-    *offset = addr - s->symbol[lo - 1].addr;
-    return s->text + s->symbol[lo - 1].name;
+    const struct symbol *found = &s->symbol[--lo];
+    while (nameless(s, found) && lo > 0 && s->symbol[lo - 1].addr == found->addr) /* where a function begins nothing else ends */
+        found = &s->symbol[--lo];
+    *offset = addr - found->addr;
+    return s->text[found->name] ? s->text + found->name : NULL;
 }

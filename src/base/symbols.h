@@ -24,7 +24,7 @@ int symbols_add(struct symbols *s, u64 addr, const char *name);    /* 0 or -ENOM
 long symbols_elf(struct symbols *s, const char *path, u64 bias);
 /* Lines "ADDRESS TYPE NAME": System.map, nm, /proc/kallsyms. Functions only. How many, or a negative errno. */
 long symbols_map(struct symbols *s, const char *path);
-/* This process's program and libraries. */
+/* This process's program and libraries. What lies between functions that are known has the file's name in brackets. */
 void symbols_self(struct symbols *s);
-/* The name whose address is the last one not above addr, and how far addr is behind it; NULL: none. */
+/* The name whose address is the last one not above addr, and how far addr is behind it; NULL: none, or an empty one. */
 const char *symbols_find(struct symbols *s, u64 addr, u64 *offset);

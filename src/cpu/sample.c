@@ -21,7 +21,7 @@
 struct slot {
     struct sampler *sampler;
     struct vcpu *v;
-    u64 hits[WHERES];
+    u64 hits[WHERES], ran[WHERES][2];                              /* ran: by whether it was the kernel */
     _Atomic u32 sent, taken;
     u64 lost;
     struct sampled_address *table[SAMPLED];                        /* by hash; NULL without a profile */
@@ -31,7 +31,6 @@ struct sampler {
     struct machine *m;
     pthread_t thread;
     _Atomic bool quit;
-    bool profile;
     unsigned slots;
     struct slot slot[];
 };
@@ -63,6 +62,7 @@ static void on_signal(int sig UNUSED, siginfo_t *si, void *ucontext)
     if (s->v->m->engine->sample) {
         u64 rip = s->v->m->engine->sample(s->v, pc, &direct);
         note(s, SAMPLED_GUEST, rip, direct);
+        s->ran[atomic_load_explicit(&s->v->where, memory_order_relaxed)][rip >> 63]++;
     }
     if (!direct)
         note(s, SAMPLED_MONITOR, pc, false);
@@ -128,7 +128,6 @@ int sampler_new(struct machine *m, bool profile, struct sampler **out)
     if (!s)
         return err(-ENOMEM, "no memory for statistics");
     s->m = m;
-    s->profile = profile;
     s->slots = m->vcpus;
     for (unsigned i = 0; i < m->vcpus; i++) {
         s->slot[i].sampler = s;
@@ -173,6 +172,11 @@ void sampler_free(struct sampler *s)
 u64 sampler_hits(const struct sampler *s, unsigned vcpu, enum vcpu_where w)
 {
     return *(volatile const u64 *)&s->slot[vcpu].hits[w];
+}
+
+u64 sampler_ran(const struct sampler *s, unsigned vcpu, enum vcpu_where w, bool kernel)
+{
+    return s->slot[vcpu].ran[w][kernel];
 }
 
 const struct sampled_address *sampler_address(const struct sampler *s, unsigned vcpu, enum sampled what, unsigned n)

@@ -19,6 +19,8 @@ struct sampler;
 int sampler_new(struct machine *m, bool profile, struct sampler **out);
 void sampler_free(struct sampler *s);                              /* NULL is fine; before the vCPUs are freed */
 u64 sampler_hits(const struct sampler *s, unsigned vcpu, enum vcpu_where w);
+/* With a profile: in how many samples of a vCPU that ran it was there, and the guest's RIP was one of the upper half's (the kernel's), or of the lower. */
+u64 sampler_ran(const struct sampler *s, unsigned vcpu, enum vcpu_where w, bool kernel);
 
 /* An address that was met: guest RIPs, and addresses in the monitor's own code. */
 enum sampled { SAMPLED_GUEST, SAMPLED_MONITOR, SAMPLED };

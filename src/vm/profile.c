@@ -119,10 +119,7 @@ static void monitor_name(struct symbols *self, u64 addr, char name[64])
 {
     u64 off;
     const char *symbol = symbols_find(self, addr, &off);
-    if (symbol && off < MiB)
-        snprintf(name, 64, "%.60s", symbol);
-    else
-        snprintf(name, 64, "%s", "(no name)");
+    snprintf(name, 64, "%.60s", symbol && (off < MiB || *symbol == '[') ? symbol : "(no name)");
 }
 
 static void collect(const struct machine *m, const struct sampler *s, enum sampled what, struct symbols *names, struct lines *l)
@@ -147,30 +144,41 @@ static double percent(u64 part, u64 all)
 
 static void print_where(const struct machine *m, const struct sampler *s, FILE *f)
 {
-    u64 hits[WHERES] = { 0 }, all = 0;
+    u64 hits[WHERES] = { 0 }, ran[WHERES][2] = { { 0 } }, all = 0;
     for (unsigned i = 0; i < m->vcpus; i++)
         for (unsigned w = 0; w < WHERES; w++) {
             hits[w] += sampler_hits(s, i, w);
             all += sampler_hits(s, i, w);
+            ran[w][0] += sampler_ran(s, i, w, false);
+            ran[w][1] += sampler_ran(s, i, w, true);
         }
-    fprintf(f, "\nWhere the time went, of %llu samples:\n", (unsigned long long)all);
-    for (unsigned w = 0; w < WHERES; w++)
-        if (hits[w])
-            fprintf(f, "%6.2f %%  %8llu  %s\n", percent(hits[w], all), (unsigned long long)hits[w], vcpu_where_name(w));
+    fprintf(f, "\nWhere the time went, of %llu samples; and how much of that for the guest's kernel:\n", (unsigned long long)all);
+    for (unsigned w = 0; w < WHERES; w++) {
+        if (!hits[w])
+            continue;
+        fprintf(f, "%6.2f %%  %8llu  ", percent(hits[w], all), (unsigned long long)hits[w]);
+        if (ran[w][0] + ran[w][1])
+            fprintf(f, "%3.0f %%  %s\n", percent(ran[w][1], ran[w][0] + ran[w][1]), vcpu_where_name(w));
+        else
+            fprintf(f, "       %s\n", vcpu_where_name(w));
+    }
 }
 
 static void print_guest(const struct lines *l, FILE *f)
 {
-    fprintf(f, "\nThe guest's code, of %llu samples that ran; by its side how much of that was its own code (the rest is the monitor's work for it):\n",
-            (unsigned long long)l->all);
-    for (size_t i = 0; i < MIN(l->n, (size_t)LINES_MAX); i++)
-        fprintf(f, "%6.2f %%  %8llu  %3.0f %%  %s\n", percent(l->line[i].n, l->all), (unsigned long long)l->line[i].n, percent(l->line[i].direct, l->line[i].n),
-                l->line[i].name);
+    fprintf(f, "\nThe guest's code, of %llu samples that ran", (unsigned long long)l->all);
+    fputs(l->direct ? "; and how much of that was its own code (the rest is the monitor's work for it):\n" : ":\n", f);
+    for (size_t i = 0; i < MIN(l->n, (size_t)LINES_MAX); i++) {
+        fprintf(f, "%6.2f %%  %8llu  ", percent(l->line[i].n, l->all), (unsigned long long)l->line[i].n);
+        if (l->direct)
+            fprintf(f, "%3.0f %%  ", percent(l->line[i].direct, l->line[i].n));
+        fprintf(f, "%s\n", l->line[i].name);
+    }
 }
 
 static void print_monitor(const struct lines *l, u64 all, FILE *f)
 {
-    fprintf(f, "\nThe monitor's own code, of the same samples:\n");
+    fprintf(f, "\nThe monitor's own code, of the same samples (time in the host's kernel counts where it was entered):\n");
     for (size_t i = 0; i < MIN(l->n, (size_t)LINES_MAX); i++)
         fprintf(f, "%6.2f %%  %8llu  %s\n", percent(l->line[i].n, all), (unsigned long long)l->line[i].n, l->line[i].name);
 }

@@ -532,9 +532,10 @@ static int set(struct vcpu *v, const struct x86 *x)
 }
 
 /* The block's, since single instructions do not say where they are. */
-static u64 sample(const struct vcpu *v, u64 pc UNUSED, bool *direct UNUSED)
+static u64 sample(const struct vcpu *v, u64 pc UNUSED, bool *direct)
 {
     const struct icpu *c = v->engine_data;
+    *direct = false;
     return c->rip;
 }
 
