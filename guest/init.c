@@ -7,7 +7,7 @@
  * and reboot, and ends the machine in order: processes stopped, disks synced and unmounted.
  *
  * One thread, one poll() loop, nothing that blocks: every descriptor of a port or a pipe is non-blocking, so that a
- * stalled stream stalls only itself. Left out: services, users, getty, network set-up beyond the loopback.
+ * stalled stream stalls only itself. Left out: services, users, getty. The network is left to a script (/etc/network).
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -72,6 +72,7 @@ enum { OUT, ERR };
 struct command {
     enum command_state state;
     pid_t pid;
+    bool told_ready;                                               /* READY is sent */
     int port[3];                                                   /* stdin, stdout, stderr */
     int master, slave;                                             /* of the terminal, with RUN_TTY; else -1 */
     struct pump in, out[2];
@@ -86,6 +87,8 @@ struct init {
     char button_name[BUTTONS_MAX][32];
     unsigned buttons;
     char console[64];                                              /* "/dev/ttyS0" */
+    pid_t network;                                                 /* brings network cards up; 0: has done so */
+    bool wait_network;                                             /* the command is not run before */
     pid_t shell;                                                   /* 0: none */
     int64_t shell_at;                                              /* not before, in now_ms() */
     int how;                                                       /* RB_*: the machine is to end so; 0: not */
@@ -184,10 +187,10 @@ static bool parameter(const char *name, char *value, size_t size)
     return false;
 }
 
-static void load_modules(void)
+static void load_modules(const char *list)
 {
     char path[512];
-    FILE *f = fopen("/etc/modules", "re");
+    FILE *f = fopen(list, "re");
 
     while (f && fgets(path, sizeof path, f)) {
         path[strcspn(path, "\n")] = 0;
@@ -507,6 +510,40 @@ static void child_defaults(void)
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
     setsid();
+}
+
+static bool has_network_card(void)
+{
+    char path[300], class[16];
+    DIR *d = opendir("/sys/bus/pci/devices");
+    struct dirent *e;
+    bool found = false;
+
+    while (d && !found && (e = readdir(d))) {
+        snprintf(path, sizeof path, "/sys/bus/pci/devices/%s/class", e->d_name);
+        read_line(path, class, sizeof class);
+        found = !strcmp(class, "0x020000");
+    }
+    if (d)
+        closedir(d);
+    return found;
+}
+
+/* Drivers and addresses take a while, which nobody waits for who did not say so; what a person sees first comes first. */
+static void network_start(struct init *s)
+{
+    if (!has_network_card())
+        return;
+    s->network = fork();
+    if (s->network)
+        return;
+    child_defaults();
+    if (!s->wait_network && nice(5) < 0)
+        say("nice: %s", strerror(errno));
+    load_modules("/etc/modules.net");
+    execl("/etc/network", "network", NULL);
+    say("/etc/network: %s", strerror(errno));
+    _exit(127);
 }
 
 static void shell_start(struct init *s)
@@ -837,24 +874,31 @@ static void command_step(struct init *s)
 }
 
 /* Opens the ports that are there by now; READY goes out with the last one. */
+/* The host says then what to run. */
+static void tell_ready(struct init *s)
+{
+    struct command *c = &s->cmd;
+
+    if (c->state != CMD_WAITING || c->told_ready || s->ctl.fd < 0 || c->port[0] < 0 || c->port[1] < 0 || c->port[2] < 0 ||
+        (s->wait_network && s->network))
+        return;
+    c->told_ready = true;
+    ctl_send(&s->ctl, MSG_READY, &(struct msg_ready){ PROTOCOL_VERSION }, sizeof(struct msg_ready));
+}
+
 static void find_ports(struct init *s)
 {
     static const char *const name[] = { PORT_STDIN, PORT_STDOUT, PORT_STDERR };
     struct command *c = &s->cmd;
-    bool all;
 
     if (s->ctl.fd < 0)
         s->ctl.fd = open_port(PORT_CTL);
     if (c->state != CMD_WAITING || c->port[2] >= 0)
         return;
-    all = s->ctl.fd >= 0;
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < 3; i++)
         if (c->port[i] < 0)
             c->port[i] = open_port(name[i]);
-        all &= c->port[i] >= 0;
-    }
-    if (all)
-        ctl_send(&s->ctl, MSG_READY, &(struct msg_ready){ PROTOCOL_VERSION }, sizeof(struct msg_ready));
+    tell_ready(s);
 }
 
 /* ---- the loop ---- */
@@ -867,6 +911,10 @@ static void reap(struct init *s)
     while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
         if (pid == s->shell)
             s->shell = 0;
+        if (pid == s->network) {
+            s->network = 0;
+            tell_ready(s);
+        }
         if (pid == s->cmd.pid && s->cmd.state == CMD_RUNNING)
             command_ended(s, WIFSIGNALED(status) ? EXIT_SIGNAL : EXIT_STATUS,
                           WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
@@ -1019,13 +1067,15 @@ int main(void)
     pump_init(&s->cmd.out[OUT], -1, -1);
     pump_init(&s->cmd.out[ERR], -1, -1);
     open_events(s);
-    load_modules();
+    load_modules("/etc/modules");
     name_host();
     find_console(s);
     if (parameter("doppel.rows", rows, sizeof rows) && parameter("doppel.cols", cols, sizeof cols))
         set_winsize(s->console, -1, atoi(rows), atoi(cols));
     if (parameter("doppel.run", mode, sizeof mode) && !strcmp(mode, "1"))
         s->cmd.state = CMD_WAITING;
+    s->wait_network = s->cmd.state == CMD_WAITING && parameter("doppel.net", mode, sizeof mode) && !strcmp(mode, "wait");
+    network_start(s);
     find_buttons(s);                                               /* first: the host may press once a port is open */
     find_ports(s);
     run(s);

@@ -65,6 +65,20 @@ static bool cmd_power(struct monitor *m, char *args UNUSED, FILE *out)
     return true;
 }
 
+static bool cmd_link(struct monitor *m, char *args, FILE *out)
+{
+    size_t len = strcspn(args, " ");
+    char *state = args + len + strspn(args + len, " ");
+    bool up = !strcmp(state, "up");
+    u64 n;
+    args[len] = '\0';
+    if (parse_unsigned(args, &n) < 0 || n > UINT32_MAX || (!up && strcmp(state, "down")))
+        fprintf(out, "say link N up or link N down; \"info\" lists the cards\n");
+    else if (vm_set_link(m->vm, (unsigned)n, up) < 0)
+        fprintf(out, "%s\n", err_last());
+    return true;
+}
+
 /* Lines are written by vCPU threads: file and mask change while they stand still. */
 static void set_trace(struct monitor *m, u32 mask, FILE *file)
 {
@@ -135,6 +149,7 @@ const struct monitor_command monitor_commands[] = {
     {"reset", "", "the reset button: the guest boots again", cmd_reset},
     {"power", "", "the power button: the guest is asked to shut down", cmd_power},
     {"shutdown", "", "the same, again and again until the guest has heard it; a paused guest goes on", cmd_shutdown},
+    {"link", "N up|down", "network card N's cable is put back or pulled", cmd_link},
     {"trace", "LIST[,file=FILE]|off", "as --trace: exits, faults, interrupts, msr, pio, mmio, cr3, insn, all",
      cmd_trace},
     {"status", "", "name, engine, size and state, as lines \"key=value\"", cmd_status},

@@ -285,6 +285,8 @@ static int append_for_init(struct run *run)
     int r = 0;
     if (run->options.verbose)
         r = append(&run->cmdline, "loglevel=7");
+    if (r == 0 && run->options.command && (run->options.net.given || run->options.net.publishes) && run->options.net.nets)
+        r = append(&run->cmdline, "doppel.net=wait");
     if (r == 0 && run->options.command)
         return append(&run->cmdline, "doppel.run=1");
     if (r == 0 && run->tty && terminal_kind())
@@ -369,6 +371,7 @@ static int open_vm(struct run *run, const struct engine *engine)
         .firmware = o->firmware, .cpuid = o->cpuid,
         .initrd = o->initrd ? o->initrd : o->kernel || o->firmware ? NULL : run->guest.initrd,
         .cmdline = run->cmdline, .disk = o->disk, .disks = o->disks, .serial = run->serial,
+        .net = o->net.net, .nets = o->net.nets, .publish = o->net.publish, .publishes = o->net.publishes, .capture = o->capture,
         .vsock = run->vsock, .virtio_modern = o->virtio_modern, .debug_exit = o->debug_exit, .start_paused = o->gdb_wait,
         .no_reboot = o->no_reboot || o->command,                   /* a command is not run twice */
         .trace = {.mask = o->trace_mask, .file = run->trace_file ? run->trace_file : run->stderr_stream},

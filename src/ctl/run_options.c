@@ -146,6 +146,22 @@ static int set_disk(void *target, const char *value)
     return d->readonly ? 0 : check_attribute(value);
 }
 
+static int set_net(void *target, const char *value)
+{
+    return net_option(&((struct run_options *)target)->net, (char *)value); /* a word of argv: ours to cut */
+}
+
+static int set_publish(void *target, const char *value)
+{
+    return publish_option(&((struct run_options *)target)->net, (char *)value);
+}
+
+static int set_capture(void *target, const char *value)
+{
+    ((struct run_options *)target)->capture = value;
+    return 0;
+}
+
 static int set_virtio(void *target, const char *value)
 {
     struct run_options *o = target;
@@ -344,6 +360,17 @@ const struct option run_option_table[] = {
     {"disk", "FILE[,readonly]",
      "A raw disk image or block device, which the guest sees as /dev/vda; the next one as /dev/vdb, and so on, up to "
      "16. It is locked against a second writer.", true, set_disk},
+    {"net", "user|none[,restrict][,mac=ADDRESS][,mtu=N][,queues=N]",
+     "A network card and where it is connected; the next one gives the guest another card, up to 8. user (the default without --net): a network of "
+     "the guest's own, which reaches what the user of doppel reaches, by doppel's own sockets and without privileges; DHCP gives the guest "
+     "10.0.2.15, the host (its loopback) is 10.0.2.2, DNS is at 10.0.2.3, and by IPv6 they are in fec0::/64; the next card has 10.0.3.0/24 and so on. "
+     "restrict: the guest reaches nothing, and is reached by what is published only. none: no card. mac: the card's address; mtu: is told to the guest; "
+     "queues: pairs of queues, one for each processor up to 8 if it is not given. The default guest asks for its address in the background; a COMMAND waits for it "
+     "if --net or --publish is given.", true, set_net},
+    {"publish", "[ADDRESS:]HOST:GUEST[/udp]",
+     "Connections to port HOST of the host (datagrams with /udp) go to port GUEST of the guest, in its first user network. ADDRESS is one of the host's, "
+     "127.0.0.1 if it is left out; 0.0.0.0 is all of them; one of IPv6 stands in brackets.", true, set_publish},
+    {"capture", "FILE", "Writes all frames that network cards send and receive to FILE, in pcapng format (Wireshark, tcpdump).", false, set_capture},
     {"virtio", "transitional|modern",
      "How virtio devices show themselves. transitional (the default): to drivers of version 1.0 and later, and to older "
      "ones as well. modern: not to older ones, which leaves less for a hostile guest to try.", false, set_virtio},
@@ -417,6 +444,8 @@ static int check_together(const struct run_options *o)
     if (o->command && o->kernel && !o->initrd)
         return err(-EINVAL, "--kernel: the default guest's initrd, which runs the command, has no modules for another "
                             "kernel; give --initrd too (guest/build makes one), or leave the command out");
+    if (o->capture && !o->net.nets)
+        return err(-EINVAL, "--capture: there is no network card with --net none; leave one out");
     return 0;
 }
 
@@ -437,5 +466,7 @@ int run_options_parse(struct run_options *o, int argc, char **argv)
     int r = options_parse(run_option_table, run_option_rows, o, argc, argv, &o->command);
     if (r < 0)
         find_status_file(o, argc, argv);
+    if (r == 0)
+        r = net_options_end(&o->net);
     return r < 0 ? r : check_together(o);
 }

@@ -1,6 +1,7 @@
 /* What `doppel run` was asked to do: the table of its options, and what they set. */
 #pragma once
 
+#include "ctl/net_options.h"
 #include "ctl/options.h"
 #include "vm/vm.h"
 
@@ -15,6 +16,8 @@ struct run_options {
     const char *firmware, *kernel, *initrd, *append;               /* NULL: not given */
     struct vm_disk disk[VM_DISKS_MAX];
     unsigned disks;
+    struct net_options net;
+    const char *capture;                                           /* NULL: none */
     enum console_kind console;
     const char *console_path;                                      /* of CONSOLE_FILE and CONSOLE_UNIX */
     bool no_reboot, virtio_modern, debug_exit, quiet, verbose;

@@ -99,12 +99,15 @@ bool virtio_pop(struct virtio *v, unsigned n, struct virtq_chain *c)
     return r > 0;
 }
 
-void virtio_interrupt(struct virtio *v, unsigned n)
+bool virtio_interrupt(struct virtio *v, unsigned n)
 {
-    if (virtq_wants_interrupt(&v->queue[n]) && v->transport)
+    bool wanted = virtq_wants_interrupt(&v->queue[n]);
+
+    if (wanted && v->transport)
         v->transport_ops->interrupt(v->transport, &v->queue[n]);
     if (v->queue[n].broken)
         virtio_break(v, "a virtqueue lies outside of memory");
+    return wanted;
 }
 
 void virtio_config_changed(struct virtio *v)

@@ -90,7 +90,7 @@ bool virtio_running(const struct virtio *v);                       /* may queues
 void virtio_break(struct virtio *v, const char *why);              /* the driver made no sense: NEEDS_RESET, log once */
 /* virtq_pop() that turns a broken ring into virtio_break(): true when there is a chain. */
 bool virtio_pop(struct virtio *v, unsigned n, struct virtq_chain *c);
-void virtio_interrupt(struct virtio *v, unsigned n);               /* after a batch of pushes: interrupts if the driver wants it */
+bool virtio_interrupt(struct virtio *v, unsigned n);               /* after a batch of pushes: interrupts if the driver wants it; did it? */
 void virtio_config_changed(struct virtio *v);                      /* config[] has new values */
 void virtio_stopped(struct virtio *v);                             /* completes a reset whose stop() returned false */
 

@@ -29,6 +29,7 @@
 #include <string.h>
 
 #include "cpu/cpuid.h"
+#include "cpu/stats.h"
 #include "cpu/vcpu.h"
 #include "dev/acpi_pm.h"
 #include "dev/debug_exit.h"
@@ -50,12 +51,14 @@
 #include "dev/vga_mem.h"
 #include "dev/virtio_blk.h"
 #include "dev/virtio_console.h"
+#include "dev/virtio_net.h"
 #include "dev/virtio_rng.h"
 #include "dev/virtio_vsock.h"
 #include "io/virtio_pci.h"
 #include "vm/boot.h"
 #include "vm/fw_items.h"
 #include "vm/mptable.h"
+#include "vm/nic.h"
 
 #define RAM_LOW_TOP   0xc0000000ull    /* 3 GiB */
 #define RAM_HIGH_BASE 0x100000000ull
@@ -79,9 +82,9 @@ static const u8 pci_gsi[4] = { 16, 17, 18, 19 };                   /* INTA..D on
 static const u8 pci_isa[4] = { 10, 11, 10, 11 };                   /* the same on the i8259 pair */
 #define ELCR 0x0e00                                                /* IRQ 9, 10, 11 are level-triggered */
 
-enum { SLOT_HOST = 0, SLOT_CONSOLE = 1, SLOT_RNG = 2, SLOT_DISK = 3, SLOT_VSOCK = 30 };
+enum { SLOT_HOST = 0, SLOT_CONSOLE = 1, SLOT_RNG = 2, SLOT_DISK = 3, SLOT_NET = 20, SLOT_VSOCK = 30 };
 
-#define DEVICES_MAX (32 + VM_DISKS_MAX + VM_VCPUS_MAX)
+#define DEVICES_MAX (32 + VM_DISKS_MAX + VM_NETS_MAX + VM_VCPUS_MAX)
 
 struct board {
     struct machine *m;
@@ -99,6 +102,9 @@ struct board {
     struct ioapic *ioapic;
     struct acpi_pm *pm;
     struct virtio_console *console;
+    struct virtio_net *nic[VM_NETS_MAX];
+    unsigned nics;
+    struct capture *capture;                                       /* NULL: there is none */
 
     pthread_mutex_t wire_lock;
     u32 wire[4];                                                   /* devices that pull INTA..D */
@@ -369,6 +375,19 @@ static int build_vsock(struct board *b)
     return r < 0 ? r : attach_virtio(b, SLOT_VSOCK, vsock);
 }
 
+static int build_nics(struct board *b)
+{
+    const struct vm_config *c = b->config;
+    int r = c->capture ? capture_open(c->capture, c->log, &b->capture) : 0;
+
+    for (unsigned i = 0; r == 0 && i < c->nets; i++) {
+        r = nic_new(c, i, &b->ram, b->m->clock, b->capture, &b->nic[i]);
+        if (r == 0)
+            r = attach_virtio(b, SLOT_NET + i, b->nic[b->nics++]);
+    }
+    return r;
+}
+
 static int build_virtio(struct board *b)
 {
     const struct vm_config *c = b->config;
@@ -391,7 +410,9 @@ static int build_virtio(struct board *b)
         if (r == 0)
             r = attach_virtio(b, SLOT_DISK + i, blk);
     }
-    return r < 0 ? r : build_vsock(b);
+    if (r == 0)
+        r = build_vsock(b);
+    return r < 0 ? r : build_nics(b);
 }
 
 int board_new(const struct vm_config *config, struct machine *m, struct machine_hook hook, struct board **out)
@@ -460,6 +481,7 @@ void board_free(struct board *b)
 
         d->ops->free(d);
     }
+    capture_close(b->capture);
     if (b->lapics)
         lapic_bus_free(b->lapics);
     if (b->pci)
@@ -532,4 +554,23 @@ void board_info(struct board *b, FILE *f)
                 (unsigned long long)(b->ram.run[i].gpa + b->ram.run[i].size - 1));
     for (unsigned i = 0; i < b->config->disks; i++)
         fprintf(f, "disk %u: %s%s\n", i, b->config->disk[i].path, b->config->disk[i].readonly ? " (read-only)" : "");
+    for (unsigned i = 0; i < b->nics; i++) {
+        fprintf(f, "net %u: ", i);
+        virtio_net_info(b->nic[i], f);
+        fputc('\n', f);
+    }
+}
+
+void board_stats(struct board *b, struct stats *s)
+{
+    for (unsigned i = 0; i < b->nics; i++)
+        nic_stats(b->nic[i], i, s);
+}
+
+int board_set_link(struct board *b, unsigned n, bool up)
+{
+    if (n >= b->nics)
+        return err(-ENOENT, "there is no network card %u", n);
+    virtio_net_set_link(b->nic[n], up);
+    return 0;
 }

@@ -33,3 +33,6 @@ const struct e820 *board_map(const struct board *b);
 void board_power_button(struct board *b);
 struct vport *board_port(struct board *b, unsigned n);
 void board_info(struct board *b, FILE *f);                         /* one line per device */
+struct stats;
+void board_stats(struct board *b, struct stats *s);                /* a group for each network card */
+int board_set_link(struct board *b, unsigned n, bool up);

@@ -489,6 +489,11 @@ void vm_power_button(struct vm *vm)
     board_power_button(vm->board);
 }
 
+int vm_set_link(struct vm *vm, unsigned n, bool up)
+{
+    return board_set_link(vm->board, n, up);
+}
+
 void vm_quit(struct vm *vm)
 {
     vm_post_end(vm, VM_END_QUIT);
@@ -587,6 +592,7 @@ void vm_stats(struct vm *vm, FILE *f, bool json)
     for (unsigned i = 0; i < m->vcpus; i++)
         stats_vcpu(&s, m->vcpu[i], vm->sampler);
     stats_vcpus_end(&s);
+    board_stats(vm->board, &s);
     stats_close(&s);
 }
 

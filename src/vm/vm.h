@@ -14,6 +14,7 @@
  */
 #pragma once
 
+#include "back/net_user.h"
 #include "base/clock.h"
 #include "base/err.h"
 #include "base/loop.h"
@@ -28,6 +29,18 @@ struct vport;
 struct vm_disk {
     const char *path;
     bool readonly;
+};
+
+enum vm_net_kind { VM_NET_USER };
+
+/* A network card and where it is connected. */
+struct vm_net {
+    enum vm_net_kind kind;
+    bool restricted;                                               /* user: nothing but what is published */
+    bool has_mac;
+    u8 mac[NET_MAC];                                               /* without has_mac: one is made (vm/nic.c) */
+    u16 mtu;                                                       /* 0: nothing is said to the guest */
+    unsigned queues;                                               /* pairs; 0: one for each vCPU */
 };
 
 /* A named port of the virtio console (dev/virtio_console.h says what the callbacks may do). */
@@ -67,6 +80,11 @@ struct vm_config {
     const char *kernel, *initrd, *cmdline;                         /* initrd and cmdline may be NULL */
     const struct vm_disk *disk;
     unsigned disks;                                                /* up to VM_DISKS_MAX */
+    const struct vm_net *net;
+    unsigned nets;                                                 /* up to VM_NETS_MAX */
+    const struct net_publish *publish;                             /* ports of the first user network */
+    unsigned publishes;
+    const char *capture;                                           /* file for what the cards send and receive, or NULL */
     struct chardev *serial;                                        /* COM1; borrowed; NULL: nothing is attached */
     const struct vm_port *port;
     /* of the virtio console; 0: the board has no virtio console */
@@ -90,6 +108,7 @@ struct vm_config {
 
 #define VM_VCPUS_MAX 64
 #define VM_DISKS_MAX 16
+#define VM_NETS_MAX 8
 #define VM_MEMORY_MIN (4 * MiB)
 #define VM_MEMORY_MAX (1024 * GiB)
 
@@ -131,6 +150,8 @@ const char *vm_count(const struct vm *vm, unsigned what, u64 *n);
 u64 vm_counted(const struct vm *vm, enum vcpu_counted what);        /* by all vCPUs */
 /* With config.profile, when the VM has ended: what was sampled, with names (vm/profile.h). 0 or a negative errno with err(). */
 int vm_profile(struct vm *vm, const char *map, FILE *f);
+/* Card n's link, as if the cable were pulled or put back; -ENOENT with err(). */
+int vm_set_link(struct vm *vm, unsigned n, bool up);
 /* All statistics, as text or JSON. */
 void vm_stats(struct vm *vm, FILE *f, bool json);
 
