@@ -3,7 +3,7 @@
 # everything that the default guest does over them; and what --virtio modern leaves of them.
 . "$(dirname "$0")/../lib/tap.sh"
 guest=${DOPPEL_GUEST:-${BUILD:-$top/build}/guest}
-run=(run --engine "$ENGINE" --quiet)
+run=(run --engine "$ENGINE" --quiet --net user)
 head -c 4194304 /dev/urandom >"$tmp/a.img"
 truncate -s 4M "$tmp/b.img"
 sum=$(sha256sum <"$tmp/a.img")
@@ -32,6 +32,7 @@ look='for d in /sys/bus/virtio/devices/virtio*; do
       dd if=/dev/vda of=/dev/vdb bs=64k conv=fsync 2>/dev/null
       dd if=/dev/hwrng bs=512 count=4 2>/dev/null | wc -c
       grep -c "virtio.*-" /proc/interrupts
+      ip -o -4 addr show dev eth0 | sed "s/.*inet //;s/ .*//"
       exit 7'
 # name, wanted lines of devices (ID, revision, VERSION_1 accepted, status), interrupts by MSI-X at least, arguments
 drivers()
@@ -40,17 +41,18 @@ drivers()
     shift 3
     truncate -s 0 "$tmp/b.img"; truncate -s 4M "$tmp/b.img"
     doppel "${run[@]}" --disk "$tmp/a.img,readonly" --disk "$tmp/b.img" "$@" -- sh -c "$look" </dev/null
-    is "$name: devices" "$(head -n 4 <<<"$out")" "$want"
-    is "$name: entropy" "$(sed -n 5p <<<"$out")" 2048
-    is "$name: interrupts" "$(($(sed -n 6p <<<"$out") > msix))" $((msix > 0))
+    is "$name: devices" "$(head -n 5 <<<"$out")" "$want"
+    is "$name: entropy" "$(sed -n 6p <<<"$out")" 2048
+    is "$name: interrupts" "$(($(sed -n 7p <<<"$out") > msix))" $((msix > 0))
+    is "$name: address by DHCP" "$(sed -n 8p <<<"$out")" 10.0.2.15/24
     is "$name: exit status" "$status" 7
     is "$name: disks" "$(sha256sum <"$tmp/b.img")" "$sum"
 }
-legacy=$'0x1003 0x00 0 0x00000007\n0x1005 0x00 0 0x00000007\n0x1001 0x00 0 0x00000007\n0x1001 0x00 0 0x00000007'
+legacy=$'0x1003 0x00 0 0x00000007\n0x1005 0x00 0 0x00000007\n0x1001 0x00 0 0x00000007\n0x1001 0x00 0 0x00000007\n0x1000 0x00 0 0x00000007'
 drivers "modern driver" "${legacy//0 0x00000007/1 0x0000000f}" 5
 drivers "legacy driver" "$legacy" 5 --initrd "$tmp/initrd" --append rdinit=/legacy
 drivers "legacy driver without MSI" "$legacy" 0 --initrd "$tmp/initrd" --append "rdinit=/legacy pci=nomsi"
-drivers "--virtio modern" $'0x1043 0x01 1 0x0000000f\n0x1044 0x01 1 0x0000000f\n0x1042 0x01 1 0x0000000f\n0x1042 0x01 1 0x0000000f' 5 \
+drivers "--virtio modern" $'0x1043 0x01 1 0x0000000f\n0x1044 0x01 1 0x0000000f\n0x1042 0x01 1 0x0000000f\n0x1042 0x01 1 0x0000000f\n0x1041 0x01 1 0x0000000f' 5 \
     --virtio modern
 
 done_testing
