@@ -42,7 +42,7 @@ rm -f a.img b.img
 # an emulator in an emulator.
 move()                                              # first engine, second, vCPUs, milliseconds, moves
 {
-    out=$(timeout 200 "$SWITCH" "$DOPPEL_GUEST/vmlinuz" "$DOPPEL_GUEST/initrd" "$cmdline" "$@" 2>&1)
+    out=$(timeout 500 "$SWITCH" "$DOPPEL_GUEST/vmlinuz" "$DOPPEL_GUEST/initrd" "$cmdline" "$@" 2>&1)
     is "moves from $1 to $2, $3 vCPU, every $4 ms: its command answers" "$(echo "$out" | tail -n 1 | sed 's/^[0-9]* //')" "moves: ok"
 }
 move kvm kvm 2 "${STEP_SHORT:-100}" 1000000
@@ -56,7 +56,7 @@ if [ -n "${REFUSE:-}" ]; then
     is "auto without interrupt chips: takes another engine" "$(echo "$out" | sed -n 's/^engine: \([a-z]*\) (kvm: .*/\1/p')" bt
 fi
 
-timeout 200 "$ENGINE_TEST" --engine kvm 2>&1 | sed -n 's/^\(not ok\|ok\) [0-9]* - /\1 engine: /p;/^#/p'
+timeout 400 "$ENGINE_TEST" --engine kvm 2>&1 | sed -n 's/^\(not ok\|ok\) [0-9]* - /\1 engine: /p;/^#/p'
 
 for image in "$SYS_IMAGES"/*.bin; do
     timeout 100 "$SYS_RUNNER" --engine kvm --timeout "${SYS_SECONDS:-60}" "$image" 2>&1 | sed -n 's/^\(not ok\|ok\) [0-9]* - /\1 sys: /p;/^#/p'
