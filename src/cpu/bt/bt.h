@@ -33,6 +33,7 @@
 #define BT_MARKS 6291456u
 #define BT_HASH 131072u
 #define BT_PAGES 65536u
+#define BT_RETURN_HASH 32768u
 #define BT_RUNS 6                                                  /* interpreted so often before it is translated */
 
 enum { KEY_SHADOW = 4 };                                           /* key: enum tlb_view_id, and this */
@@ -89,13 +90,14 @@ struct tb {
     struct block *b;
 };
 
-struct link {                                                      /* a direct way out of a translation */
+struct link {                                                      /* a direct way out of a translation, or what a call knows of its return */
     u64 target;                                                    /* linear address */
     u8 *place, *stub;                                              /* writable: the jump's displacement; where it leads when it is not linked */
-    u32 next;                                                      /* in tb.links_in */
+    u32 next;                                                      /* in tb.links_in; a return's that is not linked: in bt.returns */
     u32 from;                                                      /* tb */
     u8 key;                                                        /* with which it goes on */
     bool linked;
+    bool ret;                                                      /* place is that of an address which is put into icpu.bt.ret: an entry's */
 };
 
 /* State of the guest's that translations have in them as constants: when it changes, they end. */
@@ -115,6 +117,7 @@ struct bt {
     struct cpage *page;
     u32 tbs, links, marks, pages;                                  /* used of each; index 0 is none */
     u32 *hash, *frame, *page_hash;                                 /* tbs by linear address, by guest-physical page; pages by both */
+    u32 *returns;                                                  /* links: of calls whose return has no entry so far, by its address */
     u64 (*itlb_user)[BT_ITLB_SIZE];                                /* by context (tlb.h) what icpu.bt.itlb is for supervisor code */
     struct itlb *itlb;                                             /* what stands in them: the supervisor's, and the contexts' */
     u64 key[2];                                                    /* secrets are made of it */
@@ -139,9 +142,10 @@ struct bt {
 };
 
 #define JUMP_MASK (BT_JUMPS - 1ull)
+#define RETURN_MASK (BT_RETURNS - 1ull)
 
 /* The second table of indirect branches' targets, by address. */
-#define BT_TARGETS 65536u
+#define BT_TARGETS 131072u
 struct bt_target {
     u64 la;
     const u8 *entry;                                               /* 0: none */
@@ -162,6 +166,7 @@ struct tb *tb_at(struct bt *t, const u8 *pc);                      /* that holds
 void tb_insert(struct bt *t, struct tb *tb);
 void tb_kill(struct icpu *c, struct bt *t, struct tb *tb);
 void tb_link(struct icpu *c, struct bt *t, u32 link, struct tb *to);
+void tb_return(struct bt *t, u32 link);                            /* links it, now or when its target has an entry */
 void tb_jump_note(struct icpu *c, struct bt *t, struct tb *tb);    /* icpu.bt.jump leads here */
 /* icpu.bt.invalidate: kills what was made from guest-physical [gpa, gpa + len) (0, ~0: all). This vCPU's thread. Whether any are left in gpa's page. */
 bool bt_invalidate(struct icpu *c, u64 gpa, u64 len);

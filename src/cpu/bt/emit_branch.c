@@ -2,7 +2,7 @@
  * Branches, calls, returns and the stack instructions.
  *
  * What is pushed is the guest's return address; nothing of the host's ever gets on the guest's stack. An indirect branch jumps through icpu.bt.jump, by some bits of
- * its target, to a translation that looks whether it is the one that is meant (bt.h).
+ * its target, to a translation that looks whether it is the one that is meant (bt.h). A return does so through icpu.bt.ret, where its call has put what is to follow.
  *
  * A target that is not canonical is a #GP of the branch itself (interp/branch.c). Direct ones are looked at when they are translated; an indirect one is found
  * out when no translation is found for it, and RSP is put back then: icpu.bt.site says which branch it was (bt.c). Only the 8 bytes that a call has pushed stay.
@@ -19,14 +19,19 @@ static u32 site(const struct tr *t)
     return (u32)(t->tb - t->t->tb) << 8 | t->i;
 }
 
-void tr_exit_indirect(struct tr *t)
+static void exit_by_table(struct tr *t, size_t mask, size_t table)
 {
     struct emit *e = &t->e;
     tr_count(t);
     op_gs(e, false, 0xc7, 0, OFF(bt.site));                        /* mov dword [], imm */
     put32(e, site(t));
-    put_pext_gs(e, S0, S1, OFF(bt.mask_jump));
-    op_gs_index(e, false, 0xff, 4, S0, OFF(bt.jump[0][0]) + ((t->tb->key & ~3u) | t->view) * sizeof t->c->bt.jump[0]);
+    put_pext_gs(e, S0, S1, mask);
+    op_gs_index(e, false, 0xff, 4, S0, table);
+}
+
+void tr_exit_indirect(struct tr *t)
+{
+    exit_by_table(t, OFF(bt.mask_jump), OFF(bt.jump[0][0]) + ((t->tb->key & ~3u) | t->view) * sizeof t->c->bt.jump[0]);
 }
 
 static void exit_indirect_plain(struct tr *t)                      /* without PEXT: by C */
@@ -42,6 +47,14 @@ static void exit_indirect(struct tr *t)
 {
     if (t->t->bmi2)
         tr_exit_indirect(t);
+    else
+        exit_indirect_plain(t);
+}
+
+static void exit_return(struct tr *t)
+{
+    if (t->t->bmi2)
+        exit_by_table(t, OFF(bt.mask_return), OFF(bt.ret[0][0]) + t->tb->key * sizeof t->c->bt.ret[0]);
     else
         exit_indirect_plain(t);
 }
@@ -262,6 +275,7 @@ static bool emit_call(struct tr *t, const struct op *op)
                 return false;
         }
         tr_mark(t, t->i, MARK_COLD);
+        tr_return(t, next);
         tr_exit(t, target_of(t, op));
         return true;
     }
@@ -278,6 +292,7 @@ static bool emit_call(struct tr *t, const struct op *op)
             return false;
     }
     tr_mark(t, t->i, MARK_COLD);
+    tr_return(t, next);
     if (!t->shadow)
         op_gs(e, true, X_LOAD, S1, OFF(bt.tmp[4]));
     exit_indirect(t);
@@ -295,7 +310,7 @@ static bool emit_ret(struct tr *t, const struct op *op)
             return false;
         tr_rsp_move(t, 8 + (s32)op->imm);
     }
-    exit_indirect(t);
+    exit_return(t);
     return true;
 }
 

@@ -120,8 +120,9 @@ bool tr_plain(struct tr *t, const struct op *op)
     struct ea ea;
     unsigned free_reg = S0;
     if (k.mem) {
-        bool write = written(k.mem);
-        if (!tr_ea(t, op, &ea) || !tr_mem(t, &ea, k.mem->size / 8, write ? MMU_WRITE : MMU_READ, k.reg ? TR_SCRATCH : TR_NO_SCRATCH, &place, &free_reg))
+        enum mmu_access access = written(k.mem) ? MMU_WRITE : MMU_READ;
+        unsigned want = regop_of(k.reg, S0).moved ? TR_SCRATCH : TR_NO_SCRATCH;
+        if (!tr_ea(t, op, &ea) || !tr_mem(t, &ea, k.mem->size / 8, access, want, &place, &free_reg))
             return false;
     }
     struct regop reg = regop_of(k.reg, free_reg), rm = regop_of(k.rm, S1);

@@ -35,6 +35,7 @@ static void drop(void *p, size_t n)
 #define TABLES(M)                                                                                     \
     M(tb, BT_TBS * sizeof *t->tb) M(link, BT_LINKS * sizeof *t->link) M(mark, BT_MARKS * sizeof *t->mark) M(page, BT_PAGES * sizeof *t->page)     \
     M(hash, BT_HASH * sizeof *t->hash) M(frame, BT_HASH * sizeof *t->frame) M(page_hash, BT_HASH * sizeof *t->page_hash)                   \
+    M(returns, BT_RETURN_HASH * sizeof *t->returns)                                                                                                       \
     M(target, TARGET_BYTES) M(itlb_user, TLB_CONTEXTS * sizeof *t->itlb_user) M(itlb, ITLB_USER(TLB_CONTEXTS) * sizeof *t->itlb)
 
 int tb_open(struct icpu *c, struct bt *t)
@@ -113,6 +114,9 @@ static void jumps_clear(struct icpu *c, struct bt *t)
     for (unsigned k = 0; k < BT_KEYS; k++)
         for (unsigned i = 0; i < BT_JUMPS; i++)
             c->bt.jump[k][i] = t->rx + t->lookup[k];
+    for (unsigned k = 0; k < BT_KEYS; k++)
+        for (unsigned i = 0; i < BT_RETURNS; i++)
+            c->bt.ret[k][i] = t->rx + t->lookup[k];
     give_back(t->target, TARGET_BYTES);
     for (unsigned k = 0; k < BT_KEYS; k++)                         /* an empty entry is no target; but in the first place 0 would be one */
         t->target[k * BT_TARGETS].la = 1;
@@ -123,6 +127,7 @@ void tb_reset(struct icpu *c, struct bt *t)
     give_back(t->hash, BT_HASH * sizeof *t->hash);
     give_back(t->frame, BT_HASH * sizeof *t->frame);
     give_back(t->page_hash, BT_HASH * sizeof *t->page_hash);
+    give_back(t->returns, BT_RETURN_HASH * sizeof *t->returns);
     itlb_clear_all(c, t);
     jumps_clear(c, t);
     t->used = t->first;
@@ -311,11 +316,72 @@ void tb_link(struct icpu *c, struct bt *t, u32 n, struct tb *to)
     vcpu_count(c->v, COUNT_CODE_LINKED);
 }
 
+/* ---- returns: a call puts the entry of its return into icpu.bt.ret, so that the return's jump leads there at once ---- */
+static u32 *return_bucket(struct bt *t, u64 la)
+{
+    return &t->returns[(la ^ la >> 15) & (BT_RETURN_HASH - 1)];
+}
+
+static void return_link(struct bt *t, u32 n, struct tb *to)
+{
+    struct link *l = &t->link[n];
+    aim(l->place, to->entry);
+    l->linked = true;
+    l->next = to->links_in;
+    to->links_in = n;
+}
+
+/* In the call's page: else it may be another page by then, and the entry would be the wrong one each time. */
+static bool returns_to(const struct bt *t, const struct link *l, const struct tb *to)
+{
+    const struct tb *from = &t->tb[l->from];
+    return l->target == to->la && l->key == to->key && from->page == to->page && !from->page2 && !to->page2;
+}
+
+static void return_wait(struct bt *t, u32 n)
+{
+    u32 *bucket = return_bucket(t, t->link[n].target);
+    t->link[n].next = *bucket;
+    *bucket = n;
+}
+
+void tb_return(struct bt *t, u32 n)
+{
+    const struct link *l = &t->link[n];
+    struct tb *to = tb_find(t, l->target, t->tb[l->from].page, l->key);
+    if (to && to->entry && returns_to(t, l, to))
+        return_link(t, n, to);
+    else
+        return_wait(t, n);
+}
+
+/* to has an entry now. */
+static void returns_link(struct bt *t, struct tb *to)
+{
+    u32 *p = return_bucket(t, to->la), n;
+    while ((n = *p)) {
+        struct link *l = &t->link[n];
+        bool dead = t->tb[l->from].dead;
+        if (!dead && !returns_to(t, l, to)) {
+            p = &l->next;
+            continue;
+        }
+        *p = l->next;
+        if (!dead)
+            return_link(t, n, to);
+    }
+}
+
 static void unlink_in(struct bt *t, struct tb *tb)
 {
-    for (u32 n = tb->links_in; n; n = t->link[n].next) {
-        aim(t->link[n].place, t->link[n].stub);
-        t->link[n].linked = false;
+    u32 next;
+    for (u32 n = tb->links_in; n; n = next) {
+        struct link *l = &t->link[n];
+        next = l->next;
+        aim(l->place, l->stub);
+        l->linked = false;
+        if (l->ret && !t->tb[l->from].dead)
+            return_wait(t, n);
     }
     tb->links_in = 0;
 }
@@ -333,6 +399,7 @@ void tb_jump_note(struct icpu *c, struct bt *t, struct tb *tb)
     const u8 *entry = t->rx + (tb->entry - t->rw);
     c->bt.jump[tb->key][tb->la & JUMP_MASK] = entry;
     *target_of(c, tb) = (struct bt_target){ tb->la, entry };
+    returns_link(t, tb);
 }
 
 static void list_remove(struct bt *t, u32 *head, struct tb *tb, size_t next)

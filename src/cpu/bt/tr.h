@@ -129,6 +129,7 @@ void tr_exit_view(struct tr *t, u64 target, unsigned view);
 void tr_exit_if(struct tr *t, unsigned cc, u64 target);            /* conditional; the block goes on */
 void tr_count(struct tr *t);                                       /* the ops so far, this one included, are completed (if they are counted): before a way out of one's own */
 void tr_exit_indirect(struct tr *t);                               /* target in S1, in t->view */
+void tr_return(struct tr *t, u64 next);                            /* next has been pushed as a call's return address. Uses S0 */
 /* Leaves the block for C with rip = target: boundary work is to be done (events, mode). */
 void tr_exit_boundary(struct tr *t, u64 target);
 void tr_handler(struct tr *t, const struct op *op);                /* interp's, for the current op */

@@ -188,6 +188,26 @@ static u32 link_new(struct tr *t, u64 target, unsigned view, u8 *place)
     return n;
 }
 
+void tr_return(struct tr *t, u64 next)
+{
+    struct emit *e = &t->e;
+    unsigned key = t->tb->key;
+    if (!t->t->bmi2)
+        return;
+    PUT(e, 0x4c, 0x8d, 0x35);                                      /* lea r14, [rip + entry] */
+    u8 *place = e->p;
+    put32(e, 0);
+    op_gs(e, true, X_STORE, S0, OFF(bt.ret[0][0]) + key * sizeof t->c->bt.ret[0] + (next & RETURN_MASK) * sizeof t->c->bt.ret[0][0]);
+    if (e->overflow)
+        return;
+    u32 n = link_new(t, next, t->view, place);
+    struct link *l = &t->t->link[n];
+    l->stub = t->t->rw + t->t->lookup[key];
+    l->ret = true;
+    aim(place, l->stub);
+    tb_return(t->t, n);
+}
+
 /* n instructions of this block have been completed where it is left here. Uses S0. */
 static void put_count(struct tr *t, unsigned n)
 {
@@ -288,13 +308,12 @@ static u64 secret_of(const struct tr *t)
     return t->t->page[t->tb->page].secret;
 }
 
-/* S1 is the target less this block's address and its page's secret, plus what stands in the itlb (S0). */
+/* S1 is the target less this block's address and its page's secret; the guest's RCX is in S0. */
 static void cold_wrong_entry(struct tr *t, const struct cold *k)
 {
     struct emit *e = &t->e;
     (void)k;
-    PUT(e, 0x49, 0xf7, 0xd0 | (S0 & 7));                           /* not r14 */
-    op_mem(e, true, X_LEA, S1, S1, S0, 0, 1);
+    mov_rr(e, RCX, S0);
     mov_imm64(e, S0, t->tb->la + secret_of(t));
     op_mem(e, true, X_LEA, S1, S1, S0, 0, 0);
     mov_imm64(e, S0, 0 - t->tb->la);
@@ -310,6 +329,7 @@ static void cold_wrong_entry(struct tr *t, const struct cold *k)
 static void cold_wrong_page(struct tr *t, const struct cold *k)
 {
     (void)k;
+    mov_rr(&t->e, RCX, S0);
     mov_imm64(&t->e, S1, t->tb->la);
     jump_to(&t->e, t->t->rw + t->t->miss);
 }
@@ -326,34 +346,28 @@ static void cold_stale(struct tr *t, const struct cold *k)
     jump_to(e, t->t->rw + t->t->leave_rip);
 }
 
-static void check_cold(struct tr *t, u8 *from, unsigned reg, void (*put)(struct tr *t, const struct cold *k))
-{
-    struct cold *k = tr_cold(t, from, COLD_OTHER);
-    k->swapped = true;
-    k->reg = reg;
-    k->put = put;
-}
-
-/* S0 = what stands in the itlb for this address. */
-static void put_itlb(struct tr *t, u64 la)
+/* Goes on if S1 and what stands in the itlb for this address are 0 together; S0 is the guest's RCX where it does not. */
+static void put_itlb_check(struct tr *t, u64 la, void (*put)(struct tr *t, const struct cold *k))
 {
     struct emit *e = &t->e;
     u32 slot = la >> PAGE_SHIFT & (BT_ITLB_SIZE - 1);
+    mov_rr(e, S0, RCX);
     if (t->view == VIEW_USER) {
-        op_gs(e, true, X_LOAD, S0, OFF(bt.itlb_user));
-        op_mem(e, true, X_LOAD, S0, S0, NO_REG, 0, (s32)(8 * slot));
+        op_gs(e, true, X_LOAD, RCX, OFF(bt.itlb_user));
+        op_mem(e, true, X_LOAD, RCX, RCX, NO_REG, 0, (s32)(8 * slot));
     } else {
-        op_gs(e, true, X_LOAD, S0, OFF(bt.itlb[0]) + 8 * slot);
+        op_gs(e, true, X_LOAD, RCX, OFF(bt.itlb[0]) + 8 * slot);
     }
+    op_mem(e, true, X_LEA, RCX, RCX, S1, 0, 0);
+    PUT(e, 0xe3, 5);                                               /* jrcxz, over the next one */
+    tr_cold(t, jump(e), COLD_OTHER)->put = put;
+    mov_rr(e, RCX, S0);
 }
 
 static void put_page_check(struct tr *t, u64 la, u32 id)
 {
-    struct emit *e = &t->e;
-    put_itlb(t, la);
-    mov_imm64(e, S1, 0 - t->t->page[id].secret);
-    op_mem(e, true, X_LEA, S1, S1, S0, 0, 0);
-    check_cold(t, jump_unless_zero(e, S1), S1, cold_wrong_page);
+    mov_imm64(&t->e, S1, 0 - t->t->page[id].secret);
+    put_itlb_check(t, la, cold_wrong_page);
 }
 
 /* Compares the guest's bytes with what they were: where nobody tells when they are written. */
@@ -401,9 +415,7 @@ static void put_entry_check(struct tr *t)
     struct tb *tb = t->tb;
     mov_imm64(e, S0, 0 - (tb->la + secret_of(t)));
     op_mem(e, true, X_LEA, S1, S1, S0, 0, 0);
-    put_itlb(t, tb->la);
-    op_mem(e, true, X_LEA, S1, S1, S0, 0, 0);
-    check_cold(t, jump_unless_zero(e, S1), S1, cold_wrong_entry);
+    put_itlb_check(t, tb->la, cold_wrong_entry);
     if (tb->page2)                                                 /* never entered behind this */
         put_page_check(t, tb->la + PAGE_SIZE, tb->page2);
 }
@@ -587,7 +599,7 @@ static void put_op(struct tr *t, bool *last)
 
 static bool room(const struct bt *t)
 {
-    return BT_ARENA_BYTES / 2 - t->used >= BT_BLOCK_BYTES && cold_room(t) && t->tbs < BT_TBS && BT_LINKS - t->links > BLOCK_OPS + 2 &&
+    return BT_ARENA_BYTES / 2 - t->used >= BT_BLOCK_BYTES && cold_room(t) && t->tbs < BT_TBS && BT_LINKS - t->links > BLOCK_OPS + 3 &&
            BT_MARKS - t->marks > ARRAY_SIZE(((struct tr *)0)->mark);
 }
 

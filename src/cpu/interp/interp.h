@@ -104,6 +104,7 @@ enum tlb_flush { FLUSH_ALL, FLUSH_NONGLOBAL, FLUSH_PAGE, FLUSH_LARGE };
  */
 #define BT_ITLB_SIZE 8192u
 #define BT_JUMPS 8192u
+#define BT_RETURNS 2048u
 #define BT_KEYS 8u
 struct icpu_bt {
     struct icpu *self;
@@ -114,7 +115,7 @@ struct icpu_bt {
     const u8 *resume;              /* where a handler call goes on */
     u64 mask_df, mask_bit[3];      /* for PEXT: of RFLAGS; number of a bit in 16, 32, 64 */
     u64 mask_slot, mask_jump;      /* for PEXT: bits 47..39 of an address; which bits of an address choose its place in jump[] */
-    u64 mask_tlb, mask_entry, mask_page, mask_target;
+    u64 mask_tlb, mask_entry, mask_page, mask_target, mask_return;
     struct bt_target *target[BT_KEYS]; /* where jump[] does not lead to the right place: a larger table by linear address */
     u32 exit_link, exit_site, exit_stale; /* by which link, instruction, translation the code was left */
     bool exit_slow;                /* exit_site: because of an access that is one for handlers */
@@ -147,6 +148,7 @@ struct icpu_bt {
     s64 x_offset;                  /* from here to v->x, if that can be a displacement, else 0 */
     u64 itlb[BT_ITLB_SIZE];        /* supervisor code: linear page to cpage.secret */
     const u8 *jump[BT_KEYS][BT_JUMPS]; /* by key: where indirect branches go, checked there */
+    const u8 *ret[BT_KEYS][BT_RETURNS]; /* where returns go, likewise; calls put it there */
 };
 
 /*
