@@ -1,49 +1,23 @@
 /*
- * Disk images by a few worker threads that call preadv, pwritev and fdatasync (see block.h).
+ * What stands in front of every block back end (block.h): bounds, read-only disks, requests that are kept while the host is full, and threads.
  *
- * The image is raw. A file whose size is no multiple of a sector gets a last sector that is filled up with zeroes on reading, and that
- * a write extends the file to. Left out: image formats, io_uring, discard.
- *
- * Errors of the host come back as the request's result. Locking: one mutex around the queue, a leaf; done() is called without it.
- * Lock of the file: a whole-file open-file-description lock (fcntl(2)), exclusive for writers. It also keeps out the same image given twice in one
- * process, and QEMU. File systems that have no locks go without.
+ * Locking: block.lock guards the list of held requests, a leaf; done() and full() are called without it.
  */
 #define _GNU_SOURCE
 #include "back/block.h"
 
 #include <errno.h>
-#include <fcntl.h>
-#include <limits.h>
-#include <linux/fs.h>
 #include <pthread.h>
 #include <signal.h>
-#include <stdatomic.h>
 #include <string.h>
-#include <sys/ioctl.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
-#include "base/err.h"
+#include "back/block_host.h"
 
-#define WORKERS 4
-#define WORKER_STACK (256 * KiB)
-
-struct block {
-    char *path;
-    int fd;
-    bool readonly;
-    _Atomic u64 size;
-    pthread_mutex_t lock;
-    pthread_cond_t more;
-    struct block_req *first, **last;                               /* waiting, in order of submission */
-    bool closing;
-    pthread_t worker[WORKERS];
-    unsigned workers;
-};
+#define STACK (256 * KiB)
 
 /* --- requests --- */
 
-static void consume(struct block_req *r, size_t len)
+void block_consume(struct block_req *r, size_t len)
 {
     r->offset += len;
     while (r->iovs && len >= r->iov->iov_len) {
@@ -57,42 +31,25 @@ static void consume(struct block_req *r, size_t len)
     }
 }
 
-/* Behind the end of a file there is at most the rest of its last sector, or the file has been cut short under us. */
-static int fill_last_sector(struct block_req *r)
+u64 block_req_len(const struct block_req *r)
 {
-    u64 left = 0;
+    u64 len = 0;
 
+    if (r->op == BLOCK_DISCARD || r->op == BLOCK_ZEROES)
+        return r->len;
     for (unsigned i = 0; i < r->iovs; i++)
-        left += r->iov[i].iov_len;
-    if (left >= BLOCK_SECTOR)
-        return -EIO;
-    for (; r->iovs; r->iov++, r->iovs--)
-        memset(r->iov->iov_base, 0, r->iov->iov_len);
-    return 0;
-}
-
-static int transfer(struct block *b, struct block_req *r)
-{
-    consume(r, 0);                                                 /* empty pieces at the front */
-    while (r->iovs) {
-        int n = (int)MIN(r->iovs, (unsigned)IOV_MAX);
-        ssize_t len = r->op == BLOCK_READ ? preadv(b->fd, r->iov, n, (off_t)r->offset) : pwritev(b->fd, r->iov, n, (off_t)r->offset);
-
-        if (len < 0 && errno == EINTR)
-            continue;
-        if (len < 0)
-            return -errno;
-        if (len == 0)
-            return r->op == BLOCK_READ ? fill_last_sector(r) : -EIO;
-        consume(r, (size_t)len);
-    }
-    return 0;
+        len += r->iov[i].iov_len;
+    return len;
 }
 
 static bool in_disk(const struct block *b, const struct block_req *r)
 {
     u64 size = b->size, at = r->offset;
 
+    if (r->op == BLOCK_FLUSH || r->op == BLOCK_NOP)
+        return true;
+    if (r->op == BLOCK_DISCARD || r->op == BLOCK_ZEROES)
+        return range_in(at, r->len, size);
     for (unsigned i = 0; i < r->iovs; i++) {
         if (!range_in(at, r->iov[i].iov_len, size))
             return false;
@@ -101,125 +58,158 @@ static bool in_disk(const struct block *b, const struct block_req *r)
     return at <= size;
 }
 
-static int serve(struct block *b, struct block_req *r)
+static bool changes(const struct block_req *r)
 {
-    switch (r->op) {
-    case BLOCK_READ:
-        return in_disk(b, r) ? transfer(b, r) : -EINVAL;
-    case BLOCK_WRITE:
-        return b->readonly ? -EROFS : in_disk(b, r) ? transfer(b, r) : -EINVAL;
-    case BLOCK_FLUSH:
-        return b->readonly || fdatasync(b->fd) == 0 ? 0 : -errno;
-    }
-    return -EINVAL;
+    return r->op == BLOCK_WRITE || r->op == BLOCK_DISCARD || r->op == BLOCK_ZEROES;
 }
 
-static void *work(void *arg)
+static bool nothing_to_do(const struct block *b, const struct block_req *r)
 {
-    struct block *b = arg;
-    struct block_req *r;
-
-    pthread_mutex_lock(&b->lock);
-    for (;;) {
-        while (!b->first && !b->closing)
-            pthread_cond_wait(&b->more, &b->lock);
-        r = b->first;
-        if (!r)
-            break;
-        b->first = r->next;
-        if (!b->first)
-            b->last = &b->first;
-        pthread_mutex_unlock(&b->lock);
-        r->result = serve(b, r);
-        r->done(r);
-        pthread_mutex_lock(&b->lock);
-    }
-    pthread_mutex_unlock(&b->lock);
-    return NULL;
+    return r->op == BLOCK_FLUSH ? b->readonly : r->op != BLOCK_NOP && !block_req_len(r);
 }
 
-void block_submit(struct block *b, struct block_req *r)
+bool block_submit(struct block *b, struct block_req *r)
 {
     r->next = NULL;
-    pthread_mutex_lock(&b->lock);
-    *b->last = r;
-    b->last = &r->next;
-    pthread_mutex_unlock(&b->lock);
-    pthread_cond_signal(&b->more);
+    r->step = 0;
+    r->result = 0;
+    if (b->readonly && changes(r))
+        r->result = -EROFS;
+    else if (!in_disk(b, r))
+        r->result = -EINVAL;
+    else if (!nothing_to_do(b, r))
+        return b->ops->submit(b, r);
+    return true;
 }
 
-/* --- opening --- */
-
-static int open_error(const char *path, bool readonly, int e)
+static bool is_full(const struct block_req *r)
 {
-    switch (e) {
-    case ENOENT:
-        return err(-e, "disk %s: there is no such file; create it, for example with: truncate -s 1G %s", path, path);
-    case EACCES:
-    case EPERM:
-        return err(-e, "disk %s: %s; change its permissions%s", path, strerror(e), readonly ? "" : ", or append ,readonly if it may only be read");
-    case EROFS:
-        return err(-e, "disk %s: it lies on a read-only file system; append ,readonly", path);
-    default:
-        return err(-e, "disk %s: cannot open it: %s; name an image file or a block device", path, strerror(e));
+    return (r->result == -ENOSPC || r->result == -EDQUOT) && (changes(r) || r->op == BLOCK_FLUSH);
+}
+
+/* Before anybody else can see that it is held: a retry may come at any time after that. */
+static bool hold(struct block *b, struct block_req *r)
+{
+    void (*full)(void *arg) = NULL;
+    void *arg = NULL;
+    bool held = false;
+
+    pthread_mutex_lock(&b->lock);
+    if (b->full && !b->closing) {
+        held = true;
+        full = b->full;
+        arg = b->full_arg;
+        r->next = NULL;
+        *b->held_last = r;
+        b->held_last = &r->next;
+        b->held_count++;
+    }
+    pthread_mutex_unlock(&b->lock);
+    if (full)
+        full(arg);
+    return held;
+}
+
+void block_done(struct block *b, struct block_req *r)
+{
+    if (unlikely(r->result < 0) && is_full(r) && hold(b, r))
+        return;
+    r->done(r);
+}
+
+struct waited {
+    struct block_req r;
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    bool finished;
+};
+
+static void waited_done(struct block_req *r)
+{
+    struct waited *w = container_of(r, struct waited, r);
+
+    pthread_mutex_lock(&w->lock);
+    w->finished = true;
+    pthread_cond_signal(&w->changed);
+    pthread_mutex_unlock(&w->lock);
+}
+
+int block_wait(struct block *b, struct block_req *r)
+{
+    struct waited w = { .r = *r, .lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER };
+
+    w.r.done = waited_done;
+    w.r.at_once = true;
+    if (!block_submit(b, &w.r)) {
+        pthread_mutex_lock(&w.lock);
+        while (!w.finished)
+            pthread_cond_wait(&w.changed, &w.lock);
+        pthread_mutex_unlock(&w.lock);
+    }
+    pthread_cond_destroy(&w.changed);
+    pthread_mutex_destroy(&w.lock);
+    return w.r.result;
+}
+
+/* --- requests that are held --- */
+
+void block_hold_full(struct block *b, void (*full)(void *arg), void *arg)
+{
+    pthread_mutex_lock(&b->lock);
+    b->full = full;
+    b->full_arg = arg;
+    pthread_mutex_unlock(&b->lock);
+}
+
+unsigned block_held(struct block *b)
+{
+    unsigned n;
+
+    pthread_mutex_lock(&b->lock);
+    n = b->held_count;
+    pthread_mutex_unlock(&b->lock);
+    return n;
+}
+
+static struct block_req *take_held(struct block *b)
+{
+    struct block_req *first;
+
+    pthread_mutex_lock(&b->lock);
+    first = b->held;
+    b->held = NULL;
+    b->held_last = &b->held;
+    b->held_count = 0;
+    pthread_mutex_unlock(&b->lock);
+    return first;
+}
+
+void block_retry(struct block *b)
+{
+    for (struct block_req *r = take_held(b), *next; r; r = next) {
+        next = r->next;
+        r->at_once = false;
+        if (block_submit(b, r))
+            block_done(b, r);
     }
 }
 
-static int check_kind(const char *path, mode_t mode)
+void block_fail_held(struct block *b)
 {
-    if (S_ISREG(mode) || S_ISBLK(mode))
-        return 0;
-    return err(-EINVAL, "disk %s: it is %s; name an image file or a block device", path,
-               S_ISDIR(mode) ? "a directory" : S_ISFIFO(mode) ? "a pipe" : S_ISSOCK(mode) ? "a socket" : "a character device");
+    for (struct block_req *r = take_held(b), *next; r; r = next) {
+        next = r->next;
+        r->done(r);
+    }
 }
 
-/* stat() first: opening a pipe or a device can block or have effects. The second look is at what was really opened. */
-static int open_file(struct block *b)
-{
-    struct stat st;
-    int r;
-
-    if (stat(b->path, &st) < 0)
-        return open_error(b->path, b->readonly, errno);
-    r = check_kind(b->path, st.st_mode);
-    if (r < 0)
-        return r;
-    b->fd = open(b->path, (b->readonly ? O_RDONLY : O_RDWR) | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
-    if (b->fd < 0 || fstat(b->fd, &st) < 0)
-        return open_error(b->path, b->readonly, errno);
-    return check_kind(b->path, st.st_mode);
-}
-
-static int lock_file(struct block *b)
-{
-    struct flock fl = { .l_type = b->readonly ? F_RDLCK : F_WRLCK, .l_whence = SEEK_SET };
-
-    if (fcntl(b->fd, F_OFD_SETLK, &fl) == 0 || (errno != EAGAIN && errno != EACCES))
-        return 0;
-    return err(-EBUSY, "disk %s: it is in use by another virtual machine or program; stop that, or append ,readonly wherever it is used", b->path);
-}
-
-int block_refresh(struct block *b)
-{
-    struct stat st;
-    u64 size;
-
-    if (fstat(b->fd, &st) < 0 || (S_ISBLK(st.st_mode) && ioctl(b->fd, BLKGETSIZE64, &size) < 0))
-        return err(-errno, "disk %s: cannot find out its size: %s; check the file", b->path, strerror(errno));
-    if (!S_ISBLK(st.st_mode))
-        size = (u64)st.st_size;
-    if (!size)
-        return err(-EINVAL, "disk %s: it is empty; give it a size, for example with: truncate -s 1G %s", b->path, b->path);
-    b->size = ALIGN_UP(size, BLOCK_SECTOR);
-    return 0;
-}
+/* --- threads --- */
 
 /* Signals are the main thread's, except for those that a thread brings about itself. */
-static int start_workers(struct block *b)
+int block_thread(pthread_t *t, void *(*fn)(void *arg), void *arg)
 {
     pthread_attr_t attr;
     sigset_t mask;
-    int e = 0;
+    int e;
 
     sigfillset(&mask);
     sigdelset(&mask, SIGSEGV);
@@ -227,63 +217,213 @@ static int start_workers(struct block *b)
     sigdelset(&mask, SIGFPE);
     sigdelset(&mask, SIGILL);
     pthread_attr_init(&attr);
-    pthread_attr_setstacksize(&attr, WORKER_STACK);
+    pthread_attr_setstacksize(&attr, STACK);
     pthread_attr_setsigmask_np(&attr, &mask);
-    while (b->workers < WORKERS && !e) {
-        e = pthread_create(&b->worker[b->workers], &attr, work, b);
-        if (!e)
-            b->workers++;
-    }
+    e = pthread_create(t, &attr, fn, arg);
     pthread_attr_destroy(&attr);
-    if (!b->workers)
-        return err(-e, "disk %s: cannot start a thread: %s; raise the limit on processes (ulimit -u)", b->path, strerror(e));
-    return 0;
+    return e;
 }
 
-int block_open(const char *path, bool readonly, struct block **out)
+void block_end_init(struct block_end *e)
 {
-    struct block *b = calloc(1, sizeof(*b));
-    int r;
+    pthread_condattr_t attr;
 
-    if (!b)
-        return err(-ENOMEM, "disk %s: out of memory", path);
-    b->fd = -1;
-    b->readonly = readonly;
-    b->last = &b->first;
-    pthread_mutex_init(&b->lock, NULL);
-    pthread_cond_init(&b->more, NULL);
-    b->path = strdup(path);
-    r = b->path ? open_file(b) : err(-ENOMEM, "disk %s: out of memory", path);
-    if (r == 0)
-        r = block_refresh(b);
-    if (r == 0)
-        r = lock_file(b);
-    if (r == 0)
-        r = start_workers(b);
-    if (r < 0) {
-        block_close(b);
-        return r;
+    e->running = 0;
+    pthread_mutex_init(&e->lock, NULL);
+    pthread_condattr_init(&attr);
+    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+    pthread_cond_init(&e->changed, &attr);
+    pthread_condattr_destroy(&attr);
+}
+
+void block_end_destroy(struct block_end *e)
+{
+    pthread_cond_destroy(&e->changed);
+    pthread_mutex_destroy(&e->lock);
+}
+
+void block_end_leave(struct block_end *e)
+{
+    pthread_mutex_lock(&e->lock);
+    e->running--;
+    pthread_cond_broadcast(&e->changed);
+    pthread_mutex_unlock(&e->lock);
+}
+
+bool block_end_wait(struct block_end *e)
+{
+    struct timespec end;
+    int r = 0;
+
+    clock_gettime(CLOCK_MONOTONIC, &end);
+    end.tv_sec += BLOCK_CLOSE_SECONDS;
+    pthread_mutex_lock(&e->lock);
+    while (e->running && r == 0)
+        r = pthread_cond_timedwait(&e->changed, &e->lock, &end);
+    pthread_mutex_unlock(&e->lock);
+    return r == 0;
+}
+
+static void *work(void *arg)
+{
+    struct block_pool *p = arg;
+    struct block_req *r;
+
+    pthread_mutex_lock(&p->lock);
+    for (;;) {
+        p->idle++;
+        while (!p->first && !p->closing)
+            pthread_cond_wait(&p->more, &p->lock);
+        p->idle--;
+        r = p->first;
+        if (!r)
+            break;
+        p->first = r->next;
+        if (!p->first)
+            p->last = &p->first;
+        pthread_mutex_unlock(&p->lock);
+        r->result = r->op == BLOCK_NOP ? 0 : p->serve(p->b, r);
+        block_done(p->b, r);
+        pthread_mutex_lock(&p->lock);
     }
-    *out = b;
-    return 0;
+    pthread_mutex_unlock(&p->lock);
+    block_end_leave(&p->end);
+    return NULL;
 }
 
-void block_close(struct block *b)
+int block_pool_open(struct block_pool *p, struct block *b, int (*serve)(struct block *b, struct block_req *r))
+{
+    int e = 0;
+
+    *p = (struct block_pool){ .b = b, .serve = serve, .last = &p->first };
+    pthread_mutex_init(&p->lock, NULL);
+    pthread_cond_init(&p->more, NULL);
+    block_end_init(&p->end);
+    while (p->workers < BLOCK_WORKERS && !e) {
+        p->end.running++;
+        e = block_thread(&p->worker[p->workers], work, p);
+        if (e)
+            p->end.running--;
+        else
+            p->workers++;
+    }
+    if (p->workers)
+        return 0;
+    block_pool_close(p);
+    return err(-e, "disk %s: cannot start a thread: %s; raise the limit on processes (ulimit -u)", b->path, strerror(e));
+}
+
+void block_pool_submit(struct block_pool *p, struct block_req *r)
+{
+    bool wake;
+
+    r->next = NULL;
+    pthread_mutex_lock(&p->lock);
+    *p->last = r;
+    p->last = &r->next;
+    wake = p->idle;
+    pthread_mutex_unlock(&p->lock);
+    if (wake)
+        pthread_cond_signal(&p->more);
+}
+
+bool block_pool_close(struct block_pool *p)
+{
+    bool ended;
+
+    if (!p->serve)
+        return true;
+    pthread_mutex_lock(&p->lock);
+    p->closing = true;
+    pthread_mutex_unlock(&p->lock);
+    pthread_cond_broadcast(&p->more);
+    ended = block_end_wait(&p->end);
+    for (unsigned i = 0; i < p->workers; i++)
+        if (ended)
+            pthread_join(p->worker[i], NULL);
+        else
+            pthread_detach(p->worker[i]);
+    if (!ended)
+        return false;
+    pthread_cond_destroy(&p->more);
+    pthread_mutex_destroy(&p->lock);
+    block_end_destroy(&p->end);
+    p->serve = NULL;
+    return true;
+}
+
+/* --- a back end --- */
+
+int block_init(struct block *b, const struct block_ops *ops, const char *kind, const char *path, bool readonly)
+{
+    b->ops = ops;
+    b->kind = kind;
+    b->readonly = readonly;
+    b->held_last = &b->held;
+    pthread_mutex_init(&b->lock, NULL);
+    b->path = strdup(path);
+    return b->path ? 0 : err(-ENOMEM, "disk %s: out of memory", path);
+}
+
+void block_destroy(struct block *b)
+{
+    pthread_mutex_destroy(&b->lock);
+    free(b->path);
+}
+
+int block_open(const struct block_config *c, struct block **out)
+{
+    struct block *b;
+    int r = block_file_open(c, &b);
+
+    if (r < 0)
+        return r;
+    r = block_refresh(b);
+    if (r < 0)
+        block_close(b);
+    else
+        *out = b;
+    return r;
+}
+
+bool block_close(struct block *b)
 {
     if (!b)
-        return;
+        return true;
     pthread_mutex_lock(&b->lock);
     b->closing = true;
     pthread_mutex_unlock(&b->lock);
-    pthread_cond_broadcast(&b->more);
-    for (unsigned i = 0; i < b->workers; i++)
-        pthread_join(b->worker[i], NULL);
-    if (b->fd >= 0)
-        close(b->fd);
-    pthread_cond_destroy(&b->more);
-    pthread_mutex_destroy(&b->lock);
-    free(b->path);
-    free(b);
+    block_fail_held(b);
+    return b->ops->close(b);
+}
+
+int block_refresh(struct block *b)
+{
+    u64 size;
+    int r = b->ops->size(b, &size);
+
+    if (r < 0)
+        return r;
+    if (!size)
+        return err(-EINVAL, "disk %s: it is empty; give it a size, for example with: truncate -s 1G %s", b->path, b->path);
+    if (size > INT64_MAX - BLOCK_SECTOR)
+        return err(-EFBIG, "disk %s: no disk is as large as %llu bytes; check the file", b->path, (unsigned long long)size);
+    b->size = ALIGN_UP(size, BLOCK_SECTOR);
+    return 0;
+}
+
+int block_grow(struct block *b, u64 size)
+{
+    int r;
+
+    if (b->readonly)
+        return err(-EROFS, "disk %s: it is read-only", b->path);
+    if (size % BLOCK_SECTOR || size < b->size)
+        return err(-EINVAL, "disk %s: a disk only grows, by whole sectors of 512 bytes; it has %llu bytes now", b->path, (unsigned long long)b->size);
+    if (!b->ops->grow)
+        return err(-EOPNOTSUPP, "disk %s: only disks in image files can be made larger from here", b->path);
+    r = b->ops->grow(b, size);
+    return r < 0 ? r : block_refresh(b);
 }
 
 u64 block_size(const struct block *b)
@@ -299,4 +439,17 @@ bool block_readonly(const struct block *b)
 const char *block_path(const struct block *b)
 {
     return b->path;
+}
+
+const char *block_kind(const struct block *b)
+{
+    return b->kind;
+}
+
+const char *block_verb(enum block_op op)
+{
+    static const char *const verb[] = { [BLOCK_READ] = "reading", [BLOCK_WRITE] = "writing", [BLOCK_FLUSH] = "flushing",
+                                        [BLOCK_DISCARD] = "discarding", [BLOCK_ZEROES] = "writing zeroes", [BLOCK_NOP] = "waiting" };
+
+    return verb[op];
 }

@@ -79,6 +79,22 @@ static bool cmd_link(struct monitor *m, char *args, FILE *out)
     return true;
 }
 
+static bool cmd_resize(struct monitor *m, char *args, FILE *out)
+{
+    char *size = args + strcspn(args, " ");
+    u64 n, bytes = 0;
+    if (*size)
+        *size++ = '\0';
+    size += strspn(size, " ");
+    if (parse_unsigned(args, &n) < 0 || n >= VM_DISKS_MAX || (*size && (parse_size(size, &bytes) < 0 || !bytes)))
+        fprintf(out, "say resize DISK [SIZE], for example resize 0 2G; disks are counted from 0\n");
+    else if (vm_resize_disk(m->vm, (unsigned)n, bytes) < 0)
+        fprintf(out, "%s\n", err_last());
+    else
+        vm_info_disks(m->vm, out);
+    return true;
+}
+
 /* Lines are written by vCPU threads: file and mask change while they stand still. */
 static void set_trace(struct monitor *m, u32 mask, FILE *file)
 {
@@ -150,6 +166,7 @@ const struct monitor_command monitor_commands[] = {
     {"power", "", "the power button: the guest is asked to shut down", cmd_power},
     {"shutdown", "", "the same, again and again until the guest has heard it; a paused guest goes on", cmd_shutdown},
     {"link", "N up|down", "network card N's cable is put back or pulled", cmd_link},
+    {"resize", "DISK [SIZE]", "makes disk 0, 1, ... larger, or takes the size that it has on the host by now", cmd_resize},
     {"trace", "LIST[,file=FILE]|off", "as --trace: exits, faults, interrupts, msr, pio, mmio, cr3, insn, all",
      cmd_trace},
     {"status", "", "name, engine, size and state, as lines \"key=value\"", cmd_status},

@@ -123,27 +123,43 @@ static int check_attribute(const char *value)
     snprintf(path, sizeof(path), "%.*s", (int)(comma - value), value);
     if (access(path, F_OK) < 0)
         return 0;
-    return err(-EINVAL, "--disk %.200s: \"%.50s\" is no attribute of disks; the only one is readonly", value,
+    return err(-EINVAL, "--disk %.200s: \"%.50s\" is no attribute of disks; \"doppel help run\" lists them", value,
                comma + 1);
 }
 
+/* True: word is an attribute, and is taken. */
+static bool disk_attribute(struct vm_disk *d, const char *word)
+{
+    if (!strcmp(word, "readonly"))
+        d->block.readonly = true;
+    else if (!strcmp(word, "on-full=error"))
+        d->full_is_error = true;
+    else if (!strcmp(word, "on-full=pause"))
+        d->full_is_error = false;
+    else if (!strcmp(word, "io=uring"))
+        d->block.io = BLOCK_IO_URING;
+    else if (!strcmp(word, "io=threads"))
+        d->block.io = BLOCK_IO_THREADS;
+    else
+        return false;
+    return true;
+}
+
+/* From the right, since a comma may be part of the name. */
 static int set_disk(void *target, const char *value)
 {
-    static const char readonly[] = ",readonly";
     struct run_options *o = target;
-    size_t len = strlen(value), end = strlen(readonly);
+    char *comma, *name = (char *)value;                            /* a word of argv: ours to cut */
     if (o->disks == VM_DISKS_MAX)
         return err(-EINVAL, "--disk %.200s: too many; a guest has up to %d disks", value, VM_DISKS_MAX);
     struct vm_disk *d = &o->disk[o->disks];
-    *d = (struct vm_disk){.path = value};
-    if (len >= end && !strcmp(value + len - end, readonly)) {
-        ((char *)value)[len - end] = '\0';                         /* a word of argv: ours to cut */
-        d->readonly = true;
-    }
-    if (!*d->path)
+    *d = (struct vm_disk){.block.path = value};
+    while ((comma = strrchr(name, ',')) && disk_attribute(d, comma + 1))
+        *comma = '\0';
+    if (!*name)
         return err(-EINVAL, "--disk: the file's name is missing; write --disk FILE,readonly");
     o->disks++;
-    return d->readonly ? 0 : check_attribute(value);
+    return check_attribute(value);
 }
 
 static int set_net(void *target, const char *value)
@@ -357,9 +373,11 @@ const struct option run_option_table[] = {
      "at the reset vector. It finds kernel, initrd and command line, where they are given, by fw_cfg.",
      false, set_firmware},
     {"append", "STRING", "Adds STRING to the kernel's command line.", false, set_append},
-    {"disk", "FILE[,readonly]",
+    {"disk", "FILE[,ATTRIBUTE...]",
      "A raw disk image or block device, which the guest sees as /dev/vda; the next one as /dev/vdb, and so on, up to "
-     "16. It is locked against a second writer.", true, set_disk},
+     "16. It is locked against a second writer. Attributes: readonly; on-full=pause|error, what happens when the host has "
+     "no room for what the guest writes: the guest is paused until \"resume\" at the monitor prompt (the default), or "
+     "sees an I/O error; io=uring|threads, how the host's file is accessed (the default is io_uring where the host permits it).", true, set_disk},
     {"net", "user|none[,restrict][,mac=ADDRESS][,mtu=N][,queues=N]",
      "A network card and where it is connected; the next one gives the guest another card, up to 8. user (the default without --net): a network of "
      "the guest's own, which reaches what the user of doppel reaches, by doppel's own sockets and without privileges; DHCP gives the guest "

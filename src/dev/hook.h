@@ -10,6 +10,7 @@ enum machine_event {
     MACHINE_POWEROFF,      /* ACPI S5 */
     MACHINE_PANICKED,      /* pvpanic bit 0 */
     MACHINE_CRASH_LOADED,  /* pvpanic bit 1: the guest runs its crash kernel now */
+    MACHINE_DISK_FULL,     /* the host has no room for what a disk is to store; no chip's lock is held */
 };
 
 struct machine_hook {

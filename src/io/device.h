@@ -22,6 +22,7 @@ struct device_ops {
 struct device {
     const struct device_ops *ops;
     pthread_mutex_t lock;                                          /* taken by the bus around region handlers */
+    bool stuck;                                                    /* the last reset did not end: the host has not answered a request */
 };
 
 static inline void device_init(struct device *d, const struct device_ops *ops)

@@ -30,7 +30,7 @@ static void run_close(struct ram_run *run)
 
 void ram_close(struct ram *r)
 {
-    for (unsigned i = 0; i < r->runs; i++)
+    for (unsigned i = 0; i < r->runs && !r->pinned; i++)
         run_close(&r->run[i]);
     free(r->run);
     memset(r, 0, sizeof *r);

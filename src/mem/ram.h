@@ -33,6 +33,7 @@ struct ram {
     unsigned runs;
     u64 epoch;                                                     /* counts changes of the table, and of all that it holds (ram_clear) */
     u64 size;                                                      /* bytes in all runs */
+    bool pinned;                                                   /* somebody who cannot be stopped may write to it: never unmapped */
     bool tracked;
     u64 clean_epoch;                                               /* counts when pages became clean: a right to write without a note is over then */
     /* Engines that cache or protect guest memory: called around every device write. Set before the VM runs. */

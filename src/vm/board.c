@@ -105,6 +105,8 @@ struct board {
     struct virtio_net *nic[VM_NETS_MAX];
     unsigned nics;
     struct capture *capture;                                       /* NULL: there is none */
+    struct { struct block *block; struct virtio_blk *virtio; } disk[VM_DISKS_MAX]; /* the block is its device's */
+    struct machine_hook hook;
 
     pthread_mutex_t wire_lock;
     u32 wire[4];                                                   /* devices that pull INTA..D */
@@ -388,6 +390,32 @@ static int build_nics(struct board *b)
     return r;
 }
 
+/* On any thread. */
+static void on_disk_full(void *arg)
+{
+    struct board *b = arg;
+
+    machine_tell(&b->hook, MACHINE_DISK_FULL);
+}
+
+static int build_disk(struct board *b, unsigned i)
+{
+    const struct vm_disk *d = &b->config->disk[i];
+    char serial[VIRTIO_BLK_SERIAL_MAX + 1];
+    struct block *block;
+    int r = block_open(&d->block, &block);
+
+    if (r < 0)
+        return r;
+    if (!d->full_is_error)
+        block_hold_full(block, on_disk_full, b);
+    snprintf(serial, sizeof serial, "disk%u", i);
+    r = virtio_blk_new(&b->ram, b->config->log, block, serial, MIN(b->config->vcpus, VIRTIO_BLK_QUEUES_MAX), &b->disk[i].virtio);
+    if (r == 0)
+        b->disk[i].block = block;
+    return r < 0 ? r : attach_virtio(b, SLOT_DISK + i, b->disk[i].virtio);
+}
+
 static int build_virtio(struct board *b)
 {
     const struct vm_config *c = b->config;
@@ -398,18 +426,8 @@ static int build_virtio(struct board *b)
         r = virtio_rng_new(&b->ram, c->log, &rng);
     if (r == 0)
         r = attach_virtio(b, SLOT_RNG, rng);
-    for (unsigned i = 0; r == 0 && i < c->disks; i++) {
-        struct virtio_blk *blk;
-        struct block *block;
-        char serial[VIRTIO_BLK_SERIAL_MAX + 1];
-
-        snprintf(serial, sizeof serial, "disk%u", i);
-        r = block_open(c->disk[i].path, c->disk[i].readonly, &block);
-        if (r == 0)
-            r = virtio_blk_new(&b->ram, c->log, block, serial, &blk);
-        if (r == 0)
-            r = attach_virtio(b, SLOT_DISK + i, blk);
-    }
+    for (unsigned i = 0; r == 0 && i < c->disks; i++)
+        r = build_disk(b, i);
     if (r == 0)
         r = build_vsock(b);
     return r < 0 ? r : build_nics(b);
@@ -424,6 +442,7 @@ int board_new(const struct vm_config *config, struct machine *m, struct machine_
         return err(-ENOMEM, "out of memory");
     b->config = config;
     b->m = m;
+    b->hook = hook;
     pthread_mutex_init(&b->wire_lock, NULL);
     *out = b;                                                      /* freed by the caller, also when half built */
     r = build_ram(b, config->memory_bytes, config->firmware);
@@ -496,13 +515,32 @@ void board_free(struct board *b)
 
 /* ---- the whole board ---- */
 
-void board_reset(struct board *b)
+int board_reset(struct board *b)
 {
-    for (unsigned i = 0; i < b->devices; i++)
-        b->device[i]->ops->reset(b->device[i]);
+    for (unsigned i = 0; i < b->devices; i++) {
+        struct device *d = b->device[i];
+
+        d->ops->reset(d);
+        if (d->stuck)
+            return err(-EIO, "%s: the host does not answer a request that may still write into the guest's memory", d->ops->name);
+    }
     /* What firmware would have left behind. */
     lapic_virtual_wire(b->bsp);
     i8259_set_elcr(b->pic, ELCR);
+    return 0;
+}
+
+void board_retry_disks(struct board *b)
+{
+    for (unsigned i = 0; i < b->config->disks; i++)
+        block_retry(b->disk[i].block);
+}
+
+int board_resize_disk(struct board *b, unsigned n, u64 size)
+{
+    if (n >= b->config->disks)
+        return err(-EINVAL, "there is no disk %u", n);
+    return virtio_blk_resize(b->disk[n].virtio, size);
 }
 
 void board_quiesce(struct board *b)
@@ -543,6 +581,23 @@ struct vport *board_port(struct board *b, unsigned n)
     return b->console && n < b->config->ports ? virtio_console_port(b->console, n) : NULL;
 }
 
+static void disk_info(struct board *b, unsigned i, FILE *f)
+{
+    struct block *d = b->disk[i].block;
+    unsigned held = block_held(d);
+
+    fprintf(f, "disk %u: %s, %s%s, %llu bytes", i, block_path(d), block_kind(d), block_readonly(d) ? ", read-only" : "", (unsigned long long)block_size(d));
+    if (held)
+        fprintf(f, ", %u requests wait for room on the host", held);
+    fputc('\n', f);
+}
+
+void board_info_disks(struct board *b, FILE *f)
+{
+    for (unsigned i = 0; i < b->config->disks; i++)
+        disk_info(b, i, f);
+}
+
 void board_info(struct board *b, FILE *f)
 {
     fprintf(f, "devices:");
@@ -573,4 +628,7 @@ int board_set_link(struct board *b, unsigned n, bool up)
         return err(-ENOENT, "there is no network card %u", n);
     virtio_net_set_link(b->nic[n], up);
     return 0;
+}
+
+    board_info_disks(b, f);
 }

@@ -24,14 +24,17 @@ void board_attach_chips(struct board *b);
 /* devices, then buses and RAM; vCPUs are still there and are freed afterwards; NULL is fine */
 void board_free(struct board *b);
 
-/* every device to its power-on state; vCPUs stand still */
-void board_reset(struct board *b);
+/* every device to its power-on state; vCPUs stand still. -EIO with err(): a device still waits for the host */
+int board_reset(struct board *b);
 void board_quiesce(struct board *b);                               /* I/O in flight is finished; vCPUs stand still */
 void board_state(struct board *b, struct stream *s);               /* all devices' state, in the order of the table */
 int board_tables(struct board *b, u64 *rsdp_gpa);                  /* ACPI and MP tables, where there is no firmware */
+void board_retry_disks(struct board *b);                           /* what the host had no room for */
+int board_resize_disk(struct board *b, unsigned n, u64 size);      /* 0: as large as the host has it; err() */
 const struct e820 *board_map(const struct board *b);
 void board_power_button(struct board *b);
 struct vport *board_port(struct board *b, unsigned n);
+void board_info_disks(struct board *b, FILE *f);
 void board_info(struct board *b, FILE *f);                         /* one line per device */
 struct stats;
 void board_stats(struct board *b, struct stats *s);                /* a group for each network card */

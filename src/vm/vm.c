@@ -28,7 +28,7 @@ struct vm {
     enum vm_state state;
 
     pthread_mutex_t lock;                                          /* guards the requests below */
-    bool end_wanted, reset_wanted;
+    bool end_wanted, reset_wanted, pause_wanted;
     struct vm_result result;
     char message[512];
     struct x86 last;                                               /* of the vCPU that shut down */
@@ -85,6 +85,21 @@ void vm_post_host_error(struct vm *vm, const char *fmt, ...)
     vm_want(vm, false, VM_END_HOST_ERROR);
 }
 
+static void vm_service_pause(void *arg);
+
+/* Disks may tell it in the middle of a retry by vm_resume(): the state is looked at later. */
+static void vm_want_pause(struct vm *vm)
+{
+    bool first;
+
+    pthread_mutex_lock(&vm->lock);
+    first = !vm->pause_wanted;
+    vm->pause_wanted = true;
+    pthread_mutex_unlock(&vm->lock);
+    if (first)
+        loop_post(vm->config.loop, vm_service_pause, vm);
+}
+
 static void on_machine_event(void *arg, enum machine_event what)
 {
     struct vm *vm = arg;
@@ -93,6 +108,7 @@ static void on_machine_event(void *arg, enum machine_event what)
     case MACHINE_RESET: vm_post_reset(vm); break;
     case MACHINE_POWEROFF: vm_post_end(vm, VM_END_POWEROFF); break;
     case MACHINE_PANICKED: vm_post_end(vm, VM_END_PANIC); break;
+    case MACHINE_DISK_FULL: vm_want_pause(vm); break;
     case MACHINE_CRASH_LOADED: log_msg(vm->config.log, LOG_WARN, "the guest's kernel panicked and runs its crash kernel now"); break;
     }
 }
@@ -144,7 +160,9 @@ static int vm_boot(struct vm *vm)
     struct x86 *x;
     int r = 0;
 
-    board_reset(vm->board);
+    r = board_reset(vm->board);
+    if (r < 0)
+        return r;
     vm->booted_ns = clock_ns(vm->m.clock);
     x = aligned_alloc(64, ALIGN_UP(sizeof *x, 64));
     if (!x)
@@ -199,6 +217,20 @@ static void vm_service(void *arg)
         vm_post_host_error(vm, "cannot boot again after a reset: %s", err_last());
         return;
     }
+}
+
+static void vm_service_pause(void *arg)
+{
+    struct vm *vm = arg;
+
+    pthread_mutex_lock(&vm->lock);
+    vm->pause_wanted = false;
+    pthread_mutex_unlock(&vm->lock);
+    if (vm->state != VM_RUNNING)
+        return;
+    vm_pause(vm);
+    log_msg(vm->config.log, LOG_ERROR, "the host has no room for what the guest writes to a disk: it is paused and nothing is lost; make room, then say "
+                                       "resume at the monitor prompt (--disk FILE,on-full=error lets the guest see an error instead)");
 }
 
 static int vm_machine_open(struct vm *vm)
@@ -338,6 +370,7 @@ void vm_resume(struct vm *vm)
     vcpus_release(&vm->m);
     if (vm->config.resumed)
         vm->config.resumed(vm->config.ended_arg);
+    board_retry_disks(vm->board);
 }
 
 int vm_reset(struct vm *vm)
@@ -354,6 +387,11 @@ int vm_reset(struct vm *vm)
     if (vm->state == VM_RUNNING)
         vcpus_release(&vm->m);
     return 0;
+}
+
+int vm_resize_disk(struct vm *vm, unsigned n, u64 size)
+{
+    return board_resize_disk(vm->board, n, size);
 }
 
 /* ---- from one engine to another ---- */
@@ -594,6 +632,11 @@ void vm_stats(struct vm *vm, FILE *f, bool json)
     stats_vcpus_end(&s);
     board_stats(vm->board, &s);
     stats_close(&s);
+}
+
+void vm_info_disks(struct vm *vm, FILE *f)
+{
+    board_info_disks(vm->board, f);
 }
 
 void vm_info(struct vm *vm, FILE *f)

@@ -18,6 +18,7 @@
 #include "base/clock.h"
 #include "base/err.h"
 #include "base/loop.h"
+#include "back/block.h"
 #include "base/trace.h"
 #include "cpu/engine.h"
 
@@ -27,8 +28,8 @@ struct vport_ops;
 struct vport;
 
 struct vm_disk {
-    const char *path;
-    bool readonly;
+    struct block_config block;
+    bool full_is_error;                                            /* no room on the host is an I/O error; else the machine is paused */
 };
 
 enum vm_net_kind { VM_NET_USER };
@@ -126,6 +127,7 @@ void vm_pause(struct vm *vm);                                      /* vCPUs stan
 void vm_resume(struct vm *vm);
 /* as the reset button: devices, vCPUs, boot image again */
 int vm_reset(struct vm *vm);
+int vm_resize_disk(struct vm *vm, unsigned n, u64 size);           /* size 0: as large as the host has it; err() */
 void vm_power_button(struct vm *vm);
 void vm_quit(struct vm *vm);                                       /* ends with VM_END_QUIT */
 
@@ -143,6 +145,7 @@ struct clock *vm_clock(struct vm *vm);
 struct machine *vm_machine(struct vm *vm);                         /* for vm/debug.c */
 /* for the monitor prompt: state, memory, devices, vCPUs with registers */
 void vm_info(struct vm *vm, FILE *f);
+void vm_info_disks(struct vm *vm, FILE *f);                        /* the lines on disks alone */
 /* instructions retired by all vCPUs (engines that count them) */
 u64 vm_insns(const struct vm *vm);
 /* The name of what is handled for the guest, and how often it was, by all vCPUs. NULL: what is none. */

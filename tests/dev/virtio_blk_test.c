@@ -28,8 +28,8 @@ static void open_disk(bool readonly)
     struct block *b;
 
     guest_new(&g);
-    assert_int_equal(block_open(image, readonly, &b), 0);
-    assert_int_equal(virtio_blk_new(&g.ram, NULL, b, "serial-0123456789abcdef", &blk), 0);
+    assert_int_equal(block_open(&(struct block_config){ .path = image, .readonly = readonly }, &b), 0);
+    assert_int_equal(virtio_blk_new(&g.ram, NULL, b, "serial-0123456789abcdef", 2, &blk), 0);
     assert_int_equal(virtio_pci_attach(g.pci, DEV, guest_line(&g), 20, false, (struct virtio *)blk), 0);
     vdev_find(&d, &g, DEV);
 }
@@ -157,9 +157,84 @@ static void test_out_of_disk(void **state UNUSED)
 
 static void test_unsupported(void **state UNUSED)
 {
-    assert_int_equal(request(VIRTIO_BLK_T_DISCARD, 0, DATA, 16, false, NULL), VIRTIO_BLK_S_UNSUPP);
+    assert_int_equal(request(VIRTIO_BLK_T_SECURE_ERASE, 0, DATA, 16, false, NULL), VIRTIO_BLK_S_UNSUPP);
     assert_int_equal(request(0xdeadbeef, 0, DATA, 16, true, NULL), VIRTIO_BLK_S_UNSUPP);
     assert_int_equal(vdev_status(&d) & VIRTIO_CONFIG_S_NEEDS_RESET, 0);
+}
+
+static u8 ranges(u32 type, const struct virtio_blk_discard_write_zeroes *r, unsigned n)
+{
+    put(&g, DATA, r, n * sizeof(*r));
+    return request(type, 0, DATA, n * (u32)sizeof(*r), false, NULL);
+}
+
+static void test_discard_and_zeroes(void **state UNUSED)
+{
+    static const struct virtio_blk_discard_write_zeroes good[] = { { 10, 2, 0 }, { 20, 1, 1 }, { 0, 0, 0 }, { SECTORS - 1, 1, 0 } };
+    static const struct { struct virtio_blk_discard_write_zeroes r; u32 type; u8 status; } bad[] = {
+        { { 10, 1, 1 }, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_S_UNSUPP }, { { 10, 1, 2 }, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_S_UNSUPP },
+        { { SECTORS, 1, 0 }, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_S_IOERR }, { { ~0ull, 1, 0 }, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_S_IOERR },
+        { { 1, SECTORS, 0 }, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_S_IOERR }, { { 0, ~0u, 0 }, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_S_IOERR },
+    };
+    struct virtio_blk_discard_write_zeroes many[65] = { { 10, 1, 0 } };
+
+    assert_true(vdev_features(&d) & BIT(VIRTIO_BLK_F_DISCARD));
+    assert_true(vdev_features(&d) & BIT(VIRTIO_BLK_F_WRITE_ZEROES));
+    assert_int_equal(ranges(VIRTIO_BLK_T_WRITE_ZEROES, good, ARRAY_SIZE(good)), VIRTIO_BLK_S_OK);
+    for (u64 s = 9; s < 22; s++) {
+        assert_int_equal(request(VIRTIO_BLK_T_IN, s, DATA, 512, true, NULL), VIRTIO_BLK_S_OK);
+        assert_int_equal(word_at(DATA + 508), s == 10 || s == 11 || s == 20 ? 0 : s << 8 | 127);
+    }
+    assert_int_equal(ranges(VIRTIO_BLK_T_DISCARD, good + 2, 2), VIRTIO_BLK_S_OK);
+    for (unsigned i = 0; i < ARRAY_SIZE(bad); i++)
+        assert_int_equal(ranges(bad[i].type, &bad[i].r, 1), bad[i].status);
+    assert_int_equal(ranges(VIRTIO_BLK_T_DISCARD, many, 64), VIRTIO_BLK_S_OK);
+    assert_int_equal(ranges(VIRTIO_BLK_T_DISCARD, many, 65), VIRTIO_BLK_S_IOERR);
+    assert_int_equal(request(VIRTIO_BLK_T_DISCARD, 0, DATA, 15, false, NULL), VIRTIO_BLK_S_IOERR);
+    assert_int_equal(request(VIRTIO_BLK_T_DISCARD, 0, 0, 0, false, NULL), VIRTIO_BLK_S_IOERR);
+    assert_int_equal(request(VIRTIO_BLK_T_IN, 1, DATA, 512, true, NULL), VIRTIO_BLK_S_OK);
+    assert_int_equal(word_at(DATA), 1 << 8);
+}
+
+/* The second queue has an interrupt of its own, and both work at once. */
+static void test_queues(void **state UNUSED)
+{
+    u32 id, len;
+
+    vdev_set_status(&d, 0);
+    assert_true(vdev_start(&d, &g, DEV, ALL | BIT(VIRTIO_BLK_F_MQ), 64));
+    assert_int_equal(bus_read(g.mmio, d.config + offsetof(struct virtio_blk_config, num_queues), 2), 2);
+    assert_int_equal(common_get(&d, COMMON(num_queues), 2), 2);
+    for (unsigned n = 0; n < 2; n++) {
+        put_head(HEAD + 32 * n, VIRTIO_BLK_T_IN, 40 + n);
+        gq_add(&d.q[n], (struct buf[]){ { HEAD + 32 * n, 16, false }, { DATA + 512 * n, 512, true }, { STATUS, 1, true } }, 3);
+    }
+    g.msi[1] = g.msi[2] = 0;
+    vdev_kick(&d, 1);
+    assert_true(vdev_wait(&d, 1, &id, &len));
+    assert_false(gq_used(&d.q[0], &id, &len));
+    assert_true(g.msi[2] == 1 && g.msi[1] == 0);
+    assert_int_equal(word_at(DATA + 512), 41 << 8);
+    vdev_kick(&d, 0);
+    assert_true(vdev_wait(&d, 0, &id, &len));
+    assert_int_equal(word_at(DATA), 40 << 8);
+}
+
+/* The cache's switch: only where it is negotiated, and one bit of it. */
+static void test_cache_switch(void **state UNUSED)
+{
+    u64 wce = d.config + offsetof(struct virtio_blk_config, wce);
+
+    assert_int_equal(bus_read(g.mmio, wce, 1), 1);
+    bus_write(g.mmio, wce, 0, 1);
+    assert_int_equal(bus_read(g.mmio, wce, 1), 1);
+    vdev_set_status(&d, 0);
+    assert_true(vdev_start(&d, &g, DEV, ALL | BIT(VIRTIO_BLK_F_CONFIG_WCE), 64));
+    bus_write(g.mmio, wce, 0xfe, 1);
+    assert_int_equal(bus_read(g.mmio, wce, 1), 0);
+    assert_int_equal(request(VIRTIO_BLK_T_OUT, 7, DATA, 512, false, NULL), VIRTIO_BLK_S_OK);
+    bus_write(g.mmio, d.config, 0xff, 1);
+    assert_int_equal(bus_read(g.mmio, d.config, 8), SECTORS);
 }
 
 static void test_get_id(void **state UNUSED)
@@ -325,7 +400,7 @@ static void test_resize(void **state UNUSED)
 
     assert_int_equal(request(VIRTIO_BLK_T_IN, SECTORS, DATA, 512, true, NULL), VIRTIO_BLK_S_IOERR);
     assert_int_equal(truncate(image, (SECTORS + 8) * 512), 0);
-    assert_int_equal(virtio_blk_resize(blk), 0);
+    assert_int_equal(virtio_blk_resize(blk, 0), 0);
     assert_int_equal(g.msi[0], 1);
     assert_int_not_equal(common_get(&d, COMMON(config_generation), 1), generation);
     assert_int_equal(bus_read(g.mmio, d.config, 8), SECTORS + 8);
@@ -365,7 +440,7 @@ static void test_state(void **state UNUSED)
     gq_desc(&d.q[0], 61, DATA, 512, VRING_DESC_F_NEXT | VRING_DESC_F_WRITE, 62);
     gq_desc(&d.q[0], 62, STATUS, 1, VRING_DESC_F_WRITE, 0);
     s.buf = realloc(s.buf, s.len + 2);
-    memcpy(s.buf + s.len - 2, (u16[]){ 1, 60 }, 4);
+    memcpy(s.buf + s.len - 4, (u16[]){ 1, 60, 0 }, 6);
     dev->ops->reset(dev);
     put(&g, d.q[0].used + 2, (u16[]){ 1 }, 2);                     /* memory as it was at the save */
     d.q[0].used_seen = 1;
@@ -379,7 +454,7 @@ static void test_state(void **state UNUSED)
     assert_int_equal(id, 60);
     assert_int_equal(word_at(DATA), 77 << 8);
     /* nonsense instead of a head */
-    memcpy(s.buf + s.len - 2, (u16[]){ 1, 6000 }, 4);
+    memcpy(s.buf + s.len - 4, (u16[]){ 1, 6000, 0 }, 6);
     dev->ops->reset(dev);
     stream_load_init(&l, s.buf, s.len + 2);
     pthread_mutex_lock(&dev->lock);
@@ -406,7 +481,7 @@ static int remove_image(void **state UNUSED)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        T(test_config), T(test_read), T(test_write_and_read), T(test_out_of_disk), T(test_unsupported), T(test_get_id), T(test_readonly),
+        T(test_config), T(test_read), T(test_write_and_read), T(test_out_of_disk), T(test_unsupported), T(test_discard_and_zeroes), T(test_queues), T(test_cache_switch), T(test_get_id), T(test_readonly),
         T(test_any_layout), T(test_malformed), T(test_many), T(test_flood), T(test_reset_in_flight), T(test_power_on_reset_in_flight),
         T(test_resize), T(test_host_error), T(test_state),
     };

@@ -65,9 +65,9 @@ static int setup(void **state UNUSED)
     got_len = 0;
     assert_int_equal(truncate(image, 1 * MiB), 0);
     assert_int_equal(loop_new(&loop), 0);
-    assert_int_equal(block_open(image, false, &b), 0);
+    assert_int_equal(block_open(&(struct block_config){ .path = image, .readonly = false }, &b), 0);
     assert_int_equal(virtio_rng_new(&g.ram, NULL, &r), 0);
-    assert_int_equal(virtio_blk_new(&g.ram, NULL, b, "disk", &blk), 0);
+    assert_int_equal(virtio_blk_new(&g.ram, NULL, b, "disk", 1, &blk), 0);
     assert_int_equal(virtio_console_new(&g.ram, NULL, loop, &cfg, 1, &con), 0);
     port = virtio_console_port(con, 0);
     rng = (struct device *)r;

@@ -49,7 +49,7 @@ static struct block *open_image(void)
 
     bug_on(fd < 0 || ftruncate(fd, 1 * MiB) < 0);
     close(fd);
-    bug_on(block_open(image, false, &b) < 0);
+    bug_on(block_open(&(struct block_config){ .path = image, .readonly = false }, &b) < 0);
     unlink(image);
     return b;
 }
@@ -62,7 +62,7 @@ static void build(void)
     struct virtio_rng *rng;
 
     guest_new(&g);
-    bug_on(loop_new(&loop) < 0 || virtio_blk_new(&g.ram, NULL, open_image(), "fuzz", &blk) < 0 ||
+    bug_on(loop_new(&loop) < 0 || virtio_blk_new(&g.ram, NULL, open_image(), "fuzz", 2, &blk) < 0 ||
            virtio_console_new(&g.ram, NULL, loop, port, PORTS, &con) < 0 || virtio_rng_new(&g.ram, NULL, &rng) < 0);
     dev[0] = (struct device *)blk;
     dev[1] = (struct device *)con;

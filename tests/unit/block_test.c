@@ -1,11 +1,15 @@
 /* Disk images: requests against a real file, the lock, and every kind of file that is no disk. */
+#define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <sched.h>
 #include <setjmp.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stddef.h>
 #include <string.h>
+#include <sys/mount.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -17,6 +21,13 @@
 #include "base/err.h"
 
 static char dir[] = "/tmp/doppel-block-XXXXXX";
+
+static enum block_io how;
+
+static int open_disk(const char *name, bool readonly, struct block **b)
+{
+    return block_open(&(struct block_config){ .path = name, .readonly = readonly, .io = how }, b);
+}
 
 static char *path(const char *name)
 {
@@ -77,7 +88,8 @@ static void job_start(struct job *j, struct block *b, enum block_op op, u64 offs
     if (iovs)
         memcpy(j->iov, iov, iovs * sizeof(*iov));
     j->req = (struct block_req){ .op = op, .offset = offset, .iov = j->iov, .iovs = iovs, .done = job_done };
-    block_submit(b, &j->req);
+    if (block_submit(b, &j->req))
+        job_done(&j->req);
 }
 
 static int job_wait(struct job *j)
@@ -97,6 +109,154 @@ static int io(struct block *b, enum block_op op, u64 offset, void *buf, size_t l
     return job_wait(&j);
 }
 
+static int range(struct block *b, enum block_op op, u64 offset, u64 len, bool unmap)
+{
+    struct job j = { .lock = PTHREAD_MUTEX_INITIALIZER, .done = PTHREAD_COND_INITIALIZER };
+
+    j.req = (struct block_req){ .op = op, .offset = offset, .len = len, .unmap = unmap, .done = job_done };
+    if (block_submit(b, &j.req))
+        job_done(&j.req);
+    return job_wait(&j);
+}
+
+static u64 allocated(const char *name)
+{
+    struct stat st;
+
+    assert_int_equal(stat(path(name), &st), 0);
+    return (u64)st.st_blocks * 512;
+}
+
+static void test_discard_and_zeroes(void **state)
+{
+    static u8 out[3 * MiB], in[3 * MiB];
+    struct block *b;
+
+    (void)state;
+    make("disk", 4 * MiB);
+    assert_int_equal(open_disk(path("disk"), false, &b), 0);
+    for (unsigned unmap = 0; unmap < 2; unmap++) {
+        memset(out, 0xa5, sizeof(out));
+        assert_int_equal(io(b, BLOCK_WRITE, 512, out, sizeof(out)), 0);
+        assert_int_equal(range(b, BLOCK_ZEROES, 1024, 2 * MiB + 512, unmap), 0);
+        memset(out + 512, 0, 2 * MiB + 512);
+        assert_int_equal(io(b, BLOCK_READ, 512, in, sizeof(in)), 0);
+        assert_memory_equal(in, out, sizeof(in));
+        assert_int_equal(range(b, BLOCK_ZEROES, 4 * MiB - 512, 1024, unmap), -EINVAL);
+    }
+    assert_int_equal(range(b, BLOCK_DISCARD, 0, 4 * MiB, false), 0);
+    assert_true(allocated("disk") < 1 * MiB);
+    assert_int_equal(range(b, BLOCK_DISCARD, 4 * MiB, 512, false), -EINVAL);
+    assert_int_equal(range(b, BLOCK_DISCARD, ~0ull - 511, 1024, false), -EINVAL);
+    assert_int_equal(range(b, BLOCK_DISCARD, 512, ~0ull, false), -EINVAL);
+    assert_int_equal(range(b, BLOCK_DISCARD, 4 * MiB, 0, false), 0);
+    assert_int_equal(range(b, BLOCK_NOP, 0, 0, false), 0);
+    block_close(b);
+    assert_int_equal(open_disk(path("disk"), true, &b), 0);
+    assert_int_equal(range(b, BLOCK_DISCARD, 0, 512, false), -EROFS);
+    assert_int_equal(range(b, BLOCK_ZEROES, 0, 512, true), -EROFS);
+    block_close(b);
+}
+
+/* What the page cache has is answered by block_submit() itself, if that is wanted. */
+static void test_at_once(void **state)
+{
+    struct block *b;
+    u8 buf[4096] = { 7 };
+    struct iovec iov = { buf, sizeof(buf) };
+    struct block_req r = { .op = BLOCK_READ, .iov = &iov, .iovs = 1, .at_once = true, .done = job_done };
+
+    (void)state;
+    make("disk", 64 * KiB);
+    assert_int_equal(open_disk(path("disk"), false, &b), 0);
+    assert_int_equal(io(b, BLOCK_WRITE, 0, buf, sizeof(buf)), 0);
+    buf[0] = 0;
+    assert_true(block_submit(b, &r));
+    assert_int_equal(r.result, 0);
+    assert_int_equal(buf[0], 7);
+    block_close(b);
+}
+
+static void test_grow(void **state)
+{
+    struct block *b;
+    u8 buf[512];
+
+    (void)state;
+    make("disk", 4096);
+    assert_int_equal(open_disk(path("disk"), false, &b), 0);
+    assert_int_equal(block_grow(b, 2048), -EINVAL);
+    assert_int_equal(block_grow(b, 8192 + 1), -EINVAL);
+    assert_int_equal(block_grow(b, 8192), 0);
+    assert_int_equal(block_size(b), 8192);
+    assert_int_equal(io(b, BLOCK_READ, 4096, buf, 512), 0);
+    block_close(b);
+    assert_int_equal(open_disk(path("disk"), true, &b), 0);
+    assert_int_equal(block_grow(b, 16384), -EROFS);
+    block_close(b);
+}
+
+static atomic_uint told;
+
+static void full(void *arg)
+{
+    (void)arg;
+    told++;
+}
+
+/* The host is full: requests wait, and succeed when there is room; or they fail when they are told to. /dev/full's kind of error, by a small tmpfs. */
+static void test_hold_full(void **state)
+{
+    static u8 buf[256 * KiB];
+    struct job j;
+    struct block *b;
+    char fs[128], cmd[300];
+    int fd;
+
+    (void)state;
+    snprintf(fs, sizeof(fs), "%s/full", dir);
+    assert_int_equal(mkdir(fs, 0700), 0);
+    if (unshare(CLONE_NEWNS) < 0 || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0 || mount("none", fs, "tmpfs", 0, "size=512k") < 0) {
+        puts("# skip: only root can mount a small file system");
+        skip();
+    }
+    snprintf(cmd, sizeof(cmd), "dd if=/dev/zero of=%s/ballast bs=4k count=112 2>/dev/null", fs);
+    assert_int_equal(system(cmd), 0);
+    make("full/disk", 1 * MiB);
+    assert_int_equal(open_disk(path("full/disk"), false, &b), 0);
+    assert_int_equal(io(b, BLOCK_WRITE, 0, buf, sizeof(buf)), -ENOSPC);
+    told = 0;
+    block_hold_full(b, full, NULL);
+    memset(buf, 0x5a, sizeof(buf));
+    job_start(&j, b, BLOCK_WRITE, 0, &(struct iovec){ buf, sizeof(buf) }, 1);
+    for (unsigned i = 0; i < 5000 && !block_held(b); i++)
+        usleep(1000);
+    assert_int_equal(block_held(b), 1);
+    assert_true(told == 1 && !j.finished);
+    block_retry(b);
+    for (unsigned i = 0; i < 5000 && !block_held(b); i++)
+        usleep(1000);
+    assert_true(told == 2 && !j.finished);
+    snprintf(cmd, sizeof(cmd), "%s/ballast", fs);
+    assert_int_equal(unlink(cmd), 0);
+    block_retry(b);
+    assert_int_equal(job_wait(&j), 0);
+    memset(buf, 0, sizeof(buf));
+    assert_int_equal(io(b, BLOCK_READ, 0, buf, sizeof(buf)), 0);
+    for (unsigned i = 0; i < sizeof(buf); i++)
+        assert_int_equal(buf[i], 0x5a);
+    fd = open(cmd, O_WRONLY | O_CREAT, 0600);
+    while (write(fd, buf, 4096) > 0)
+        ;
+    close(fd);
+    job_start(&j, b, BLOCK_WRITE, 512 * KiB, &(struct iovec){ buf, sizeof(buf) }, 1);
+    for (unsigned i = 0; i < 5000 && !block_held(b); i++)
+        usleep(1000);
+    assert_true(block_close(b));                                   /* which answers what waits */
+    assert_int_equal(job_wait(&j), -ENOSPC);
+    assert_int_equal(umount(fs), 0);
+}
+
 static void test_read_write(void **state)
 {
     struct block *b;
@@ -105,7 +265,7 @@ static void test_read_write(void **state)
 
     (void)state;
     make("disk", 1 * MiB);
-    assert_int_equal(block_open(path("disk"), false, &b), 0);
+    assert_int_equal(open_disk(path("disk"), false, &b), 0);
     assert_int_equal(block_size(b), 1 * MiB);
     for (unsigned i = 0; i < sizeof(out); i++)
         out[i] = (u8)(i * 7);
@@ -116,7 +276,7 @@ static void test_read_write(void **state)
     assert_int_equal(io(b, BLOCK_READ, 1024, in, sizeof(in)), 0);
     assert_memory_equal(in, out, sizeof(in));
     block_close(b);
-    assert_int_equal(block_open(path("disk"), true, &b), 0);
+    assert_int_equal(open_disk(path("disk"), true, &b), 0);
     memset(in, 0, sizeof(in));
     assert_int_equal(io(b, BLOCK_READ, 1024, in, sizeof(in)), 0);
     assert_memory_equal(in, out, sizeof(in));
@@ -133,7 +293,7 @@ static void test_bounds(void **state)
 
     (void)state;
     make("disk", 4096);
-    assert_int_equal(block_open(path("disk"), false, &b), 0);
+    assert_int_equal(open_disk(path("disk"), false, &b), 0);
     assert_int_equal(io(b, BLOCK_READ, 3072, buf, 1024), 0);
     assert_int_equal(io(b, BLOCK_READ, 3584, buf, 1024), -EINVAL);
     assert_int_equal(io(b, BLOCK_WRITE, 4096, buf, 512), -EINVAL);
@@ -157,7 +317,7 @@ static void test_odd_size(void **state)
     memset(buf, 0x11, sizeof(buf));
     assert_int_equal(write(fd, buf, 1000), 1000);
     close(fd);
-    assert_int_equal(block_open(path("odd"), false, &b), 0);
+    assert_int_equal(open_disk(path("odd"), false, &b), 0);
     assert_int_equal(block_size(b), 1024);
     memset(buf, 0xff, sizeof(buf));
     assert_int_equal(io(b, BLOCK_READ, 0, buf, 1024), 0);
@@ -179,7 +339,7 @@ static void test_size_changes(void **state)
 
     (void)state;
     make("disk", 8192);
-    assert_int_equal(block_open(path("disk"), false, &b), 0);
+    assert_int_equal(open_disk(path("disk"), false, &b), 0);
     assert_int_equal(truncate(path("disk"), 1024), 0);
     assert_int_equal(io(b, BLOCK_READ, 4096, buf, 512), -EIO);
     assert_int_equal(truncate(path("disk"), 16384), 0);
@@ -201,7 +361,7 @@ static void test_many_pieces(void **state)
 
     (void)state;
     make("disk", 1 * MiB);
-    assert_int_equal(block_open(path("disk"), false, &b), 0);
+    assert_int_equal(open_disk(path("disk"), false, &b), 0);
     for (unsigned i = 0; i < PIECES; i++) {
         iov[i] = (struct iovec){ out + 2 * i, 2 };
         out[2 * i] = (u8)i;
@@ -211,7 +371,8 @@ static void test_many_pieces(void **state)
     assert_int_equal(job_wait(&j), 0);
     j.finished = false;
     j.req = (struct block_req){ .op = BLOCK_WRITE, .offset = 512, .iov = iov, .iovs = PIECES, .done = job_done };
-    block_submit(b, &j.req);
+    if (block_submit(b, &j.req))
+        job_done(&j.req);
     assert_int_equal(job_wait(&j), 0);
     assert_int_equal(io(b, BLOCK_READ, 512, in, sizeof(in)), 0);
     assert_memory_equal(in, out, sizeof(in));
@@ -228,7 +389,7 @@ static void test_close_waits(void **state)
 
     (void)state;
     make("disk", JOBS * 4096);
-    assert_int_equal(block_open(path("disk"), false, &b), 0);
+    assert_int_equal(open_disk(path("disk"), false, &b), 0);
     for (unsigned i = 0; i < JOBS; i++) {
         memset(buf[i], (int)i + 1, sizeof(buf[i]));
         job_start(&job[i], b, BLOCK_WRITE, i * 4096, &(struct iovec){ buf[i], 4096 }, 1);
@@ -236,7 +397,7 @@ static void test_close_waits(void **state)
     block_close(b);
     for (unsigned i = 0; i < JOBS; i++)
         assert_true(job[i].finished && job[i].req.result == 0);
-    assert_int_equal(block_open(path("disk"), true, &b), 0);
+    assert_int_equal(open_disk(path("disk"), true, &b), 0);
     for (unsigned i = 0; i < JOBS; i++) {
         u8 in[4096];
 
@@ -252,18 +413,18 @@ static void test_lock(void **state)
 
     (void)state;
     make("disk", 4096);
-    assert_int_equal(block_open(path("disk"), false, &a), 0);
-    assert_int_equal(block_open(path("disk"), false, &b), -EBUSY);
+    assert_int_equal(open_disk(path("disk"), false, &a), 0);
+    assert_int_equal(open_disk(path("disk"), false, &b), -EBUSY);
     assert_non_null(strstr(err_last(), "in use"));
     assert_non_null(strstr(err_last(), path("disk")));
-    assert_int_equal(block_open(path("disk"), true, &b), -EBUSY);
+    assert_int_equal(open_disk(path("disk"), true, &b), -EBUSY);
     block_close(a);
-    assert_int_equal(block_open(path("disk"), true, &a), 0);
-    assert_int_equal(block_open(path("disk"), true, &b), 0);
+    assert_int_equal(open_disk(path("disk"), true, &a), 0);
+    assert_int_equal(open_disk(path("disk"), true, &b), 0);
     block_close(b);
-    assert_int_equal(block_open(path("disk"), false, &b), -EBUSY);
+    assert_int_equal(open_disk(path("disk"), false, &b), -EBUSY);
     block_close(a);
-    assert_int_equal(block_open(path("disk"), false, &b), 0);
+    assert_int_equal(open_disk(path("disk"), false, &b), 0);
     block_close(b);
 }
 
@@ -271,7 +432,7 @@ static void refused(const char *name, bool readonly, int code, const char *reaso
 {
     struct block *b = NULL;
 
-    assert_int_equal(block_open(name, readonly, &b), code);
+    assert_int_equal(open_disk(name, readonly, &b), code);
     assert_null(b);
     if (!strstr(err_last(), name) || !strstr(err_last(), reason))
         fail_msg("\"%s\" does not tell of %s: %s", err_last(), name, reason);
@@ -311,8 +472,8 @@ static void test_permissions(void **state)
 
         if (!getuid() && setuid(65534) < 0)
             _exit(9);
-        bad |= block_open(path("disk"), false, &b) != -EACCES || !strstr(err_last(), ",readonly");
-        bad |= (block_open(path("disk"), true, &b) != 0) << 1;
+        bad |= open_disk(path("disk"), false, &b) != -EACCES || !strstr(err_last(), ",readonly");
+        bad |= (open_disk(path("disk"), true, &b) != 0) << 1;
         _exit(bad);
     }
     assert_int_equal(waitpid(pid, &status, 0), pid);
@@ -325,7 +486,7 @@ static void test_permissions(void **state)
 
         if (!getuid() && setuid(65534) < 0)
             _exit(9);
-        _exit(block_open(path("disk"), true, &b) != -EACCES || !strstr(err_last(), "permissions"));
+        _exit(open_disk(path("disk"), true, &b) != -EACCES || !strstr(err_last(), "permissions"));
     }
     assert_int_equal(waitpid(pid, &status, 0), pid);
     assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 0);
@@ -346,7 +507,7 @@ static void test_full(void **state)
         u8 buf[4096] = { 1 };
         int bad = 0;
 
-        if (block_open(path("disk"), false, &b) < 0)
+        if (open_disk(path("disk"), false, &b) < 0)
             _exit(9);
         setrlimit(RLIMIT_FSIZE, &limit);
         bad |= io(b, BLOCK_WRITE, 0, buf, sizeof(buf)) != 0;
@@ -365,8 +526,22 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_read_write), cmocka_unit_test(test_bounds), cmocka_unit_test(test_odd_size), cmocka_unit_test(test_size_changes),
         cmocka_unit_test(test_many_pieces), cmocka_unit_test(test_close_waits), cmocka_unit_test(test_lock), cmocka_unit_test(test_no_disks),
-        cmocka_unit_test(test_permissions), cmocka_unit_test(test_full),
+        cmocka_unit_test(test_permissions), cmocka_unit_test(test_full), cmocka_unit_test(test_discard_and_zeroes), cmocka_unit_test(test_at_once),
+        cmocka_unit_test(test_grow), cmocka_unit_test(test_hold_full),
     };
+    static const char *const name[] = { [BLOCK_IO_URING] = "io_uring", [BLOCK_IO_THREADS] = "threads" };
+    struct block *b;
+    int failed = 0;
 
-    return cmocka_run_group_tests(tests, setup, teardown);
+    for (how = BLOCK_IO_THREADS; how >= BLOCK_IO_URING; how--) {
+        strcpy(dir + strlen(dir) - 6, "XXXXXX");
+        if (how == BLOCK_IO_URING && open_disk("/proc/self/exe", true, &b) < 0) {
+            printf("1..1\nok 1 - io_uring # SKIP %s\n", err_last());
+            continue;
+        }
+        if (how == BLOCK_IO_URING)
+            block_close(b);
+        failed += cmocka_run_group_tests_name(name[how], tests, setup, teardown);
+    }
+    return failed;
 }

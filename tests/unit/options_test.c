@@ -114,14 +114,18 @@ static void disks(void **state UNUSED)
     struct run_options o;
     accepts(&o, "--disk a,b.img --disk c.img,readonly --disk=d,readonly,readonly");
     assert_int_equal(o.disks, 3);
-    assert_string_equal(o.disk[0].path, "a,b.img");
-    assert_false(o.disk[0].readonly);
-    assert_string_equal(o.disk[1].path, "c.img");
-    assert_true(o.disk[1].readonly);
-    assert_string_equal(o.disk[2].path, "d,readonly");
-    assert_true(o.disk[2].readonly);
+    assert_string_equal(o.disk[0].block.path, "a,b.img");
+    assert_false(o.disk[0].block.readonly);
+    assert_string_equal(o.disk[1].block.path, "c.img");
+    assert_true(o.disk[1].block.readonly);
+    assert_string_equal(o.disk[2].block.path, "d");
+    assert_true(o.disk[2].block.readonly);
+    accepts(&o, "--disk a,io=threads,on-full=error --disk b,on-full=pause,readonly,io=uring");
+    assert_string_equal(o.disk[0].block.path, "a");
+    assert_true(o.disk[0].full_is_error && o.disk[0].block.io == BLOCK_IO_THREADS);
+    assert_true(!o.disk[1].full_is_error && o.disk[1].block.readonly && o.disk[1].block.io == BLOCK_IO_URING);
     rejects("--disk ,readonly", "--disk");
-    rejects("--disk /dev/null,readwrite", "readonly");
+    rejects("--disk /dev/null,readwrite", "attribute");
 }
 
 static void too_many_disks(void **state UNUSED)

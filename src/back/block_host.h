@@ -1,0 +1,106 @@
+/*
+ * What kinds of block back ends have in common, for those alone: each begins with a struct block (block_file.c, ...); block.c is in front of all.
+ */
+#pragma once
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <time.h>
+
+#include "back/block.h"
+
+#define BLOCK_CLOSE_SECONDS 5                                      /* how long a close waits for a host that does not answer */
+
+struct block_ops {
+    /* r lies in the disk and may be what it is. True: answered at once (only if r->at_once). Else block_done() is called later. */
+    bool (*submit)(struct block *b, struct block_req *r);
+    int (*size)(struct block *b, u64 *size);                       /* asks the host; err() */
+    int (*grow)(struct block *b, u64 size);                        /* optional; err() */
+    bool (*close)(struct block *b);                                /* as block_close(), and frees b if true */
+};
+
+struct block {
+    const struct block_ops *ops;
+    const char *kind;
+    char *path;
+    bool readonly;
+    _Atomic u64 size;
+    pthread_mutex_t lock;                                          /* of what follows; a leaf */
+    struct block_req *held, **held_last;
+    unsigned held_count;
+    bool closing;                                                  /* nothing is held any more */
+    void (*full)(void *arg);
+    void *full_arg;
+};
+
+/* For constructors. -ENOMEM with err(). */
+int block_init(struct block *b, const struct block_ops *ops, const char *kind, const char *path, bool readonly);
+void block_destroy(struct block *b);                               /* of the common part */
+/* Answers r (result is set), or holds it. On a thread of the back end, with no lock held. */
+void block_done(struct block *b, struct block_req *r);
+
+int block_file_open(const struct block_config *c, struct block **out);
+/* The descriptor of an image file or block device, locked; a negative errno with err(). */
+int block_file_fd(const char *path, bool readonly);
+int block_file_lock(int fd, const char *path, bool readonly);
+
+/* Helpers for requests. */
+void block_consume(struct block_req *r, size_t len);               /* len bytes of a read or write are done */
+u64 block_req_len(const struct block_req *r);                      /* bytes that are left of it */
+
+/* --- threads --- */
+
+/* Starts a thread that takes no signals but those it brings about itself. A positive errno, as pthread_create(). */
+int block_thread(pthread_t *t, void *(*fn)(void *arg), void *arg);
+
+/* What tells that threads have ended, for who waits only for a while. */
+struct block_end {
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    unsigned running;
+};
+void block_end_init(struct block_end *e);
+void block_end_destroy(struct block_end *e);
+void block_end_leave(struct block_end *e);                         /* the last thing a thread does */
+bool block_end_wait(struct block_end *e);                          /* true: all have left; false after BLOCK_CLOSE_SECONDS */
+
+/* A few threads that serve requests one by one: serve() may wait. */
+#define BLOCK_WORKERS 4
+struct block_pool {
+    struct block *b;
+    int (*serve)(struct block *b, struct block_req *r);
+    pthread_mutex_t lock;
+    pthread_cond_t more;
+    struct block_req *first, **last;                               /* waiting, in order of submission */
+    unsigned idle;
+    bool closing;
+    pthread_t worker[BLOCK_WORKERS];
+    unsigned workers;
+    struct block_end end;
+};
+int block_pool_open(struct block_pool *p, struct block *b, int (*serve)(struct block *b, struct block_req *r));
+void block_pool_submit(struct block_pool *p, struct block_req *r);
+bool block_pool_close(struct block_pool *p);                       /* as block_close(); p may be all zero */
+
+/* --- io_uring --- */
+
+/*
+ * One step of a request, in terms of system calls; the same for io_uring and for threads, so that the results are looked at in one place
+ * (block_file.c).
+ */
+struct block_step {
+    enum { STEP_READV, STEP_WRITEV, STEP_WRITE, STEP_FALLOCATE, STEP_FDATASYNC, STEP_NOP } call;
+    u64 offset, len;
+    const struct iovec *iov;
+    unsigned iovs;
+    const void *buf;
+    int mode;
+};
+struct block_ring_ops {
+    void (*step)(struct block *b, struct block_req *r, struct block_step *s);
+    bool (*result)(struct block *b, struct block_req *r, int res); /* of that step; true: r is done with */
+};
+struct block_ring;
+int block_ring_open(struct block *b, int fd, const struct block_ring_ops *ops, struct block_ring **out); /* a negative errno, without err() */
+void block_ring_submit(struct block_ring *g, struct block_req *r);
+bool block_ring_close(struct block_ring *g);                       /* as block_close(); NULL is fine */
