@@ -607,8 +607,7 @@ void board_info(struct board *b, FILE *f)
     for (unsigned i = 0; i < b->ram.runs; i++)
         fprintf(f, "ram: 0x%llx to 0x%llx\n", (unsigned long long)b->ram.run[i].gpa,
                 (unsigned long long)(b->ram.run[i].gpa + b->ram.run[i].size - 1));
-    for (unsigned i = 0; i < b->config->disks; i++)
-        fprintf(f, "disk %u: %s%s\n", i, b->config->disk[i].path, b->config->disk[i].readonly ? " (read-only)" : "");
+    board_info_disks(b, f);
     for (unsigned i = 0; i < b->nics; i++) {
         fprintf(f, "net %u: ", i);
         virtio_net_info(b->nic[i], f);
@@ -628,7 +627,4 @@ int board_set_link(struct board *b, unsigned n, bool up)
         return err(-ENOENT, "there is no network card %u", n);
     virtio_net_set_link(b->nic[n], up);
     return 0;
-}
-
-    board_info_disks(b, f);
 }
