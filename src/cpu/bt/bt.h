@@ -31,6 +31,7 @@
 #define BT_TBS 262144u
 #define BT_LINKS 786432u
 #define BT_MARKS 6291456u
+#define BT_RELOCS 4194304u
 #define BT_HASH 131072u
 #define BT_PAGES 65536u
 #define BT_RETURN_HASH 32768u
@@ -85,6 +86,13 @@ struct tb {
     u32 mark;                                                      /* first of marks in bt.mark */
     u16 marks;
     u8 key, n;
+    /* For copies at other addresses (clone.c): */
+    bool copies;                                                   /* it can be copied */
+    u16 links, relocs;
+    u32 link, reloc;                                               /* first of its links, of relocations in bt.reloc (copies share them) */
+    u8 *cold;                                                      /* code for what rarely happens, without that of the ways in */
+    u32 cold_size;
+    u32 slow;                                                      /* b->slow when it was made */
     u32 handled;                                                   /* bit n: op n has no host code of its own */
     bool dead;
     struct block *b;
@@ -115,7 +123,8 @@ struct bt {
     struct link *link;
     struct tb_mark *mark;
     struct cpage *page;
-    u32 tbs, links, marks, pages;                                  /* used of each; index 0 is none */
+    u32 *reloc;
+    u32 tbs, links, marks, pages, relocs;                          /* used of each; index 0 is none */
     u32 *hash, *frame, *page_hash;                                 /* tbs by linear address, by guest-physical page; pages by both */
     u32 *returns;                                                  /* links: of calls whose return has no entry so far, by its address */
     u64 (*itlb_user)[BT_ITLB_SIZE];                                /* by context (tlb.h) what icpu.bt.itlb is for supervisor code */
@@ -180,7 +189,7 @@ static inline struct tb *tb_of(struct bt *t, u32 index)
 /* ---- fault.c ---- */
 u64 tb_rip(const struct bt *t, const struct tb *tb, const u8 *pc); /* the guest's instruction that this host address belongs to */
 
-/* ---- translate.c ---- */
+/* ---- translate.c, clone.c ---- */
 /* Translates b at c->rip, which indirect branches lead to if indirect is set; NULL when it has to be interpreted for ever, or when there is no room (then *full). */
 struct tb *bt_translate(struct icpu *c, struct bt *t, struct block *b, u32 page, u32 page2, bool compare, bool indirect, bool *full);
 void bt_entry(struct icpu *c, struct bt *t, struct tb *tb);          /* makes the ways in, where they are missing; there may be no room */

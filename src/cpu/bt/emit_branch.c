@@ -25,6 +25,7 @@ static void exit_by_table(struct tr *t, size_t mask, size_t table)
     tr_count(t);
     op_gs(e, false, 0xc7, 0, OFF(bt.site));                        /* mov dword [], imm */
     put32(e, site(t));
+    tr_reloc(t, e->p - 4, RELOC_SITE);
     put_pext_gs(e, S0, S1, mask);
     op_gs_index(e, false, 0xff, 4, S0, table);
 }
@@ -40,7 +41,9 @@ static void exit_indirect_plain(struct tr *t)                      /* without PE
     tr_count(t);
     op_gs(e, false, 0xc7, 0, OFF(bt.site));
     put32(e, site(t));
+    tr_reloc(t, e->p - 4, RELOC_SITE);
     jump_to(e, t->t->rw + t->t->miss);
+    tr_reloc(t, e->p - 4, RELOC_JUMP);
 }
 
 static void exit_indirect(struct tr *t)
@@ -270,7 +273,7 @@ static bool emit_call(struct tr *t, const struct op *op)
             if (!push_value(t, true, (s32)next, 0))
                 return false;
         } else {
-            mov_imm64(e, S1, next);
+            tr_linear(t, S1, next);
             if (!tr_push(t, S1))
                 return false;
         }
@@ -287,7 +290,7 @@ static bool emit_call(struct tr *t, const struct op *op)
         if (!push_value(t, true, (s32)next, 0))
             return false;
     } else {
-        mov_imm64(e, S0, next);
+        tr_linear(t, S0, next);
         if (!tr_push(t, S0))
             return false;
     }

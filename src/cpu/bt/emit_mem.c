@@ -95,6 +95,14 @@ static bool absolute(const struct ea *m)
     return (m->base == REG_RIP || m->base == REG_ZERO) && m->index == REG_ZERO;
 }
 
+static void put_absolute(struct tr *t, unsigned dst, const struct ea *m)
+{
+    if (m->base == REG_RIP)
+        tr_linear(t, dst, (u64)m->disp);
+    else
+        mov_imm64(&t->e, dst, (u64)m->disp);
+}
+
 static void add_segment(struct tr *t, const struct ea *m, unsigned dst, unsigned tmp)
 {
     struct emit *e = &t->e;
@@ -117,12 +125,12 @@ void tr_address(struct tr *t, const struct ea *m, unsigned dst, bool linear)
     if (dst == S0 || (m->index != REG_ZERO && !tr_resident(m->index)) || (linear && m->seg >= SEG_FS))
         t->kept = NO_REG;
     if (absolute(m)) {
-        mov_imm64(e, dst, (u64)m->disp);
+        put_absolute(t, dst, m);
     } else {
         unsigned base = NO_REG, index = NO_REG;
         s32 disp = (s32)m->disp;
         if (m->base == REG_RIP) {                                  /* does not exist with an index, but would be right */
-            mov_imm64(e, dst, (u64)m->disp);
+            put_absolute(t, dst, m);
             base = dst;
             disp = 0;
         } else if (m->base == REG_TMP) {
@@ -145,12 +153,17 @@ static void shadow_absolute(struct tr *t, const struct ea *m, struct place *p, u
     struct emit *e = &t->e;
     t->kept = NO_REG;
     op_gs(e, true, X_LOAD, S0, OFF(bt.delta[0][0]) + t->view * 4096u + ((u64)m->disp >> 39 & 511) * 8);
+    const u8 *slot = e->p - 4;
     *scratch = S1;
     if (m->disp == (s32)m->disp) {
         *p = (struct place){ S0, NO_REG, 0, (s32)m->disp };
+        if (m->base == REG_RIP)
+            t->tb->copies = false;
         return;
     }
-    mov_imm64(e, S1, (u64)m->disp);
+    put_absolute(t, S1, m);
+    if (m->base == REG_RIP)
+        tr_reloc(t, slot, RELOC_SLOT);
     if (want) {
         op_mem(e, true, X_LEA, S0, S0, S1, 0, 0);
         *p = (struct place){ S0, NO_REG, 0, 0 };

@@ -186,7 +186,7 @@ static bool emit_syscall(struct tr *t, const struct op *op, bool *last)
         return false;
     flags_image(t);
     mov_rr(e, R11, S1);
-    mov_imm64(e, RCX, t->tb->la + op->off + op->len);
+    tr_linear(t, RCX, t->tb->la + op->off + op->len);
     alu_imm(e, false, 4, S1, (s32)(~(u32)f->sfmask & ~(u32)FLAGS_ARITH));
     alu_imm(e, false, 1, S1, FLAG_1);
     op_gs(e, false, X_STORE, S1, OFF(flags));

@@ -278,7 +278,7 @@ static void put_rip(struct tr *t, u64 rip)
         put32(e, (u32)rip);
         return;
     }
-    mov_imm64(e, S1, rip);
+    tr_linear(t, S1, rip);
     op_gs(e, true, X_STORE, S1, OFF(live.fip));
 }
 

@@ -35,7 +35,7 @@ static void drop(void *p, size_t n)
 #define TABLES(M)                                                                                     \
     M(tb, BT_TBS * sizeof *t->tb) M(link, BT_LINKS * sizeof *t->link) M(mark, BT_MARKS * sizeof *t->mark) M(page, BT_PAGES * sizeof *t->page)     \
     M(hash, BT_HASH * sizeof *t->hash) M(frame, BT_HASH * sizeof *t->frame) M(page_hash, BT_HASH * sizeof *t->page_hash)                   \
-    M(returns, BT_RETURN_HASH * sizeof *t->returns)                                                                                                       \
+    M(returns, BT_RETURN_HASH * sizeof *t->returns) M(reloc, BT_RELOCS * sizeof *t->reloc)                                                          \
     M(target, TARGET_BYTES) M(itlb_user, TLB_CONTEXTS * sizeof *t->itlb_user) M(itlb, ITLB_USER(TLB_CONTEXTS) * sizeof *t->itlb)
 
 int tb_open(struct icpu *c, struct bt *t)
@@ -132,7 +132,7 @@ void tb_reset(struct icpu *c, struct bt *t)
     jumps_clear(c, t);
     t->used = t->first;
     t->cold = BT_ARENA_BYTES / 2;
-    t->tbs = t->links = t->marks = t->pages = 1;                   /* 0 is none */
+    t->tbs = t->links = t->marks = t->pages = t->relocs = 1;                   /* 0 is none */
     t->flushes = c->code->flushes;
     t->resets++;
     c->bt.exit_stale = c->bt.site = 0;

@@ -49,6 +49,7 @@ struct tr {
     u8 gates;                                                      /* of icpu.live that this block has looked at; a handler may close them */
     unsigned shadowed;                                             /* the op behind an STI, which no interrupt comes before; 0: none */
     bool ended;                                                    /* that was the last one: i is their number */
+    bool relocate;                                                 /* what depends on addresses is noted, for copies */
     struct item item[BLOCK_OPS];
     struct cold cold[8 * BLOCK_OPS];
     unsigned colds;
@@ -60,6 +61,26 @@ static inline const struct item *tr_item(const struct tr *t)
 {
     return &t->item[t->i];
 }
+
+/* ---- relocations: clone.c. What depends on where the translation lies, or its guest code; noted for all that emitters append ---- */
+enum reloc {
+    RELOC_ADDRESS,                                                 /* 8 bytes: a linear address relative to the block's */
+    RELOC_SLOT,                                                    /* 4 bytes: a displacement in a table by the slot of the address that was noted last */
+    RELOC_SITE,                                                    /* 4 bytes: tb and op */
+    RELOC_LINK,                                                    /* 4 bytes: a link's number */
+    RELOC_JUMP,                                                    /* 4 bytes: relative to the byte behind them */
+};
+void tr_reloc(struct tr *t, const u8 *place, enum reloc what);
+/* Host register = a linear address that moves with the block. */
+void tr_linear(struct tr *t, unsigned reg, u64 la);
+static inline bool clone_possible(unsigned key, u64 la)
+{
+    return (key & 3) == VIEW_USER && la >= 1ull << 32;
+}
+/* Another translation of the block that tb, whose tables are still empty, can be copied from; or NULL. */
+const struct tb *clone_source(const struct bt *bt, const struct tb *tb);
+void clone_code(struct tr *t, const struct tb *from);              /* instructions and their marks */
+void clone_cold(struct tr *t, const struct tb *from);              /* cold code and links; then everything is put right */
 
 /* ---- registers ---- */
 static inline bool tr_resident(unsigned g)                         /* is the guest's register in the host's of that number? RSP is biased, so it is not */

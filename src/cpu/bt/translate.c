@@ -158,9 +158,12 @@ static void put_handler_call(struct tr *t, unsigned op, u32 routine, const u8 *r
     u8 *place = e->p;
     put32(e, 0);
     mov_imm64(e, S1, (u32)(t->tb - t->t->tb) << 8 | op);
+    tr_reloc(t, e->p - 4, RELOC_SITE);
     jump_to(e, t->t->rw + routine);
+    tr_reloc(t, e->p - 4, RELOC_JUMP);
     if (!e->overflow)
         aim(place, resume ? resume : e->p);
+    tr_reloc(t, place, RELOC_JUMP);
 }
 
 void tr_handler(struct tr *t, const struct op *op)
@@ -259,8 +262,9 @@ void tr_exit_if(struct tr *t, unsigned cc, u64 target)
 void tr_exit_boundary(struct tr *t, u64 target)
 {
     put_count(t, t->i + 1);
-    mov_imm64(&t->e, S1, target);
+    tr_linear(t, S1, target);
     jump_to(&t->e, t->t->rw + t->t->leave_rip);
+    tr_reloc(t, t->e.p - 4, RELOC_JUMP);
 }
 
 /* The hot mark of op + 1 tells where a handler's call goes on; NULL: nowhere, op ends the block. */
@@ -278,6 +282,8 @@ static void put_cold(struct tr *t, const struct cold *k)
     if (e->overflow)
         return;
     aim(k->from, e->p);
+    if (k->what != COLD_LINK)
+        tr_reloc(t, k->from, RELOC_JUMP);
     if (k->rcx_saved)
         op_gs(e, true, X_LOAD, RCX, OFF(bt.tmp[0]));
     if (k->swapped)
@@ -286,7 +292,9 @@ static void put_cold(struct tr *t, const struct cold *k)
     case COLD_LINK:
         t->t->link[k->link].stub = e->p;
         mov_imm64(e, S1, k->link);
+        tr_reloc(t, e->p - 4, RELOC_LINK);
         jump_to(e, t->t->rw + t->t->leave_link);
+        tr_reloc(t, e->p - 4, RELOC_JUMP);
         break;
     case COLD_HANDLER:
         if (k->arg) {                                              /* emit_mem.c, without BMI2 */
@@ -438,10 +446,14 @@ static void cold_begin(struct tr *t)
     t->e = (struct emit){ t->t->rw + t->t->cold, t->t->rw + MIN(t->t->cold + BT_BLOCK_BYTES, BT_ARENA_BYTES), false };
 }
 
+static void put_colds(struct tr *t, unsigned from, unsigned to)
+{
+    for (unsigned i = from; i < to; i++)
+        put_cold(t, &t->cold[i]);
+}
+
 static void cold_end(struct tr *t)
 {
-    for (unsigned i = 0; i < t->colds; i++)
-        put_cold(t, &t->cold[i]);
     bug_on(t->e.overflow);
     t->t->cold = ALIGN_UP((u64)(t->e.p - t->t->rw), 16);
 }
@@ -461,6 +473,7 @@ static struct tr *later(struct icpu *c, struct bt *bt, struct tb *tb)
     t->b = tb->b;
     t->view = tb->key & 3;
     t->colds = t->i = 0;
+    t->relocate = false;
     cold_begin(t);
     return t;
 }
@@ -473,6 +486,7 @@ void bt_entry(struct icpu *c, struct bt *bt, struct tb *tb)
     tb->entry = t->e.p;
     put_entry_check(t);
     jump_to(&t->e, tb->start + tb->code_off);
+    put_colds(t, 0, t->colds);
     cold_end(t);
 }
 
@@ -486,6 +500,7 @@ void bt_page_entry(struct icpu *c, struct bt *bt, struct tb *tb)
     if (tb->page2)
         put_page_check(t, tb->la + PAGE_SIZE, tb->page2);
     jump_to(&t->e, tb->start + tb->code_off);
+    put_colds(t, 0, t->colds);
     cold_end(t);
 }
 
@@ -579,7 +594,7 @@ static void put_op(struct tr *t, bool *last)
     const struct op *op = &t->b->op[t->i];
     u8 *p = t->e.p;
     unsigned colds = t->colds, marks;
-    u32 links = t->t->links;
+    u32 links = t->t->links, relocs = t->t->relocs;
     tr_mark(t, t->i, t->shadowed && t->i == t->shadowed ? MARK_SHADOW : 0);
     marks = t->marks;
     bool slow = t->b->slow & BIT(t->i);
@@ -593,6 +608,7 @@ static void put_op(struct tr *t, bool *last)
     t->colds = colds;
     t->marks = marks;
     t->t->links = links;
+    t->t->relocs = relocs;
     *last = false;
     tr_handler(t, op);
 }
@@ -600,7 +616,7 @@ static void put_op(struct tr *t, bool *last)
 static bool room(const struct bt *t)
 {
     return BT_ARENA_BYTES / 2 - t->used >= BT_BLOCK_BYTES && cold_room(t) && t->tbs < BT_TBS && BT_LINKS - t->links > BLOCK_OPS + 3 &&
-           BT_MARKS - t->marks > ARRAY_SIZE(((struct tr *)0)->mark);
+           BT_MARKS - t->marks > ARRAY_SIZE(((struct tr *)0)->mark) && BT_RELOCS - t->relocs > 5 * ARRAY_SIZE(((struct tr *)0)->cold);
 }
 
 /* What is not set here is set where it is first used. */
@@ -617,8 +633,23 @@ static void begin(struct tr *t, struct icpu *c, struct bt *bt, struct block *b)
     t->gates = 0;
     t->ended = false;
     t->tb = &bt->tb[bt->tbs++];
-    *t->tb = (struct tb){ .la = c->rip, .gpa = b->gpa, .start = bt->rw + bt->used, .key = (u8)key, .n = b->n, .b = b };
+    *t->tb = (struct tb){ .la = c->rip, .gpa = b->gpa, .start = bt->rw + bt->used, .key = (u8)key, .n = b->n, .b = b, .slow = b->slow,
+                          .link = bt->links, .reloc = bt->relocs };
     t->e = (struct emit){ t->tb->start, t->tb->start + BT_BLOCK_BYTES, false };
+}
+
+static void put_ops(struct tr *t, bool compare)
+{
+    const struct block *b = t->b;
+    bool last = false;
+    analyse(t);
+    for (; t->i < b->n && !last && !(compare && t->i && b->op[t->i - 1].flags & OPF_STORES); t->i++)
+        put_op(t, &last);                                          /* what compares ends where it may have changed itself */
+    if (!last) {
+        tr_mark(t, t->i, 0);
+        t->ended = true;
+        tr_exit(t, t->tb->la + b->op[t->i].off);                   /* behind the last one stands an op that leaves */
+    }
 }
 
 struct tb *bt_translate(struct icpu *c, struct bt *bt, struct block *b, u32 page, u32 page2, bool compare, bool indirect, bool *full)
@@ -631,27 +662,40 @@ struct tb *bt_translate(struct icpu *c, struct bt *bt, struct block *b, u32 page
     struct tb *tb = t->tb;
     tb->page = page;
     tb->page2 = page2;
-    analyse(t);
+    const struct tb *from = compare || page2 ? NULL : clone_source(bt, tb);
+    t->relocate = false;
     put_prologue(t, compare, indirect);
-    bool last = false;
-    for (; t->i < b->n && !last && !(compare && t->i && b->op[t->i - 1].flags & OPF_STORES); t->i++)
-        put_op(t, &last);                                          /* what compares ends where it may have changed itself */
-    if (!last) {
-        tr_mark(t, t->i, 0);
-        t->ended = true;
-        tr_exit(t, tb->la + b->op[t->i].off);                      /* behind the last one stands an op that leaves */
-    }
+    unsigned prologue = t->colds;
+    t->relocate = tb->copies = !from && !compare && !page2 && clone_possible(tb->key, tb->la);
+    if (from)
+        clone_code(t, from);
+    else
+        put_ops(t, compare);
     bug_on(t->e.overflow);
     tb->size = (u32)(t->e.p - tb->start);
+    bool relocate = t->relocate;
     cold_begin(t);
+    t->relocate = false;
+    put_colds(t, 0, prologue);
+    t->relocate = relocate;
+    tb->cold = t->e.p;
+    if (from)
+        clone_cold(t, from);
+    else
+        put_colds(t, prologue, t->colds);
+    tb->cold_size = (u32)(t->e.p - tb->cold);
     cold_end(t);
+    if (!from) {
+        tb->links = (u16)(bt->links - tb->link);
+        tb->relocs = (u16)(bt->relocs - tb->reloc);
+    }
     tb->mark = bt->marks;
     tb->marks = (u16)t->marks;
     memcpy(&bt->mark[bt->marks], t->mark, t->marks * sizeof t->mark[0]);
     bt->marks += t->marks;
     bt->used = ALIGN_UP(bt->used + tb->size, 16);
     tb_insert(bt, tb);
-    vcpu_count(c->v, COUNT_CODE_TRANSLATED);
+    vcpu_count(c->v, from ? COUNT_CODE_COPIED : COUNT_CODE_TRANSLATED);
     vcpu_count_add(c->v, COUNT_CODE_BYTES, tb->size);
     return tb;
 }
