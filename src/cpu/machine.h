@@ -111,6 +111,7 @@ struct vcpu {
     u64 insns;                                                     /* retired, for statistics; written by the vCPU's thread only */
     u64 count[COUNTS];                                             /* likewise */
     _Atomic u8 where;                                              /* enum vcpu_where; likewise */
+    _Atomic u8 left;                                               /* why translated code was left last: of GROUP_EXITS; likewise */
     struct vcpu_pv pv;
     struct vcpu_debug debug;
     void *engine_data;                                             /* the engine's, per vCPU */
@@ -128,6 +129,13 @@ static inline void vcpu_count(struct vcpu *v, enum vcpu_counted what)
 static inline void vcpu_count_add(struct vcpu *v, enum vcpu_counted what, u64 n)
 {
     v->count[what] += n;
+}
+/* Translated code is left: counts it, and what comes now is because of that. */
+static inline void vcpu_left(struct vcpu *v, enum vcpu_counted why)
+{
+    _Static_assert(COUNTS <= 256, "vcpu.left is a byte");
+    v->count[why]++;
+    atomic_store_explicit(&v->left, (u8)why, memory_order_relaxed);
 }
 const char *vcpu_count_name(enum vcpu_counted what);
 enum count_group vcpu_count_group(enum vcpu_counted what);

@@ -21,7 +21,7 @@
 struct slot {
     struct sampler *sampler;
     struct vcpu *v;
-    u64 hits[WHERES], ran[WHERES][2];                              /* ran: by whether it was the kernel */
+    u64 hits[WHERES], left[COUNTS], ran[WHERES][2];                              /* ran: by whether it was the kernel */
     _Atomic u32 sent, taken;
     u64 lost;
     struct sampled_address *table[SAMPLED];                        /* by hash; NULL without a profile */
@@ -59,10 +59,11 @@ static void on_signal(int sig UNUSED, siginfo_t *si, void *ucontext)
     bool direct = false;
     if (si->si_code != SI_QUEUE)                                   /* from elsewhere */
         return;
-    if (s->v->m->engine->sample) {
+    enum vcpu_where w = atomic_load_explicit(&s->v->where, memory_order_relaxed);
+    if (w != WHERE_HELD && s->v->m->engine->sample) {              /* held: another engine may be on its way */
         u64 rip = s->v->m->engine->sample(s->v, pc, &direct);
         note(s, SAMPLED_GUEST, rip, direct);
-        s->ran[atomic_load_explicit(&s->v->where, memory_order_relaxed)][rip >> 63]++;
+        s->ran[w][rip >> 63]++;
     }
     if (!direct)
         note(s, SAMPLED_MONITOR, pc, false);
@@ -74,6 +75,8 @@ static void look(struct slot *s)
 {
     enum vcpu_where w = atomic_load_explicit(&s->v->where, memory_order_relaxed);
     s->hits[w]++;
+    if (w != WHERE_HELD && w != WHERE_HALTED && w != WHERE_TRANSLATED && w != WHERE_GUEST && w != WHERE_SHADOW)
+        s->left[atomic_load_explicit(&s->v->left, memory_order_relaxed)]++;
     if (!s->table[0] || w == WHERE_HELD || w == WHERE_HALTED)
         return;
     if (atomic_load(&s->sent) == atomic_load(&s->taken) && !vcpu_interrupt(s->v, SAMPLE_SIGNAL, s))
@@ -172,6 +175,11 @@ void sampler_free(struct sampler *s)
 u64 sampler_hits(const struct sampler *s, unsigned vcpu, enum vcpu_where w)
 {
     return *(volatile const u64 *)&s->slot[vcpu].hits[w];
+}
+
+u64 sampler_left(const struct sampler *s, unsigned vcpu, enum vcpu_counted why)
+{
+    return *(volatile const u64 *)&s->slot[vcpu].left[why];
 }
 
 u64 sampler_ran(const struct sampler *s, unsigned vcpu, enum vcpu_where w, bool kernel)

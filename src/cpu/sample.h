@@ -19,6 +19,8 @@ struct sampler;
 int sampler_new(struct machine *m, bool profile, struct sampler **out);
 void sampler_free(struct sampler *s);                              /* NULL is fine; before the vCPUs are freed */
 u64 sampler_hits(const struct sampler *s, unsigned vcpu, enum vcpu_where w);
+/* Why translated code had been left (of GROUP_EXITS) where it was about to be gone on with. */
+u64 sampler_left(const struct sampler *s, unsigned vcpu, enum vcpu_counted why);
 /* With a profile: in how many samples of a vCPU that ran it was there, and the guest's RIP was one of the upper half's (the kernel's), or of the lower. */
 u64 sampler_ran(const struct sampler *s, unsigned vcpu, enum vcpu_where w, bool kernel);
 

@@ -4,6 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/auxv.h>
 #include <unistd.h>
 #include <cmocka.h>
 
@@ -207,6 +208,8 @@ static void this_program(void **state UNUSED)
     assert_string_equal(symbols_find(&s, (u64)(uintptr_t)kallsyms_find + 1, &off), "kallsyms_find");
     assert_int_equal(off, 1);
     assert_non_null(symbols_find(&s, (u64)(uintptr_t)getpid, &off)); /* a library's */
+    assert_string_equal(symbols_find(&s, getauxval(AT_SYSINFO_EHDR), &off), "[vdso]");
+    assert_null(symbols_find(&s, (u64)(uintptr_t)&s, &off));       /* no code */
     symbols_free(&s);
 }
 

@@ -10,6 +10,7 @@
 #include "cpu/engine.h"
 #include "cpu/sample.h"
 #include "cpu/stats.h"
+#include "cpu/vcpu.h"
 
 static char text[16384];
 
@@ -149,6 +150,89 @@ static void the_sampler_sees_where_it_is(void **state UNUSED)
     free(v);
 }
 
+static void the_sampler_tells_time_by_the_cause_of_an_exit(void **state UNUSED)
+{
+    struct machine m = {.engine = &engine, .vcpus = 1};
+    struct vcpu *v = vcpu_make(&m, 0);
+    struct sampler *s;
+    struct stats out;
+    m.vcpu = &v;
+    vcpu_left(v, COUNT_EXIT_STALE);
+    assert_int_equal(v->count[COUNT_EXIT_STALE], 1);
+    vcpu_where(v, WHERE_TRANSLATED);
+    assert_int_equal(sampler_new(&m, false, &s), 0);
+    for (unsigned i = 0; i < 500 && sampler_hits(s, 0, WHERE_TRANSLATED) < 10; i++)
+        wait_ms(10);
+    assert_int_equal(sampler_left(s, 0, COUNT_EXIT_STALE), 0);     /* it runs */
+    vcpu_where(v, WHERE_TRANSLATE);
+    for (unsigned i = 0; i < 500 && sampler_left(s, 0, COUNT_EXIT_STALE) < 10; i++)
+        wait_ms(10);
+    assert_true(sampler_left(s, 0, COUNT_EXIT_STALE) >= 10);
+    assert_int_equal(sampler_left(s, 0, COUNT_EXIT_DIRECT), 0);
+    FILE *f = begin();
+    stats_open(&out, f, false);
+    stats_vcpu(&out, v, s);
+    stats_close(&out);
+    fclose(f);
+    assert_non_null(strstr(text, "  exit-time  stale "));
+    sampler_free(s);
+    free(v);
+}
+
+/* An engine whose guest is at one address, and whose thread is in one function. */
+#define GUEST_RIP 0xffffffff81234567ull
+static __attribute__((noinline)) enum run_exit spin(struct vcpu *v)
+{
+    vcpu_where(v, WHERE_INTERP);
+    while (!(atomic_load(&v->events) & VCPU_EV_OUTSIDE))
+        ;
+    return RUN_OUTSIDE;
+}
+static int spin_open(struct vcpu *v UNUSED) { return 0; }
+static void spin_close(struct vcpu *v UNUSED) {}
+static u64 spin_sample(const struct vcpu *v UNUSED, u64 pc UNUSED, bool *direct)
+{
+    *direct = false;
+    return GUEST_RIP;
+}
+static const struct engine spinning = {.name = "spin", .vcpu_open = spin_open, .vcpu_close = spin_close, .run = spin, .sample = spin_sample};
+
+static u64 met(const struct sampler *s, enum sampled what, u64 from, u64 to)
+{
+    const struct sampled_address *e;
+    u64 sum = 0;
+    for (unsigned n = 0; (e = sampler_address(s, 0, what, n)); n++)
+        sum += e->addr >= from && e->addr < to ? e->n : 0;
+    return sum;
+}
+
+static void a_profile_has_addresses_of_guest_and_monitor(void **state UNUSED)
+{
+    struct machine m = {.engine = &spinning};
+    struct vcpu_hooks hooks = {0};
+    struct vcpu *v;
+    struct sampler *s;
+    u64 begins = (u64)(uintptr_t)spin;
+    assert_int_equal(bus_new(NULL, &m.mmio), 0);
+    assert_int_equal(vcpu_new(&m, 0, &hooks, &v), 0);
+    m.vcpu = &v;
+    m.vcpus = 1;
+    assert_int_equal(vcpu_start(v), 0);
+    assert_int_equal(sampler_new(&m, true, &s), 0);
+    vcpus_release(&m);
+    for (unsigned i = 0; i < 3000 && sampler_ran(s, 0, WHERE_INTERP, true) < 20; i++)
+        wait_ms(10);
+    vcpus_hold(&m);
+    assert_true(sampler_ran(s, 0, WHERE_INTERP, true) >= 20);
+    assert_true(met(s, SAMPLED_GUEST, GUEST_RIP, GUEST_RIP + 1) >= 20);
+    assert_int_equal(met(s, SAMPLED_GUEST, 0, GUEST_RIP), 0);
+    assert_true(met(s, SAMPLED_MONITOR, begins, begins + 512) >= 10);
+    assert_int_equal(sampler_lost(s), 0);
+    sampler_free(s);
+    vcpu_free(v);
+    bus_free(m.mmio);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -157,6 +241,8 @@ int main(void)
         cmocka_unit_test(json_of_two_vcpus),
         cmocka_unit_test(each_counter_has_a_name_of_its_own_and_groups_are_contiguous),
         cmocka_unit_test(the_sampler_sees_where_it_is),
+        cmocka_unit_test(the_sampler_tells_time_by_the_cause_of_an_exit),
+        cmocka_unit_test(a_profile_has_addresses_of_guest_and_monitor),
     };
 
     return cmocka_run_group_tests_name("stats", tests, NULL, NULL);

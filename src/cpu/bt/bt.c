@@ -26,6 +26,7 @@
 #include "cpu/bt/tr.h"
 #include "cpu/cpuid.h"
 #include "cpu/interp/ops.h"
+#include "cpu/stats.h"
 
 unsigned bt_key(const struct icpu *c)
 {
@@ -71,7 +72,6 @@ void bt_rebias(struct icpu *c, unsigned key)
 /* ---- handlers of the interpreter's ---- */
 static int op_done(struct icpu *c, struct tb *tb, const struct op *op, int r)
 {
-    vcpu_count(c->v, COUNT_HANDLERS);
     if (r != OP_NEXT) {
         c->bt.op = op;
         c->bt.insns += (u64)(op - tb->b->op) + (r == OP_NEAR);
@@ -79,7 +79,7 @@ static int op_done(struct icpu *c, struct tb *tb, const struct op *op, int r)
     }
     c->rip = op_next_rip(c, op);
     if (unlikely(tb->dead || tb->b->op[0].fn == tb->b->op[tb->b->n].fn)) { /* this block has been written to */
-        vcpu_count(c->v, COUNT_EXIT_REWRITTEN);
+        vcpu_left(c->v, COUNT_EXIT_REWRITTEN);
         c->bt.insns += (u64)(op - tb->b->op) + 1;
         return BT_EXIT_RIP;
     }
@@ -98,6 +98,7 @@ static enum vcpu_counted exit_counted(int r)
     case BT_EXIT_RIP: return COUNT_EXIT_EVENT;
     case BT_EXIT_MISS: return COUNT_EXIT_INDIRECT;
     case BT_EXIT_LINK: return COUNT_EXIT_DIRECT;
+    case BT_EXIT_OP: return COUNT_EXIT_ACCESS;
     case OP_FAULT: case OP_TRAP: case OP_SHUTDOWN: return COUNT_EXIT_FAULT;
     case OP_HALT: return COUNT_EXIT_HALT;
     case OP_NEAR: return COUNT_EXIT_BRANCH;
@@ -112,6 +113,7 @@ static int run_op(struct icpu *c, u32 site)
     const struct op *op = &tb->b->op[site & 0xff];
     c->block = tb->b;
     c->r[REG_RIP] = tb->la;
+    vcpu_left(c->v, COUNT_HANDLERS);
     if (unlikely(c->bt.bt->handled))
         handled_count(c, c->bt.bt->handled, tb, op);
     enum vcpu_where was = vcpu_where(c->v, WHERE_HANDLER);
@@ -154,11 +156,11 @@ static int carry_on(struct icpu *c, int r)
 {
     switch (r) {
     case OP_END: case OP_JUMP: case OP_FAULT: case OP_TRAP:
-        vcpu_count(c->v, exit_counted(r));
+        vcpu_left(c->v, exit_counted(r));
         icpu_end(c, c->bt.op, r);
         break;
     case OP_NEAR:
-        vcpu_count(c->v, exit_counted(r));
+        vcpu_left(c->v, exit_counted(r));
         break;
     default:
         return r;
@@ -185,6 +187,7 @@ int bt_run_light(struct icpu *c, u32 site, int (*fn)(struct icpu *c, const struc
     struct tb *tb = &c->bt.bt->tb[site >> 8];
     const struct op *op = &tb->b->op[site & 0xff];
     c->r[REG_RIP] = tb->la;
+    vcpu_left(c->v, COUNT_HANDLERS);
     bt_fp_leave(c);
     return op_done(c, tb, op, fn(c, op));
 }
@@ -270,6 +273,11 @@ static const u8 *rx(const struct bt *t, const u8 *p)
     return t->rx + (p - t->rw);
 }
 
+static u64 exit_rip(const struct icpu *c, const struct bt *t, int r)
+{
+    return r == BT_EXIT_LINK ? t->link[c->bt.exit_link].target : r >= BT_EXIT_RIP ? c->rip : op_rip(c, c->bt.op);
+}
+
 /* Runs translated code from here on until it is left; what it was left with is dealt with as far as that is possible here. True: the next block may follow. */
 static bool run_code(struct icpu *c, struct bt *t, const u8 *code, unsigned key, u32 *link, bool *indirect)
 {
@@ -282,7 +290,10 @@ static bool run_code(struct icpu *c, struct bt *t, const u8 *code, unsigned key,
         bt_fp_leave(c);
         vcpu_where(c->v, was);
         code_retag(c);                                             /* translated code changes privilege without */
-        vcpu_count(c->v, exit_counted(r));
+        if (r != BT_EXIT_END) {                                    /* counted by its handler's result */
+            vcpu_left(c->v, exit_counted(r));
+            trace(c->v->m->trace, TRACE_EXITS, (int)c->v->id, "%s, rip 0x%llx cpl %u", vcpu_count_name(exit_counted(r)), (unsigned long long)exit_rip(c, t, r), c->cpl);
+        }
         if (r == BT_EXIT_OP) {
             struct tb *tb = &t->tb[c->bt.exit_site >> 8];
             unsigned op = c->bt.exit_site & 0xff;
@@ -315,7 +326,7 @@ static bool run_code(struct icpu *c, struct bt *t, const u8 *code, unsigned key,
     case BT_EXIT_RIP:
         if (unlikely(c->bt.exit_stale)) {
             struct block *b = t->tb[c->bt.exit_stale].b;
-            vcpu_count(c->v, COUNT_EXIT_STALE);
+            vcpu_left(c->v, COUNT_EXIT_STALE);
             while (b->translations)
                 tb_kill(c, t, &t->tb[b->translations]);
             c->bt.exit_stale = 0;
@@ -553,9 +564,23 @@ static int set(struct vcpu *v, const struct x86 *x)
     return interp_engine.set(v, x);
 }
 
+/* What it holds now. */
+static void cache_report(const struct bt *t, struct stats *s)
+{
+    stats_group(s, "cache");
+    stats_u64(s, "translations", t->tbs - 1 - t->dead);
+    stats_u64(s, "dead", t->dead);
+    stats_u64(s, "pages", t->pages - 1);
+    stats_u64(s, "links", t->links - 1);
+    stats_u64(s, "kib", (t->used - t->first + t->cold - BT_ARENA_BYTES / 2) / KiB);
+    stats_u64(s, "percent-full", MAX(t->used, t->cold - BT_ARENA_BYTES / 2) * 100 / (BT_ARENA_BYTES / 2));
+    stats_group_end(s);
+}
+
 static void stats(const struct vcpu *v, struct stats *s)
 {
     const struct icpu *c = v->engine_data;
+    cache_report(c->bt.bt, s);
     shadow_report(c, s);
     handled_report(c->bt.bt->handled, s);
 }

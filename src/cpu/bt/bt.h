@@ -147,7 +147,7 @@ struct bt {
     u64 space[TLB_CONTEXTS];                                       /* CR3 that each context had then */
     unsigned context;
     u64 troubles, calm;                                            /* guest page faults and flushes so far; cycles without one */
-    u64 killed, resets, signals, steps, slow_ops;                  /* statistics */
+    u32 dead;                                                      /* of tbs */
 };
 
 #define JUMP_MASK (BT_JUMPS - 1ull)

@@ -171,7 +171,6 @@ static bool fault(struct icpu *c, struct bt *t, struct bt_trap *s)
     }
     c->bt.exit_slow &= !string;                                    /* it may have been all of it but one page */
     leave(c, t, tb, m->op, s, BT_EXIT_OP);
-    t->slow_ops++;
     return true;
 }
 
@@ -187,7 +186,6 @@ static bool kick(struct icpu *c, struct bt *t, struct bt_trap *s)
     if (tb) {
         const struct tb_mark *m = mark_at(t, tb, pc);
         if (!(m->flags & (MARK_COLD | MARK_SHADOW)) && pc == host_of(t, tb, m)) {
-            t->signals++;
             if (m->flags & MARK_STRING)
                 m = string_stopped(s, m);
             leave(c, t, tb, m->op, s, BT_EXIT_RIP);
@@ -195,13 +193,15 @@ static bool kick(struct icpu *c, struct bt *t, struct bt_trap *s)
             return true;
         }
     }
-    t->steps++;
+    vcpu_count(c->v, COUNT_KICK_STEPS);
     s->flags |= TRAP_FLAG;
     return true;
 }
 
 static bool trap(struct icpu *c, struct bt *t, struct bt_trap *s)
 {
+    if (s->what == TRAP_KICK)
+        vcpu_count(c->v, COUNT_KICKS);
     if (s->what == TRAP_KICK || (s->what == TRAP_STEP && atomic_load(&c->bt.inside)))
         return kick(c, t, s);
     return s->what != TRAP_STEP && fault(c, t, s);

@@ -134,7 +134,7 @@ void tb_reset(struct icpu *c, struct bt *t)
     t->cold = BT_ARENA_BYTES / 2;
     t->tbs = t->links = t->marks = t->pages = t->relocs = 1;                   /* 0 is none */
     t->flushes = c->code->flushes;
-    t->resets++;
+    t->dead = 0;
     c->bt.exit_stale = c->bt.site = 0;
 }
 
@@ -418,7 +418,7 @@ void tb_kill(struct icpu *c, struct bt *t, struct tb *tb)
     if (tb->dead)
         return;
     tb->dead = true;
-    t->killed++;
+    t->dead++;
     unlink_in(t, tb);
     list_remove(t, tb_bucket(t, tb->la), tb, offsetof(struct tb, hash_next));
     list_remove(t, frame_bucket(t, tb->gpa), tb, offsetof(struct tb, frame_next));
