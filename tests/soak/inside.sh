@@ -1,10 +1,10 @@
 # Runs in the guest, by the default guest's shell: cases, each in the Debian root of /dev/vda with /soak from /dev/vdb.
 #
-#   inside.sh SECONDS CASE...       no case may take longer than SECONDS
+#   inside.sh SECONDS UNTIL CASE...     no case may take longer than SECONDS, or begin when UNTIL seconds have passed (0: whenever)
 #
 # Prints "[begin CASE]", what the case says, "[end CASE STATUS MILLISECONDS]".
-limit=$1
-shift
+limit=$1 until=$2
+shift 2
 ms() { read -r up _ </proc/uptime; echo "${up%.*}${up#*.}0"; }
 modprobe ext4; modprobe overlay
 mkdir -p /mnt/lower /mnt/over /mnt/root
@@ -15,7 +15,12 @@ for d in dev proc sys; do mount -o bind /$d /mnt/root/$d; done
 mount -t tracefs tracefs /mnt/root/sys/kernel/tracing
 mount -t tmpfs shm /mnt/root/dev/shm 2>/dev/null
 echo 0 >/proc/sys/kernel/printk
+start=$(ms)
 for c; do
+    if [ "$until" != 0 ] && [ $(($(ms) - start)) -gt $((until * 1000)) ]; then
+        printf '[begin %s]\nno time was left (SOAK_MINUTES)\n[end %s 77 0]\n' "$c" "$c"
+        continue
+    fi
     mount -t tmpfs tmp /mnt/root/tmp
     begin=$(ms)
     echo "[begin $c]"

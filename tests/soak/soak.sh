@@ -7,7 +7,7 @@
 #
 # ENGINE tcg is QEMU's emulator, which is to pass, too: a case that fails there is at fault itself. (gdb differs there, by
 # flags that are undefined after a multiplication; our engines take them from the processor.)
-# SOAK_LONG=1 makes each case longer. Every case is a test by name; one that cannot run is skipped with the reason.
+# SOAK_LONG=1 makes each case longer (an hour and more for all of them, on 1 and 2 vCPUs). SOAK_MINUTES=N ends it: cases that would begin later are skipped. Every case is a test by name; one that cannot run is skipped with the reason.
 . "$(dirname "$0")/../lib/tap.sh"
 here=$top/tests/soak
 build=${BUILD:-$top/build}
@@ -17,6 +17,8 @@ shift $(($# > 2 ? 2 : $#))
 limit=${SOAK_LONG:+900}
 limit=${limit:-180}                               # of a case: on a busy machine the longest has taken 50
 export SOAK_LONG=${SOAK_LONG:-}
+read -ra counts <<<"$cpus"
+share=$((${SOAK_MINUTES:-0} * 60 / ${#counts[@]}))                 # seconds for each number of vCPUs; 0: no end
 PATH=$PATH:/usr/sbin:/sbin
 
 if ! "$here/root" "$build/soak" 2>"$tmp/err"; then
@@ -103,10 +105,10 @@ guest()                                             # vCPUs, seconds, arguments 
 
 # All cases in one guest. One that takes the guest down is to blame alone; the others go on in a new one.
 for n in $cpus; do
-    left=("${names[@]}") status=0
+    left=("${names[@]}") status=0 until=$((SECONDS + share))
     : >"$tmp/all"
     while [ ${#left[@]} -gt 0 ]; do
-        guest "$n" "$([ -n "$SOAK_LONG" ] && echo $((120 + limit * ${#left[@]})) || echo 600)" "$limit ${left[*]}"
+        guest "$n" "$([ -n "$SOAK_LONG" ] && echo $((120 + limit * ${#left[@]})) || echo 600)" "$limit $((share ? until > SECONDS ? until - SECONDS : 1 : 0)) ${left[*]}"
         status=$?
         cat "$tmp/out" >>"$tmp/all"
         rest=()
