@@ -372,7 +372,7 @@ static int open_vm(struct run *run, const struct engine *engine)
         .initrd = o->initrd ? o->initrd : o->kernel || o->firmware ? NULL : run->guest.initrd,
         .cmdline = run->cmdline, .disk = o->disk, .disks = o->disks, .serial = run->serial,
         .net = o->net.net, .nets = o->net.nets, .publish = o->net.publish, .publishes = o->net.publishes, .capture = o->capture,
-        .vsock = run->vsock, .virtio_modern = o->virtio_modern, .debug_exit = o->debug_exit, .start_paused = o->gdb_wait,
+        .vsock = run->vsock, .virtio_modern = o->virtio_modern, .virtio_split = o->virtio_split, .debug_exit = o->debug_exit, .start_paused = o->gdb_wait,
         .no_reboot = o->no_reboot || o->command,                   /* a command is not run twice */
         .trace = {.mask = o->trace_mask, .file = run->trace_file ? run->trace_file : run->stderr_stream},
         .tools = {.insns = o->stats || o->verbose, .handlers = o->stats, .check = o->check, .mmu = o->mmu}, .sample = o->stats, .profile = o->profile_file,

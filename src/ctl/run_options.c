@@ -178,11 +178,23 @@ static int set_capture(void *target, const char *value)
     return 0;
 }
 
+/* Cuts ",NAME" off the end of value. */
+static bool cut_attribute(char *value, const char *name)
+{
+    size_t len = strlen(value), n = strlen(name);
+    if (len <= n || value[len - n - 1] != ',' || strcmp(value + len - n, name))
+        return false;
+    value[len - n - 1] = '\0';
+    return true;
+}
+
 static int set_virtio(void *target, const char *value)
 {
     struct run_options *o = target;
-    o->virtio_modern = !strcmp(value, "modern");
-    if (!o->virtio_modern && strcmp(value, "transitional"))
+    char *kind = (char *)value;                                    /* a word of argv: ours to cut */
+    o->virtio_split = cut_attribute(kind, "split");
+    o->virtio_modern = !strcmp(kind, "modern");
+    if (!o->virtio_modern && strcmp(kind, "transitional"))
         return err(-EINVAL, "--virtio %.100s: no such kind of device; choose transitional or modern", value);
     return 0;
 }
@@ -272,16 +284,6 @@ static int set_debug_exit(void *target, const char *value UNUSED)
 {
     ((struct run_options *)target)->debug_exit = true;
     return 0;
-}
-
-/* Cuts ",NAME" off the end of value. */
-static bool cut_attribute(char *value, const char *name)
-{
-    size_t len = strlen(value), n = strlen(name);
-    if (len <= n || value[len - n - 1] != ',' || strcmp(value + len - n, name))
-        return false;
-    value[len - n - 1] = '\0';
-    return true;
 }
 
 static int set_gdb(void *target, const char *value)
@@ -389,9 +391,10 @@ const struct option run_option_table[] = {
      "Connections to port HOST of the host (datagrams with /udp) go to port GUEST of the guest, in its first user network. ADDRESS is one of the host's, "
      "127.0.0.1 if it is left out; 0.0.0.0 is all of them; one of IPv6 stands in brackets.", true, set_publish},
     {"capture", "FILE", "Writes all frames that network cards send and receive to FILE, in pcapng format (Wireshark, tcpdump).", false, set_capture},
-    {"virtio", "transitional|modern",
+    {"virtio", "transitional|modern[,split]",
      "How virtio devices show themselves. transitional (the default): to drivers of version 1.0 and later, and to older "
-     "ones as well. modern: not to older ones, which leaves less for a hostile guest to try.", false, set_virtio},
+     "ones as well. modern: not to older ones, which leaves less for a hostile guest to try. split: without packed rings, which drivers take "
+     "if they are offered.", false, set_virtio},
     {"console", "stdio|none|FILE|unix:PATH",
      "Where the serial console goes. stdio (the default): this terminal, or standard input and output. FILE: output is "
      "written there, and there is no input. unix:PATH: a socket that takes one client at a time. With a COMMAND the "

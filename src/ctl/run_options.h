@@ -20,7 +20,7 @@ struct run_options {
     const char *capture;                                           /* NULL: none */
     enum console_kind console;
     const char *console_path;                                      /* of CONSOLE_FILE and CONSOLE_UNIX */
-    bool no_reboot, virtio_modern, debug_exit, quiet, verbose;
+    bool no_reboot, virtio_modern, virtio_split, debug_exit, quiet, verbose;
     const char *name, *vsock;                                      /* NULL: not given */
     bool detach;
     unsigned detach_seconds;                                       /* how long exec is waited for; 0: not at all */

@@ -12,7 +12,7 @@
  * Left out: secure erase, lifetime, zones. Requests of these kinds are answered with UNSUPP.
  *
  * A reset by the driver is complete when the last request in flight has come back (its answer is dropped); so the host never writes into memory that the
- * driver may use for something else. What is in flight at a save (the host is slow) is saved as the chains' heads and submitted again after the load: reads
+ * driver may use for something else. What is in flight at a save (the host is slow) is saved as chains and submitted again after the load: reads
  * and writes may be done twice. The board loads interrupt controllers before disks, as these answers may interrupt at once.
  */
 #include "dev/virtio_blk.h"
@@ -448,35 +448,6 @@ static void blk_quiesce(struct device *d)
         log_msg(b->virtio.log, LOG_WARN, "disk %s: the host has not answered for %d seconds", block_path(b->block), QUIESCE_SECONDS);
 }
 
-static void load_in_flight(struct virtio_blk *b, struct stream *s, unsigned n, u16 count)
-{
-    struct virtq *q = &b->virtio.queue[n];
-
-    if (s->error)
-        return;
-    if (count > QUEUE_SIZE || b->in_flight > n * QUEUE_SIZE) {
-        stream_bad(s, "a disk has too many requests in flight");
-        return;
-    }
-    while (count--) {
-        struct request *r = b->queue[n].free;
-        u16 head = 0;
-
-        stream_u16(s, &head);
-        if (s->error)
-            return;
-        if (!r || virtq_take(q, head, &r->chain) < 0) {
-            stream_bad(s, "a disk request in flight makes no sense");
-            return;
-        }
-        b->queue[n].free = r->next_free;
-        r->busy = true;
-        if (!start(r, false))
-            release(r);
-    }
-    virtio_interrupt(&b->virtio, n);
-}
-
 static u16 busy(const struct blk_queue *q)
 {
     u16 n = 0;
@@ -484,6 +455,30 @@ static u16 busy(const struct blk_queue *q)
     for (unsigned i = 0; i < QUEUE_SIZE; i++)
         n = (u16)(n + q->request[i].busy);
     return n;
+}
+
+static void load_in_flight(struct virtio_blk *b, struct stream *s, unsigned n, u16 count)
+{
+    struct virtq *q = &b->virtio.queue[n];
+
+    if (s->error)
+        return;
+    if (count > QUEUE_SIZE || busy(&b->queue[n])) {
+        stream_bad(s, "a disk has too many requests in flight");
+        return;
+    }
+    while (count--) {
+        struct request *r = b->queue[n].free;
+
+        virtq_chain_state(q, &r->chain, s);
+        if (s->error)
+            return;
+        b->queue[n].free = r->next_free;
+        r->busy = true;
+        if (!start(r, false))
+            release(r);
+    }
+    virtio_interrupt(&b->virtio, n);
 }
 
 static void blk_state(struct device *d, struct stream *s)
@@ -496,14 +491,14 @@ static void blk_state(struct device *d, struct stream *s)
     stream_u8(s, &b->config.wce);
     b->config.wce &= 1;
     for (unsigned n = 0; n < b->queues; n++) {
-        u16 count = b->virtio.resetting ? 0 : busy(&b->queue[n]);
+        u16 count = b->virtio.resetting || b->virtio.queue[n].broken ? 0 : busy(&b->queue[n]);
 
         stream_u16(s, &count);
         if (s->load)
             load_in_flight(b, s, n, count);
         for (unsigned i = 0; !s->load && count && i < QUEUE_SIZE; i++)
             if (b->queue[n].request[i].busy)
-                stream_u16(s, &b->queue[n].request[i].chain.head);
+                virtq_chain_state(&b->virtio.queue[n], &b->queue[n].request[i].chain, s);
     }
 }
 

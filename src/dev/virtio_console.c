@@ -532,23 +532,20 @@ static void console_quiesce(struct device *d)
 
 static void port_state(struct vport *p, struct stream *s)
 {
-    u16 head = p->tx.head;
     u64 taken = p->holding ? p->tx.out_total - p->tx.out_len : 0;
 
     stream_u8(s, &p->say);
     stream_bool(s, &p->ready);
     stream_bool(s, &p->guest_open);
     stream_bool(s, &p->holding);
-    stream_u16(s, &head);
     stream_u64(s, &taken);
-    if (!s->load)
-        return;
-    if (s->error || !p->holding) {
+    if (p->holding && !s->error)
+        virtq_chain_state(&p->con->virtio.queue[tx_queue(p)], &p->tx, s);
+    if (s->error)
         p->holding = false;
+    if (!s->load || !p->holding)
         return;
-    }
-    p->holding = virtq_take(&p->con->virtio.queue[tx_queue(p)], head, &p->tx) > 0;
-    if (p->holding && taken <= p->tx.out_len)
+    if (taken <= p->tx.out_len)
         virtq_skip_out(&p->tx, taken);
     else
         stream_bad(s, "a console port holds a chain that makes no sense");
@@ -558,7 +555,7 @@ static void console_state(struct device *d, struct stream *s)
 {
     struct virtio_console *con = container_of(d, struct virtio_console, virtio.device);
 
-    if (!stream_section(s, "virtio_console", 1))
+    if (!stream_section(s, "virtio_console", 2))
         return;
     if (s->load)
         forget_ports(con);

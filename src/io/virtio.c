@@ -4,7 +4,7 @@
  * A reset may take time: status keeps its old value until the requests in flight have been answered by the host, since after it reads 0 the driver may
  * use the memory for something else (2.1.2, 2.4). Everything else that the driver writes meanwhile is ignored.
  *
- * Left out: packed rings, in-order use, resets of single queues, notification data.
+ * Left out: in-order use, resets of single queues, notification data.
  */
 #include "io/virtio.h"
 
@@ -12,7 +12,8 @@
 #include <linux/virtio_ring.h>
 #include <string.h>
 
-#define COMMON_FEATURES (BIT(VIRTIO_F_VERSION_1) | BIT(VIRTIO_RING_F_INDIRECT_DESC) | BIT(VIRTIO_RING_F_EVENT_IDX))
+#define COMMON_FEATURES (BIT(VIRTIO_F_VERSION_1) | BIT(VIRTIO_RING_F_INDIRECT_DESC) | BIT(VIRTIO_RING_F_EVENT_IDX) | \
+                         BIT(VIRTIO_F_RING_PACKED))
 #define LEGACY_FEATURES BIT(VIRTIO_F_ANY_LAYOUT)                   /* 6.3: chains need not look as legacy devices wanted them */
 #define LEGACY_ALIGN 4096u                                         /* 2.7.2, 4.1.5.1.3.1 */
 #define DRIVER_STATUS                                                                                                       \
@@ -127,6 +128,7 @@ static void set_queue_features(struct virtio *v)
     for (unsigned n = 0; n < v->queues; n++) {
         v->queue[n].event_idx = virtio_has(v, VIRTIO_RING_F_EVENT_IDX);
         v->queue[n].indirect = virtio_has(v, VIRTIO_RING_F_INDIRECT_DESC);
+        v->queue[n].packed = virtio_has(v, VIRTIO_F_RING_PACKED);
     }
 }
 
@@ -148,6 +150,8 @@ void virtio_set_status(struct virtio *v, u8 status)
     if (!v->legacy && !((v->status | added) & VIRTIO_CONFIG_S_FEATURES_OK))
         added &= (u8)~VIRTIO_CONFIG_S_DRIVER_OK;
     v->status |= added;
+    if (added & VIRTIO_CONFIG_S_FEATURES_OK)
+        set_queue_features(v);                                     /* before queues are enabled: they look at what they are made of */
     if (added & VIRTIO_CONFIG_S_DRIVER_OK) {
         set_queue_features(v);
         if (v->ops->start)
@@ -252,7 +256,7 @@ void virtio_config_write(struct virtio *v, u64 off, const void *buf, unsigned le
 
 void virtio_state(struct virtio *v, struct stream *s)
 {
-    if (!stream_section(s, "virtio", 2))
+    if (!stream_section(s, "virtio", 3))
         return;
     stream_u64(s, &v->accepted);
     stream_u8(s, &v->status);

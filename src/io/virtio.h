@@ -75,7 +75,7 @@ struct virtio {
 
 /* For devices */
 
-/* features: beside VERSION_1, INDIRECT_DESC and EVENT_IDX, which all have. queue_size[n]: powers of two up to VIRTQ_SIZE_MAX. -ENOMEM with err(). */
+/* features: beside VERSION_1, INDIRECT_DESC, EVENT_IDX and RING_PACKED, which all have. queue_size[n]: powers of two up to VIRTQ_SIZE_MAX. -ENOMEM with err(). */
 int virtio_init(struct virtio *v, const struct device_ops *dops, const struct virtio_ops *ops, u16 type, struct ram *ram, const struct log *log,
                 u64 features, void *config, unsigned config_len, const u16 *queue_size, unsigned queues);
 void virtio_destroy(struct virtio *v);                             /* frees transport and queues, not v */

@@ -135,7 +135,7 @@ static void queue_write(struct virtio_pci *t, u64 off, u64 val, unsigned size)
     if (q->enabled)
         return;
     if (IS(queue_size)) {
-        if (val && val <= q->size_max && !(val & (val - 1)))
+        if (val && val <= q->size_max && (q->packed || !(val & (val - 1))))
             q->size = (u16)val;
     } else if (IS(queue_enable)) {
         if (val != 1)

@@ -1,5 +1,5 @@
 /*
- * The one ring reader: split virtqueues (virtio 1.2, 2.7) with indirect descriptors and event index.
+ * The one ring reader: split and packed virtqueues (virtio 1.2, 2.7 and 2.8) with indirect descriptors and event index.
  *
  * virtq_pop() takes a descriptor chain from the ring, copies each descriptor once, checks it, and shows the device two lists of host pieces:
  * what it may read (out) and what it may write (in). Nothing else of doppel looks at descriptors, so nothing else needs to distrust them.
@@ -7,7 +7,8 @@
  *
  * From pop to push (or drop), the writable pieces stand between ram_begin_write() and ram_end_write().
  *
- * Packed rings are not offered; they would be a second reader behind virtq_pop() and virtq_push(). Threads: under the device's lock.
+ * In a packed ring (2.8) `desc` is the ring, `avail` and `used` are the driver's and the device's event suppression; avail_idx and used_idx are places in
+ * the ring, each with a wrap counter. Threads: under the device's lock.
  */
 #pragma once
 
@@ -16,6 +17,7 @@
 
 #define VIRTQ_SIZE_MAX 1024
 #define VIRTQ_DESCS_MAX 1024           /* in one chain, indirect ones included */
+#define VIRTQ_PARTS_MAX (2 * VIRTQ_DESCS_MAX) /* a chain's own descriptors, and those of its table */
 #define VIRTQ_PIECES_MAX 16384         /* host pieces of one chain */
 
 struct virtq {
@@ -25,21 +27,24 @@ struct virtq {
     u64 desc, avail, used;                                         /* gpa of the three areas */
     bool enabled;
     bool broken;                                                   /* until reset */
-    bool event_idx, indirect;                                      /* negotiated */
+    bool event_idx, indirect, packed;                              /* negotiated */
     u16 avail_idx;                                                 /* next entry of the available ring to take */
     u16 used_idx;                                                  /* next entry of the used ring to fill */
-    u16 signalled;                                                 /* used_idx at the last look whether to interrupt */
+    bool avail_wrap, used_wrap;                                    /* packed: of the two */
+    u16 unsignalled;                                               /* entries filled since the last look whether to interrupt */
     u16 vector;                                                    /* the transport's: MSI-X vector */
 };
 
 struct virtq_part {
     u64 gpa;
     u32 len;
+    bool writable;
 };
 
 /* Belongs to the device's request and is used again and again; all zero at first. Pieces and counts shrink as the device consumes them. */
 struct virtq_chain {
-    u16 head;
+    u16 head;                                                      /* what the driver knows it by: its first descriptor, or (packed) its ID */
+    u16 entries;                                                   /* of a packed ring that it takes */
     struct iovec *out, *in;                                        /* host pieces left: readable, writable */
     unsigned outs, ins;
     u64 out_len, in_len;                                           /* bytes left in them */
@@ -47,7 +52,7 @@ struct virtq_chain {
     /* the reader's own */
     struct iovec *iov;
     unsigned iov_cap;
-    struct virtq_part *part;                                       /* guest ranges of the writable descriptors */
+    struct virtq_part *part;                                       /* guest ranges of its descriptors */
     unsigned parts, part_cap;
 };
 
@@ -59,8 +64,8 @@ void virtq_state(struct virtq *q, struct stream *s);
 
 /* Takes the next chain: 1, or 0 when the ring is empty, or -EPROTO when it is broken. Errors leave nothing to release. */
 int virtq_pop(struct virtq *q, struct virtq_chain *c);
-/* Takes the chain that begins at head again, after its owner's state was loaded. 1 or -EPROTO. */
-int virtq_take(struct virtq *q, u16 head, struct virtq_chain *c);
+/* Saves a chain that was popped; or loads it, whole again. After an error of the stream there is none. */
+void virtq_chain_state(struct virtq *q, struct virtq_chain *c, struct stream *s);
 /* Gives the chain back; len bytes at least were written, from the beginning of its writable part. */
 void virtq_push(struct virtq *q, struct virtq_chain *c, u32 len);
 /* Gives n chains back, in the order in which they were taken, at one moment: the driver sees all of them or none. */

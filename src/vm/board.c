@@ -154,6 +154,8 @@ static void pci_wire_set(void *chip, int n, int level)
 
 static int attach_virtio(struct board *b, unsigned slot, void *device)
 {
+    if (b->config->virtio_split)
+        ((struct virtio *)device)->offered &= ~BIT(VIRTIO_F_RING_PACKED);
     board_add(b, device);
     return virtio_pci_attach(b->pci, slot, (struct irq_line){ pci_wire_set, b, (int)slot }, pci_isa[slot % 4],
                              !b->config->virtio_modern, device);

@@ -92,6 +92,7 @@ struct vm_config {
     unsigned ports;
     struct vsock_host *vsock;                                      /* the board has a virtio vsock; borrowed; NULL: it has none */
     bool virtio_modern;                                            /* without the legacy registers and identity */
+    bool virtio_split;                                             /* without packed rings */
     bool no_reboot;
     bool start_paused;                                             /* vm_start() leaves it VM_PAUSED */
     /* the board has a debug exit port and a debug console */

@@ -51,6 +51,15 @@ static int setup(void **state UNUSED)
     return 0;
 }
 
+static int setup_packed(void **state)
+{
+    setup(state);
+    vdev_set_status(&d, 0);
+    g.heap = GUEST_HEAP;
+    assert_true(vdev_start(&d, &g, DEV, ALL | BIT(VIRTIO_F_RING_PACKED), 64));
+    return 0;
+}
+
 static int teardown(void **state UNUSED)
 {
     device_free(blk);
@@ -334,6 +343,35 @@ static void test_many(void **state UNUSED)
     }
 }
 
+/* The same in a packed ring, whose chains need no place of their own. */
+static void test_many_packed(void **state UNUSED)
+{
+    unsigned sent = 0, seen = 0;
+    u64 at[64] = { 0 };
+
+    while (seen < 2000) {
+        u32 id, len;
+
+        while (sent < 2000 && sent - seen < 21) {
+            unsigned slot = d.q[0].next_desc % 64;
+
+            if (at[slot])
+                break;
+            at[slot] = 1 + sent * 7 % SECTORS;
+            put_head(HEAD + 32 * slot, VIRTIO_BLK_T_IN, at[slot] - 1);
+            gq_add(&d.q[0], (struct buf[]){ { HEAD + 32 * slot, 16, false }, { DATA + 512 * slot, 512, true }, { STATUS + slot, 1, true } }, 3);
+            sent++;
+        }
+        vdev_kick(&d, 0);
+        assert_true(vdev_wait(&d, 0, &id, &len));
+        assert_int_equal(len, 513);
+        assert_true(id < 64 && at[id]);
+        assert_int_equal(word_at(DATA + 512 * id), (at[id] - 1) << 8);
+        at[id] = 0;
+        seen++;
+    }
+}
+
 /* A driver that makes available more than the ring can hold at once, by reusing descriptors: the device takes no more than it has room for. */
 static void test_flood(void **state UNUSED)
 {
@@ -434,33 +472,49 @@ static void test_state(void **state UNUSED)
     assert_int_equal(l.pos, l.len);
     assert_int_equal(request(VIRTIO_BLK_T_IN, 4, DATA, 512, true, NULL), VIRTIO_BLK_S_OK);
     assert_int_equal(word_at(DATA), 4 << 8);
-    /* A request in flight, as a slow host would leave it: one head behind the count. */
+    /* One in flight, as a slow host would leave it: its chain, and the counts of both queues. It is done after the load. */
     put_head(HEAD, VIRTIO_BLK_T_IN, 77);
-    gq_desc(&d.q[0], 60, HEAD, 16, VRING_DESC_F_NEXT, 61);
-    gq_desc(&d.q[0], 61, DATA, 512, VRING_DESC_F_NEXT | VRING_DESC_F_WRITE, 62);
-    gq_desc(&d.q[0], 62, STATUS, 1, VRING_DESC_F_WRITE, 0);
-    s.buf = realloc(s.buf, s.len + 2);
-    memcpy(s.buf + s.len - 4, (u16[]){ 1, 60, 0 }, 6);
-    dev->ops->reset(dev);
-    put(&g, d.q[0].used + 2, (u16[]){ 1 }, 2);                     /* memory as it was at the save */
-    d.q[0].used_seen = 1;
-    stream_load_init(&l, s.buf, s.len + 2);
-    pthread_mutex_lock(&dev->lock);
-    dev->ops->state(dev, &l);
-    pthread_mutex_unlock(&dev->lock);
-    assert_int_equal(l.error, 0);
+    s.len -= 4;
+    s.buf = realloc(s.buf, s.len + 100);
+    u16 count = 1, parts = 3, head = 60, entries = d.packed ? 3 : 0;
+    static struct { u64 gpa; u32 len; bool write; } part[] = { { HEAD, 16, false }, { DATA, 512, true }, { STATUS, 1, true } };
+    struct stream more;
     u32 id, len;
-    assert_true(vdev_wait(&d, 0, &id, &len));
-    assert_int_equal(id, 60);
-    assert_int_equal(word_at(DATA), 77 << 8);
-    /* nonsense instead of a head */
-    memcpy(s.buf + s.len - 4, (u16[]){ 1, 6000, 0 }, 6);
-    dev->ops->reset(dev);
-    stream_load_init(&l, s.buf, s.len + 2);
-    pthread_mutex_lock(&dev->lock);
-    dev->ops->state(dev, &l);
-    pthread_mutex_unlock(&dev->lock);
-    assert_int_not_equal(l.error, 0);
+
+    stream_save_init(&more);
+    stream_u16(&more, &count);
+    stream_u16(&more, &head);
+    stream_u16(&more, &entries);
+    stream_u16(&more, &parts);
+    for (unsigned i = 0; i < 3; i++) {
+        stream_u64(&more, &part[i].gpa);
+        stream_u32(&more, &part[i].len);
+        stream_bool(&more, &part[i].write);
+    }
+    stream_u16(&more, &(u16){ 0 });
+    for (unsigned bad = 0; bad < 2; bad++) {
+        memcpy(s.buf + s.len, more.buf, more.len);
+        if (bad)
+            memset(s.buf + s.len + 8, 0xff, 8);                    /* its header lies nowhere */
+        dev->ops->reset(dev);
+        if (!d.packed) {
+            put(&g, d.q[0].used + 2, (u16[]){ 1 }, 2);             /* memory as it was at the save */
+            d.q[0].used_seen = 1;
+        } else {
+            d.q[0].entries[60] = 3;
+        }
+        stream_load_init(&l, s.buf, s.len + more.len);
+        pthread_mutex_lock(&dev->lock);
+        dev->ops->state(dev, &l);
+        pthread_mutex_unlock(&dev->lock);
+        assert_int_equal(l.error != 0, bad);
+        if (bad)
+            continue;
+        assert_true(vdev_wait(&d, 0, &id, &len));
+        assert_int_equal(id, 60);
+        assert_int_equal(word_at(DATA), 77 << 8);
+    }
+    stream_free(&more);
     stream_free(&s);
 }
 
@@ -477,6 +531,7 @@ static int remove_image(void **state UNUSED)
 }
 
 #define T(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
+#define P(name) { #name " (packed)", name, setup_packed, teardown, NULL }
 
 int main(void)
 {
@@ -484,6 +539,8 @@ int main(void)
         T(test_config), T(test_read), T(test_write_and_read), T(test_out_of_disk), T(test_unsupported), T(test_discard_and_zeroes), T(test_queues), T(test_cache_switch), T(test_get_id), T(test_readonly),
         T(test_any_layout), T(test_malformed), T(test_many), T(test_flood), T(test_reset_in_flight), T(test_power_on_reset_in_flight),
         T(test_resize), T(test_host_error), T(test_state),
+        P(test_read), P(test_write_and_read), P(test_out_of_disk), P(test_discard_and_zeroes), P(test_get_id), P(test_any_layout),
+        P(test_many_packed), P(test_power_on_reset_in_flight), P(test_state),
     };
 
     return cmocka_run_group_tests(tests, make_image, remove_image);

@@ -124,6 +124,16 @@ struct gq {
     u16 size;
     u64 desc, avail, used;
     u16 next_desc, avail_idx, used_seen;
+    bool packed;                                                   /* then desc is the ring, avail and used are event suppression areas */
+    bool avail_wrap, used_wrap;
+    u16 entries[1024];                                             /* packed: of the chain with that ID */
+};
+
+/* As in 2.8.13. */
+struct gq_packed {
+    u64 addr;
+    u32 len;
+    u16 id, flags;
 };
 
 struct buf {
@@ -137,8 +147,8 @@ static inline void gq_init(struct gq *q, struct guest *g, u16 size)
     static const u8 zero[4096];
     u64 area = guest_alloc(g, 16 * size + 2 * size + 8 + 8 * size + 4096);
 
-    *q = (struct gq){ .g = g, .size = size, .desc = area, .avail = area + 16 * size };
-    q->used = ALIGN_UP(q->avail + 2 * size + 6, 4);
+    *q = (struct gq){ .g = g, .size = size, .desc = area, .avail = area + 16 * size, .avail_wrap = true, .used_wrap = true };
+    q->used = ALIGN_UP(q->avail + 2 * size + 8, 4);
     for (u64 p = area; p < g->heap; p += sizeof(zero))
         put(g, p, zero, MIN(sizeof(zero), g->heap - p));
 }
@@ -158,11 +168,58 @@ static inline void gq_offer(struct gq *q, u16 head)
     __atomic_store_n((u16 *)(void *)ram_hva(&q->g->ram, q->avail + 2), q->avail_idx, __ATOMIC_RELEASE);
 }
 
+static inline void gq_step(struct gq *q, u16 *idx, bool *wrap, unsigned n)
+{
+    for (; n; n--)
+        if (++*idx == q->size) {
+            *idx = 0;
+            *wrap = !*wrap;
+        }
+}
+
+static inline u16 gq_packed_flags(bool wrap, u16 more)
+{
+    return (u16)(more | 1u << (wrap ? VRING_PACKED_DESC_F_AVAIL : VRING_PACKED_DESC_F_USED));
+}
+
+/* n descriptors as they are, flags of the first last. */
+static inline void gq_put_packed(struct gq *q, const struct gq_packed *p, unsigned n)
+{
+    u16 at = q->avail_idx, first = at;
+    bool wrap = q->avail_wrap, first_wrap = wrap;
+
+    for (unsigned i = 0; i < n; i++) {
+        struct gq_packed d = p[i];
+
+        d.flags = i ? gq_packed_flags(wrap, d.flags) : 0;
+        put(q->g, q->desc + 16ull * at, &d, i ? 16 : 14);
+        gq_step(q, &at, &wrap, 1);
+    }
+    q->avail_idx = at;
+    q->avail_wrap = wrap;
+    __atomic_store_n((u16 *)(void *)ram_hva(&q->g->ram, q->desc + 16ull * first + 14), gq_packed_flags(first_wrap, p[0].flags), __ATOMIC_RELEASE);
+}
+
+static inline u16 gq_add_packed(struct gq *q, const struct buf *b, unsigned n)
+{
+    u16 id = q->next_desc++ % q->size;
+    struct gq_packed p[16];
+
+    bug_on(n > ARRAY_SIZE(p));
+    for (unsigned i = 0; i < n; i++)
+        p[i] = (struct gq_packed){ b[i].gpa, b[i].len, id, (u16)((b[i].write ? VRING_DESC_F_WRITE : 0) | (i + 1 < n ? VRING_DESC_F_NEXT : 0)) };
+    q->entries[id % ARRAY_SIZE(q->entries)] = (u16)n;
+    gq_put_packed(q, p, n);
+    return id;
+}
+
 /* A chain of n buffers in the next n descriptors; returns its head. */
 static inline u16 gq_add(struct gq *q, const struct buf *b, unsigned n)
 {
     u16 head = q->next_desc % q->size;
 
+    if (q->packed)
+        return gq_add_packed(q, b, n);
     for (unsigned i = 0; i < n; i++) {
         u16 at = q->next_desc++ % q->size;
 
@@ -181,7 +238,19 @@ static inline u16 gq_used_idx(struct gq *q)
 static inline bool gq_used(struct gq *q, u32 *id, u32 *len)
 {
     struct vring_used_elem e;
+    struct gq_packed p;
 
+    if (q->packed) {
+        u16 flags = __atomic_load_n((u16 *)(void *)ram_hva(&q->g->ram, q->desc + 16ull * q->used_seen + 14), __ATOMIC_ACQUIRE);
+
+        if (!(flags >> VRING_PACKED_DESC_F_AVAIL & 1) != !q->used_wrap || !(flags >> VRING_PACKED_DESC_F_USED & 1) != !q->used_wrap)
+            return false;
+        get(q->g, q->desc + 16ull * q->used_seen, &p, sizeof(p));
+        *id = p.id;
+        *len = p.len;
+        gq_step(q, &q->used_seen, &q->used_wrap, q->entries[p.id % ARRAY_SIZE(q->entries)]);
+        return true;
+    }
     if (q->used_seen == gq_used_idx(q))
         return false;
     get(q->g, q->used + 4 + 8ull * (q->used_seen % q->size), &e, sizeof(e));
@@ -204,6 +273,7 @@ struct vdev {
     u64 common, notify, isr, config, msix;
     u32 notify_multiplier, config_len;
     unsigned window;                                               /* capability for access through configuration space */
+    bool packed;                                                   /* was negotiated */
     struct gq q[VIRTIO_QUEUES_MAX];
 };
 
@@ -285,6 +355,7 @@ static inline bool vdev_negotiate(struct vdev *d, u64 features)
         common_set(d, COMMON(guest_feature), 4, (u32)(features >> 32 * word));
     }
     vdev_set_status(d, VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_FEATURES_OK);
+    d->packed = features >> VIRTIO_F_RING_PACKED & 1;
     return vdev_status(d) & VIRTIO_CONFIG_S_FEATURES_OK;
 }
 
@@ -294,6 +365,7 @@ static inline void vdev_queue(struct vdev *d, unsigned n, u16 size)
     struct gq *q = &d->q[n];
 
     gq_init(q, d->g, size);
+    q->packed = d->packed;
     common_set(d, COMMON(queue_select), 2, n);
     common_set(d, COMMON(queue_size), 2, size);
     common_set(d, COMMON(queue_msix_vector), 2, n + 1);

@@ -78,7 +78,7 @@ static void start(struct vdev *d, unsigned device, u32 val)
     vdev_find(d, &g, device + 1);
     if (common_get(d, COMMON(num_queues), 2) > VIRTIO_QUEUES_MAX)
         return;                                                    /* its BAR does not decode */
-    vdev_start(d, &g, device + 1, BIT(VIRTIO_F_VERSION_1) | (vdev_features(d) & ~((val & 3) | (u64)(val >> 2 & 3) << VIRTIO_RING_F_INDIRECT_DESC)), 16);
+    vdev_start(d, &g, device + 1, BIT(VIRTIO_F_VERSION_1) | (vdev_features(d) & ~((val & 3) | (u64)(val >> 2 & 3) << VIRTIO_RING_F_INDIRECT_DESC | (u64)(val >> 4 & 1) << VIRTIO_F_RING_PACKED)), 16);
 }
 
 static u64 ports(unsigned device)

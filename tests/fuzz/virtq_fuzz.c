@@ -2,7 +2,7 @@
  * Fuzzing of the ring reader: the input is the driver's memory. Whatever it says, the device sees pieces that lie in guest memory, whose lengths add
  * up, readable ones before writable ones, and no more chains than entries.
  *
- *   byte 0: bit 0 event index, bit 1 indirect descriptors, bits 7..4 how the device treats each chain; byte 1: log2 of the size;
+ *   byte 0: bit 0 event index, bit 1 indirect descriptors, bit 2 packed, bits 7..4 how the device treats each chain; byte 1: log2 of the size;
  *   the rest: bytes from gpa 0 on (available ring at 0, descriptors at 0x40, used ring at 0x8000, an indirect table wherever a descriptor says)
  */
 #include "../dev/virtio_guest.h"
@@ -69,11 +69,12 @@ int LLVMFuzzerTestOneInput(const u8 *data, size_t len)
     q.size = (u16)(1 << data[1] % 5);
     q.desc = DESC;
     q.used = USED;
+    q.packed = data[0] & 4;
     q.event_idx = data[0] & 1;
     q.indirect = data[0] & 2;
     virtq_enable(&q);
     while (virtq_pop(&q, &c) > 0 && chains++ < 2 * q.size) {
-        bug_on(c.head >= q.size);
+        bug_on(q.packed ? !c.entries || c.entries > q.size || q.avail_idx >= q.size : c.head >= q.size);
         use(&q, &c, data[0] >> 4);
         virtq_wants_interrupt(&q);
         virtq_listen(&q);

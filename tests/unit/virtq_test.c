@@ -169,21 +169,231 @@ static void test_push_all(void **state UNUSED)
         virtq_chain_free(&all[i]);
 }
 
-static void test_unpop_and_take(void **state UNUSED)
+/* Saves the chain, loads it into nothing. */
+static void save_and_load(struct virtq_chain *chain)
 {
+    struct stream out, in;
+
+    stream_save_init(&out);
+    virtq_chain_state(&q, chain, &out);
+    assert_int_equal(out.error, 0);
+    virtq_drop(&q, chain);
+    virtq_chain_free(chain);
+    stream_load_init(&in, out.buf, out.len);
+    virtq_chain_state(&q, chain, &in);
+    assert_int_equal(in.error, 0);
+    assert_int_equal(in.pos, in.len);
+    for (size_t i = 0; i < out.len; i++) {                         /* cut short, or with a byte changed: an error, or a chain */
+        struct virtq_chain other = { 0 };
+
+        stream_load_init(&in, out.buf, i);
+        virtq_chain_state(&q, &other, &in);
+        assert_int_not_equal(in.error, 0);
+        out.buf[i] ^= 0xff;
+        stream_load_init(&in, out.buf, out.len);
+        virtq_chain_state(&q, &other, &in);
+        out.buf[i] ^= 0xff;
+        virtq_drop(&q, &other);
+        virtq_chain_free(&other);
+    }
+    stream_free(&out);
+}
+
+static void test_unpop_and_state(void **state UNUSED)
+{
+    char buf[4];
     u16 head;
 
     fresh(false, false);
-    gq_add(&r, (struct buf[]){ { BUF, 1, false } }, 1);
-    head = gq_add(&r, (struct buf[]){ { BUF, 7, false }, { BUF, 9, true } }, 2);
+    put(&g, BUF, "abcd", 4);
+    head = gq_add(&r, (struct buf[]){ { BUF, 4, false }, { BUF + 64, 9, true } }, 2);
     assert_int_equal(virtq_pop(&q, &c), 1);
     virtq_unpop(&q, &c);
     assert_int_equal(virtq_pop(&q, &c), 1);
-    assert_int_equal(c.out_total, 1);
+    assert_int_equal(virtq_read(&c, buf, 1), 1);
+    save_and_load(&c);
+    assert_int_equal(c.head, head);
+    assert_int_equal(c.out_len, 4);
+    assert_int_equal(c.in_len, 9);
+    assert_int_equal(virtq_read(&c, buf, 4), 4);
+    assert_memory_equal(buf, "abcd", 4);
+    virtq_push(&q, &c, 0);
+}
+
+/* --- packed rings --- */
+
+static void fresh_packed(bool event_idx, u16 size)
+{
+    fresh(event_idx, true);
+    virtq_reset(&q);
+    r.packed = true;
+    r.size = size;
+    q.size = size;
+    q.desc = r.desc;
+    q.avail = r.avail;
+    q.used = r.used;
+    q.packed = true;
+    q.event_idx = event_idx;
+    q.indirect = true;
+    virtq_enable(&q);
+    assert_false(q.broken);
+}
+
+/* Chains of all lengths, over the ring's end again and again, answered out of order; sizes need not be powers of two. */
+static void test_packed_round_trips(void **state UNUSED)
+{
+    struct virtq_chain a = { 0 }, b = { 0 };
+    char buf[8];
+    u32 id, len;
+
+    fresh_packed(false, 7);
+    assert_int_equal(virtq_pop(&q, &a), 0);
+    for (unsigned i = 0; i < 100; i++) {
+        u16 first, second;
+
+        put(&g, BUF, "packed", 6);
+        first = gq_add(&r, (struct buf[]){ { BUF, 2, false }, { BUF + 2, 4, false }, { BUF + 100, 3, true } }, 1 + i % 3);
+        assert_int_equal(virtq_pop(&q, &a), 1);
+        assert_int_equal(virtq_pop(&q, &b), 0);
+        second = gq_add(&r, (struct buf[]){ { BUF, 6, false }, { BUF + 200, 5, true } }, 2);
+        assert_int_equal(virtq_pop(&q, &b), 1);
+        virtq_unpop(&q, &b);
+        assert_int_equal(virtq_pop(&q, &b), 1);
+        assert_int_equal(virtq_pop(&q, &c), 0);
+        assert_true(a.head == first && b.head == second && a.entries == 1 + i % 3 && b.entries == 2);
+        if (i % 5 == 0)
+            save_and_load(&b);
+        assert_int_equal(virtq_read(&b, buf, 6), 6);
+        assert_memory_equal(buf, "packed", 6);
+        assert_int_equal(virtq_write(&b, "12345", 5), 5);
+        assert_false(gq_used(&r, &id, &len));
+        virtq_push(&q, &b, 5);
+        assert_true(gq_used(&r, &id, &len));
+        assert_true(id == second && len == 5);
+        virtq_push(&q, &a, 0);
+        assert_true(gq_used(&r, &id, &len));
+        assert_true(id == first && len == 0);
+        assert_false(gq_used(&r, &id, &len));
+    }
+    virtq_chain_free(&a);
+    virtq_chain_free(&b);
+}
+
+static void test_packed_push_all(void **state UNUSED)
+{
+    struct virtq_chain all[3] = { 0 };
+    u32 id, len;
+
+    fresh_packed(false, 8);
+    for (unsigned round = 0; round < 20; round++) {
+        for (unsigned i = 0; i < 3; i++) {
+            gq_add(&r, (struct buf[]){ { BUF, 10, true }, { BUF + 16, 10, true } }, 1 + (round + i) % 2);
+            assert_int_equal(virtq_pop(&q, &all[i]), 1);
+        }
+        virtq_push_all(&q, all, (u32[]){ 7, 8, 9 }, 3);
+        for (unsigned i = 0; i < 3; i++) {
+            assert_true(gq_used(&r, &id, &len));
+            assert_int_equal(len, 7 + i);
+        }
+        assert_false(gq_used(&r, &id, &len));
+    }
+    for (unsigned i = 0; i < 3; i++)
+        virtq_chain_free(&all[i]);
+}
+
+static void test_packed_indirect(void **state UNUSED)
+{
+    struct gq_packed p = { TABLE, 32, 5, VRING_DESC_F_INDIRECT };
+
+    fresh_packed(false, 8);
+    table_entry(0, BUF, 3, 0, 0);
+    table_entry(1, BUF + 64, 9, 0, VRING_DESC_F_WRITE);            /* where the split format has `next` are the flags here */
+    gq_put_packed(&r, &p, 1);
     assert_int_equal(virtq_pop(&q, &c), 1);
-    assert_int_equal(virtq_take(&q, head, &c), 1);
-    assert_int_equal(c.out_total, 7);
-    assert_int_equal(c.in_total, 9);
+    assert_true(c.head == 5 && c.entries == 1 && c.out_total == 3 && c.in_total == 9);
+    virtq_push(&q, &c, 9);
+}
+
+static void expect_packed_broken(const struct gq_packed *p, unsigned n)
+{
+    fresh_packed(false, 8);
+    gq_put_packed(&r, p, n);
+    assert_int_equal(virtq_pop(&q, &c), -EPROTO);
+    assert_true(q.broken);
+    assert_int_equal(virtq_pop(&q, &c), -EPROTO);
+}
+
+static void test_packed_malformed(void **state UNUSED)
+{
+    struct gq_packed loop[8];
+
+    for (unsigned i = 0; i < 8; i++)
+        loop[i] = (struct gq_packed){ BUF, 1, 0, VRING_DESC_F_NEXT };
+    expect_packed_broken(loop, 8);                                 /* no end */
+    expect_packed_broken((struct gq_packed[]){ { BUF, 0, 0, 0 } }, 1);
+    expect_packed_broken((struct gq_packed[]){ { GUEST_RAM, 1, 0, 0 } }, 1);
+    expect_packed_broken((struct gq_packed[]){ { BUF, ~0u, 0, 0 } }, 1);
+    expect_packed_broken((struct gq_packed[]){ { BUF, 1, 0, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT }, { BUF, 1, 0, 0 } }, 2);
+    table_entry(0, BUF, 3, 0, VRING_DESC_F_INDIRECT);
+    expect_packed_broken((struct gq_packed[]){ { TABLE, 16, 0, VRING_DESC_F_INDIRECT } }, 1);
+    expect_packed_broken((struct gq_packed[]){ { TABLE, 15, 0, VRING_DESC_F_INDIRECT } }, 1);
+    expect_packed_broken((struct gq_packed[]){ { TABLE, 0, 0, VRING_DESC_F_INDIRECT } }, 1);
+    expect_packed_broken((struct gq_packed[]){ { TABLE, 16, 0, VRING_DESC_F_INDIRECT | VRING_DESC_F_NEXT } }, 1);
+    expect_packed_broken((struct gq_packed[]){ { TABLE, 16 * 1025, 0, VRING_DESC_F_INDIRECT } }, 1);
+    fresh_packed(false, 8);
+    q.desc = GUEST_RAM;
+    virtq_enable(&q);
+    assert_true(q.broken);
+}
+
+static void give_and_take(unsigned n)
+{
+    for (; n; n--) {
+        gq_add(&r, (struct buf[]){ { BUF, 10, true } }, 1);
+        assert_int_equal(virtq_pop(&q, &c), 1);
+        virtq_push(&q, &c, 10);
+    }
+}
+
+static void packed_event(u16 flags, u16 off, bool wrap)
+{
+    put(&g, r.avail, (u16[]){ (u16)(off | wrap << 15), flags }, 4);
+}
+
+static void test_packed_events(void **state UNUSED)
+{
+    u16 area[2];
+
+    fresh_packed(true, 8);
+    give_and_take(1);
+    assert_true(virtq_wants_interrupt(&q));                        /* zero is: always */
+    assert_false(virtq_wants_interrupt(&q));
+    packed_event(VRING_PACKED_EVENT_FLAG_DISABLE, 0, true);
+    give_and_take(1);
+    assert_false(virtq_wants_interrupt(&q));
+    packed_event(VRING_PACKED_EVENT_FLAG_DESC, 4, true);           /* when entry 4 is used */
+    give_and_take(2);
+    assert_false(virtq_wants_interrupt(&q));
+    give_and_take(1);
+    assert_true(virtq_wants_interrupt(&q));
+    packed_event(VRING_PACKED_EVENT_FLAG_DESC, 1, false);          /* in the next round */
+    give_and_take(4);
+    assert_false(virtq_wants_interrupt(&q));
+    give_and_take(1);
+    assert_true(virtq_wants_interrupt(&q));
+    packed_event(VRING_PACKED_EVENT_FLAG_DESC, 7, false);
+    give_and_take(8);                                              /* past it, over the end */
+    assert_true(virtq_wants_interrupt(&q));
+    virtq_ignore(&q);
+    get(&g, r.used, area, 4);
+    assert_int_equal(area[1], VRING_PACKED_EVENT_FLAG_DISABLE);
+    assert_false(virtq_listen(&q));
+    get(&g, r.used, area, 4);
+    assert_int_equal(area[1], VRING_PACKED_EVENT_FLAG_DESC);
+    assert_int_equal(area[0], q.avail_idx | q.avail_wrap << 15);
+    gq_add(&r, (struct buf[]){ { BUF, 10, true } }, 1);
+    assert_true(virtq_listen(&q));
+    assert_false(virtq_empty(&q));
 }
 
 static void test_indirect(void **state UNUSED)
@@ -522,7 +732,9 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_round_trip), cmocka_unit_test(test_last_byte), cmocka_unit_test(test_seam), cmocka_unit_test(test_wrap),
-        cmocka_unit_test(test_push_all), cmocka_unit_test(test_unpop_and_take), cmocka_unit_test(test_indirect), cmocka_unit_test(test_loop),
+        cmocka_unit_test(test_push_all), cmocka_unit_test(test_unpop_and_state),
+        cmocka_unit_test(test_packed_round_trips), cmocka_unit_test(test_packed_push_all), cmocka_unit_test(test_packed_indirect),
+        cmocka_unit_test(test_packed_malformed), cmocka_unit_test(test_packed_events), cmocka_unit_test(test_indirect), cmocka_unit_test(test_loop),
         cmocka_unit_test(test_loop_in_table), cmocka_unit_test(test_head_out_of_range), cmocka_unit_test(test_next_out_of_range),
         cmocka_unit_test(test_next_out_of_table), cmocka_unit_test(test_zero_length), cmocka_unit_test(test_huge_lengths),
         cmocka_unit_test(test_huge_sum), cmocka_unit_test(test_outside_memory), cmocka_unit_test(test_readable_after_writable),
