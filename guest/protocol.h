@@ -4,7 +4,7 @@
  * Kernel parameters (read by init from /proc/cmdline; NAME=VALUE without a dot reaches its environment by way of the
  * kernel):
  *   doppel.run=1             command mode: wait for the port doppel.ctl and run what it says; else a shell
- *   doppel.net=wait          a command is run when the network cards have their addresses, or after 10 s without
+ *   doppel.net=wait          a command is run when the network cards have their addresses, or after 6 s without
  *   doppel.rows=N, .cols=N   size of the terminal behind the serial console, where known
  *   TERM=NAME                its kind
  *

@@ -140,7 +140,7 @@ static bool send_finished(struct net *n, const struct net_frame *f)
     bool segment = f->hdr.gso_type != VIRTIO_NET_HDR_GSO_NONE;
 
     net_copy(f, 0, t->whole, f->len);
-    if (segment && !n->ops->large) {
+    if (segment && f->len > n->ops->large) {
         if (!net_segment(t->whole, f->len, f->hdr.gso_size, t->part, send_part, n))
             add(&t->counts.sent_dropped, 1);
         return true;
@@ -231,6 +231,15 @@ void net_deliver(struct net *n, const struct net_frame *f)
     }
     add(&t->counts.received, 1);
     add(&t->counts.received_bytes, f->len);
+}
+
+void net_lost(struct net *n, int e)
+{
+    struct net_thread *t = n->thread;
+
+    log_msg(n->log, LOG_ERROR, "network %s: it has gone%s%s; the guest's card has no link any more", n->name, e ? ": " : "", e ? strerror(e) : "");
+    if (t)
+        t->front_ops->lost(t->front);
 }
 
 static void drop_first(struct net_thread *t)

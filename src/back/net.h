@@ -48,6 +48,7 @@ struct net_front_ops {
     void (*transmit)(void *front);                                 /* net_send() for all that waits, until there is no more or it returns false */
     bool (*receive)(void *front, const struct net_frame *f);       /* false: there is no room for it now */
     void (*received)(void *front);                                 /* after one or more frames: the guest may be told */
+    void (*lost)(void *front);                                     /* the host's end has gone: no link any more */
 };
 
 struct net;
@@ -55,7 +56,7 @@ struct net_poll;
 struct net_ops {
     const char *kind;
     unsigned takes;                                                /* NET_*: of frames from the guest */
-    bool large;                                                    /* takes whole TCP segments beyond the MTU, if their checksums are done */
+    unsigned large;                                                /* takes TCP segments beyond the MTU, if their checksums are done, in frames so long; 0: none */
     /* Sends a frame, or drops it. False: not now; it comes again. */
     bool (*send)(struct net *n, const struct net_frame *f);
     void (*prepare)(struct net *n, struct net_poll *p);            /* what is to be waited for */
@@ -121,6 +122,9 @@ void net_init(struct net *n, const struct net_ops *ops, const struct net_config 
 /* A frame for the guest. What it has no room for waits, up to a limit; then frames are dropped. */
 void net_deliver(struct net *n, const struct net_frame *f);
 bool net_full(const struct net *n);                                /* some wait: read no more */
+
+/* The host's end has gone; e: why, an errno, or 0 if it ended. */
+void net_lost(struct net *n, int e);
 
 /* Bytes of a frame from off on; less than len at its end. */
 size_t net_copy(const struct net_frame *f, size_t off, void *buf, size_t len);

@@ -416,7 +416,7 @@ static void user_close(struct net *n)
 }
 
 static const struct net_ops user_ops = {
-    .kind = "user", .large = true, .send = user_send, .prepare = user_prepare, .serve = user_serve, .info = user_info, .close = user_close,
+    .kind = "user", .large = NET_FRAME_MAX, .send = user_send, .prepare = user_prepare, .serve = user_serve, .info = user_info, .close = user_close,
 };
 
 int net_user_new(const struct net_config *c, bool restricted, const struct net_publish *publish, unsigned publishes, struct net **out)

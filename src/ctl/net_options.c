@@ -85,13 +85,40 @@ static int set_attribute(struct vm_net *n, char *word)
     return err(-EINVAL, "--net: \"%.50s\" is no attribute of this kind of network; there are mac=, mtu=, queues= and, for user, restrict", word);
 }
 
+/* "N[:N...]" */
+static int set_fds(struct vm_net *n, char *list)
+{
+    char *save;
+    u64 v;
+
+    for (char *word = strtok_r(list, ":", &save); word; word = strtok_r(NULL, ":", &save)) {
+        if (n->fds == NET_QUEUES_MAX || parse_unsigned(word, &v) < 0 || v > INT32_MAX)
+            return err(-EINVAL, "--net fd=%.50s: not the numbers of up to %d open descriptors", word, NET_QUEUES_MAX);
+        n->fd[n->fds++] = (int)v;
+    }
+    return n->fds ? 0 : err(-EINVAL, "--net fd=: the number of an open descriptor is missing");
+}
+
 static int set_kind(struct vm_net *n, char *kind)
 {
+    static const struct { const char *name; enum vm_net_kind kind; } named[] = { { "tap=", VM_NET_TAP }, { "passt=", VM_NET_PASST }, { "fd=", VM_NET_FD } };
+
     if (!strcmp(kind, "user")) {
         n->kind = VM_NET_USER;
         return 0;
     }
-    return err(-EINVAL, "--net %.100s: no such kind of network; choose user or none", kind);
+    for (unsigned i = 0; i < ARRAY_SIZE(named); i++) {
+        size_t len = strlen(named[i].name);
+
+        if (strncmp(kind, named[i].name, len))
+            continue;
+        n->kind = named[i].kind;
+        n->name = kind + len;
+        if (n->kind == VM_NET_FD)
+            return set_fds(n, kind + len);
+        return *n->name ? 0 : err(-EINVAL, "--net %s: the name is missing behind \"=\"", kind);
+    }
+    return err(-EINVAL, "--net %.100s: no such kind of network; choose user, tap=NAME, fd=N, passt=SOCKET or none", kind);
 }
 
 int net_option(struct net_options *o, char *value)

@@ -380,12 +380,13 @@ const struct option run_option_table[] = {
      "16. It is locked against a second writer. Attributes: readonly; on-full=pause|error, what happens when the host has "
      "no room for what the guest writes: the guest is paused until \"resume\" at the monitor prompt (the default), or "
      "sees an I/O error; io=uring|threads, how the host's file is accessed (the default is io_uring where the host permits it).", true, set_disk},
-    {"net", "user|none[,restrict][,mac=ADDRESS][,mtu=N][,queues=N]",
+    {"net", "user|tap=NAME|fd=N|passt=SOCKET|none[,...]",
      "A network card and where it is connected; the next one gives the guest another card, up to 8. user (the default without --net): a network of "
      "the guest's own, which reaches what the user of doppel reaches, by doppel's own sockets and without privileges; DHCP gives the guest "
      "10.0.2.15, the host (its loopback) is 10.0.2.2, DNS is at 10.0.2.3, and by IPv6 they are in fec0::/64; the next card has 10.0.3.0/24 and so on. "
-     "restrict: the guest reaches nothing, and is reached by what is published only. none: no card. mac: the card's address; mtu: is told to the guest; "
-     "queues: pairs of queues, one for each processor up to 8 if it is not given. The default guest asks for its address in the background; a COMMAND waits for it "
+     "user,restrict: the guest reaches nothing, and is reached by what is published only. tap=NAME: a tap device of the host, which must be yours (or you may make one); "
+     "fd=N[:N...]: open descriptors of one. passt=SOCKET: a passt that listens at this Unix socket. none: no card. Behind each but none: ,mac=ADDRESS of the card; ,mtu=N is told to the "
+     "guest; ,queues=N pairs of queues (one for each processor, up to 8, if it is not given; tap: with more than 1 it must be a multi_queue device). The default guest asks for its address in the background; a COMMAND waits for it "
      "if --net or --publish is given.", true, set_net},
     {"publish", "[ADDRESS:]HOST:GUEST[/udp]",
      "Connections to port HOST of the host (datagrams with /udp) go to port GUEST of the guest, in its first user network. ADDRESS is one of the host's, "

@@ -350,7 +350,12 @@ static void received(void *front)
     pthread_mutex_unlock(&n->virtio.device.lock);
 }
 
-static const struct net_front_ops front_ops = { .transmit = transmit, .receive = receive, .received = received };
+static void lost(void *front)
+{
+    virtio_net_set_link(front, false);
+}
+
+static const struct net_front_ops front_ops = { .transmit = transmit, .receive = receive, .received = received, .lost = lost };
 
 /* --- control queue (5.1.6.5) --- */
 

@@ -32,11 +32,14 @@ struct vm_disk {
     bool full_is_error;                                            /* no room on the host is an I/O error; else the machine is paused */
 };
 
-enum vm_net_kind { VM_NET_USER };
+enum vm_net_kind { VM_NET_USER, VM_NET_TAP, VM_NET_FD, VM_NET_PASST };
 
 /* A network card and where it is connected. */
 struct vm_net {
     enum vm_net_kind kind;
+    const char *name;                                              /* of the tap device; path of passt's socket */
+    int fd[NET_QUEUES_MAX];                                        /* of a tap device; they stay the caller's */
+    unsigned fds;
     bool restricted;                                               /* user: nothing but what is published */
     bool has_mac;
     u8 mac[NET_MAC];                                               /* without has_mac: one is made (vm/nic.c) */

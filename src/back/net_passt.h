@@ -1,0 +1,10 @@
+/*
+ * passt as a network's host end: a process of its own that does user-mode networking, reached by a Unix stream socket (passt(1), --socket). Each frame has its length before
+ * it, 32 bits, big-endian.
+ */
+#pragma once
+
+#include "back/net.h"
+
+/* Connects. 0, or a negative errno with err(). */
+int net_passt_new(const struct net_config *c, const char *path, struct net **out);
