@@ -388,9 +388,9 @@ const struct option run_option_table[] = {
      "fd=N[:N...]: open descriptors of one. passt=SOCKET: a passt that listens at this Unix socket. none: no card. Behind each but none: ,mac=ADDRESS of the card; ,mtu=N is told to the "
      "guest; ,queues=N pairs of queues (one for each processor, up to 8, if it is not given; tap: with more than 1 it must be a multi_queue device). The default guest asks for its address in the background; a COMMAND waits for it "
      "if --net or --publish is given.", true, set_net},
-    {"publish", "[ADDRESS:]HOST:GUEST[/udp]",
-     "Connections to port HOST of the host (datagrams with /udp) go to port GUEST of the guest, in its first user network. ADDRESS is one of the host's, "
-     "127.0.0.1 if it is left out; 0.0.0.0 is all of them; one of IPv6 stands in brackets.", true, set_publish},
+    {"publish", "HOST:GUEST[/udp]",
+     "Connections to port HOST of the host (datagrams with /udp) go to port GUEST of the guest, in its first user network. ADDRESS:HOST:GUEST names an address of the host's, "
+     "which else is 127.0.0.1; 0.0.0.0 is all of them; one of IPv6 stands in brackets: [::1]:8080:80.", true, set_publish},
     {"capture", "FILE", "Writes all frames that network cards send and receive to FILE, in pcapng format (Wireshark, tcpdump).", false, set_capture},
     {"virtio", "transitional|modern[,split]",
      "How virtio devices show themselves. transitional (the default): to drivers of version 1.0 and later, and to older "

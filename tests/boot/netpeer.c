@@ -239,7 +239,7 @@ static int udp_ask(int fd, unsigned count, size_t size)
 }
 
 /* One question with one answer (RFC 1035), for a name without surprises. */
-static int dns(int fd, const char *name, const char *a, const char *aaaa)
+static void dns(int fd, const char *name, const char *a, const char *aaaa)
 {
     uint8_t buf[1500], *p;
     struct sockaddr_storage from;
@@ -316,6 +316,7 @@ int main(int argc, char **argv)
 {
     const char *what = argc > 1 ? argv[1] : "";
 
+    alarm(400);                                                    /* whoever waits for one that has died does so for some minutes only */
     if (argc == 6 && !strcmp(what, "listen"))
         return tcp(accept(open_socket(argv[2], argv[3], SOCK_STREAM, 1), NULL, NULL), argv[4], strtoull(argv[5], NULL, 10));
     if (argc == 6 && !strcmp(what, "connect"))
@@ -325,7 +326,7 @@ int main(int argc, char **argv)
     if (argc == 6 && !strcmp(what, "udp-ask"))
         return udp_ask(open_socket(argv[2], argv[3], SOCK_DGRAM, 0), atoi(argv[4]), atoi(argv[5]));
     if (argc == 6 && !strcmp(what, "dns"))
-        return dns(open_socket(argv[2], "53", SOCK_DGRAM, 1), argv[3], argv[4], argv[5]);
+        dns(open_socket(argv[2], "53", SOCK_DGRAM, 1), argv[3], argv[4], argv[5]);
     if (argc == 5 && !strcmp(what, "bind")) {
         open_socket(argv[2], argv[3], !strcmp(argv[4], "udp") ? SOCK_DGRAM : SOCK_STREAM, 1);
         pause();
