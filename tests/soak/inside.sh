@@ -5,7 +5,7 @@
 # Prints "[begin CASE]", what the case says, "[end CASE STATUS MILLISECONDS]".
 limit=$1 until=$2
 shift 2
-ms() { read -r up _ </proc/uptime; echo "${up%.*}${up#*.}0"; }
+ms() { read -r up _ </proc/uptime; up=${up%.*}${up#*.}0; echo "${up#0}"; }
 modprobe ext4; modprobe overlay
 mkdir -p /mnt/lower /mnt/over /mnt/root
 mount -t ext4 -o ro /dev/vda /mnt/lower && mount -t tmpfs over /mnt/over && mkdir /mnt/over/up /mnt/over/work &&
