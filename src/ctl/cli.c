@@ -13,6 +13,7 @@
 #include "ctl/options.h"
 #include "ctl/run.h"
 #include "ctl/run_options.h"
+#include "ctl/vms.h"
 
 /* Output that could not be written is an error, as for every filter. */
 static int flushed(int status)
@@ -35,6 +36,19 @@ static const char *const run_text[] = {
     "guest.",
     NULL,
 };
+static const char *const ps_text[] = {
+    "Lists your VMs that run: name, process, engine, processors, memory, state, how long they have run, vsock address, ports. A \"?\" stands for "
+    "what a VM did not tell in time. What VMs left behind that were killed is removed.",
+    NULL,
+};
+static const char *const kill_text[] = {
+    "Presses the power button of the VM, as often as it takes for its guest to hear it, and waits until it has shut down; an error if that takes "
+    "longer than a minute. It goes on trying.",
+    NULL,
+};
+static const char *const rm_text[] = {
+    "Ends the VM at once if it runs, as doppel kill --force does, and removes what it left in the directory of running VMs.", NULL,
+};
 static const char *const doctor_text[] = {
     "Shows what this host offers to doppel, which engine --engine auto takes and why, what is missing, and how to get "
     "it. It changes nothing, and always exits with 0.",
@@ -45,6 +59,9 @@ static const char *const help_text[] = {"Explains a command and its options; wit
 const struct command_row cli_commands[] = {
     {"run", "[options] [-- COMMAND [ARG...]]", "boot a guest, to a shell or to run COMMAND", run_text,
      run_option_table, &run_option_rows, run_main},
+    {"ps", "", "list the VMs that run", ps_text, NULL, NULL, ps_main},
+    {"kill", "[--force] NAME", "shut a VM down", kill_text, kill_option_table, &kill_option_rows, kill_main},
+    {"rm", "NAME", "end a VM, and remove what it left", rm_text, NULL, NULL, rm_main},
     {"doctor", "", "what this host offers and lacks", doctor_text, NULL, NULL, doctor_main},
     {"help", "[COMMAND]", "explain a command", help_text, NULL, NULL, help_main},
 };

@@ -6,6 +6,7 @@
 
 #include "ctl/monitor.h"
 #include "ctl/options.h"
+#include "ctl/run_options.h"
 
 #define COLUMNS 80
 #define TERM_COLUMN 14
@@ -128,6 +129,8 @@ void help_command(FILE *f, const struct command_row *c)
         option_term(&c->option[i], term);
         row(f, term, c->option[i].text, 6);
     }
+    if (c->option != run_option_table)                             /* the rest is about guests that are started */
+        return;
     for (size_t s = 0; s < ARRAY_SIZE(sections); s++) {
         fprintf(f, "\n%s\n", sections[s].title);
         bool examples = sections[s].row == example_rows;

@@ -299,6 +299,19 @@ int instance_open(struct instance *i, const char *name)
     return 0;
 }
 
+bool instance_left(const char *name)
+{
+    struct instance i;
+    struct stat st;
+    bool left = false;
+
+    if (!instance_name_valid(name) || base_enter(&i) < 0)
+        return false;
+    left = fstatat(i.base_fd, name, &st, AT_SYMLINK_NOFOLLOW) == 0 && S_ISDIR(st.st_mode);
+    instance_close(&i);
+    return left;
+}
+
 static int compare(const void *a, const void *b)
 {
     return strverscmp(*(char *const *)a, *(char *const *)b);

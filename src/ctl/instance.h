@@ -39,6 +39,9 @@ void instance_release(struct instance *i);                         /* removes it
 int instance_open(struct instance *i, const char *name);
 void instance_close(struct instance *i);
 
+/* Is there a folder of that name, whoever lives there or not? */
+bool instance_left(const char *name);
+
 /* The names of those that run, sorted, ended with NULL; what dead ones left is removed. 0 or negative errno with err(). */
 int instance_list(char ***names);
 void instance_list_free(char **names);

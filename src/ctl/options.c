@@ -132,6 +132,14 @@ static int find_option(const struct option *table, unsigned rows, const char *wo
     return unknown_option(table, rows, word, len);
 }
 
+static int find_letter(const struct option *table, unsigned rows, const char *word)
+{
+    for (unsigned i = 0; i < rows; i++)
+        if (word[1] == table[i].name[0] && !word[2])
+            return (int)i;
+    return err(-EINVAL, "%.200s: no such option", word);
+}
+
 /*
  * Sets *value to what belongs to the option at argv[0], and returns how many words that takes, or -EINVAL with err().
  */
@@ -158,14 +166,14 @@ static int option_value(const struct option *o, int argc, char **argv, const cha
 }
 
 /* Takes the option at argv[0]; returns how many words that takes, or -EINVAL with err(). given: a bit per row. */
-static int option_take(const struct option *table, unsigned rows, void *target, int argc, char **argv, u64 *given)
+static int option_take(const struct option *table, unsigned rows, void *target, int argc, char **argv, bool letters, u64 *given)
 {
     const char *word = argv[0], *value;
     if (word[0] != '-' || !word[1])
         return err(-EINVAL, "\"%.200s\": not an option; a command for the guest stands behind \"--\"", word);
-    if (word[1] != '-')
+    if (word[1] != '-' && !letters)
         return err(-EINVAL, "%.200s: no such option; options begin with two dashes", word);
-    int row = find_option(table, rows, word + 2);
+    int row = word[1] == '-' ? find_option(table, rows, word + 2) : find_letter(table, rows, word);
     if (row < 0)
         return row;
     if ((*given & BIT(row)) && !table[row].many)
@@ -178,7 +186,7 @@ static int option_take(const struct option *table, unsigned rows, void *target, 
     return r < 0 ? r : used;
 }
 
-int options_parse(const struct option *table, unsigned rows, void *target, int argc, char **argv, char ***rest)
+static int parse(const struct option *table, unsigned rows, void *target, int argc, char **argv, int *words, char ***rest)
 {
     bug_on(rows > OPTIONS_MAX);
     u64 given = 0;
@@ -188,10 +196,28 @@ int options_parse(const struct option *table, unsigned rows, void *target, int a
             *rest = argv + i + 1;
             break;
         }
-        int used = option_take(table, rows, target, argc - i, argv + i, &given);
+        if (words && (argv[i][0] != '-' || !argv[i][1])) {
+            argv[(*words)++] = argv[i++];
+            continue;
+        }
+        int used = option_take(table, rows, target, argc - i, argv + i, words != NULL, &given);
         if (used < 0)
             return used;
         i += used;
     }
     return 0;
+}
+
+int options_parse(const struct option *table, unsigned rows, void *target, int argc, char **argv, char ***rest)
+{
+    return parse(table, rows, target, argc, argv, NULL, rest);
+}
+
+int options_parse_words(const struct option *table, unsigned rows, void *target, int argc, char **argv, int *words, char ***rest)
+{
+    *words = 0;
+    int r = parse(table, rows, target, argc, argv, words, rest);
+    if (r == 0 && *words < argc)
+        argv[*words] = NULL;
+    return r;
 }

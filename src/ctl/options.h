@@ -33,6 +33,12 @@ static inline bool option_optional(const struct option *o)
  */
 int options_parse(const struct option *table, unsigned rows, void *target, int argc, char **argv, char ***rest);
 
+/*
+ * The same for commands that take words beside options: those are moved to the beginning of argv, and *words is how many there are; NULL ends
+ * them. `-x` is the option there whose name begins with x.
+ */
+int options_parse_words(const struct option *table, unsigned rows, void *target, int argc, char **argv, int *words, char ***rest);
+
 /* The name among n that word was probably meant to be, or NULL. name(i) gives them. */
 const char *options_guess(const char *word, const char *(*name)(const void *table, unsigned i), const void *table,
                           unsigned n);

@@ -329,7 +329,7 @@ static int set_detach(void *target, const char *value)
 {
     struct run_options *o = target;
     u64 n = DETACH_SECONDS;
-    if (value && (parse_unsigned(value[0] == '=' ? value + 1 : value, &n) < 0 || n > 86400))
+    if (value && (parse_unsigned(value, &n) < 0 || n > 86400))
         return err(-EINVAL, "--detach=%.100s: not a number of seconds; give 0 (do not wait) to 86400", value);
     o->detach = true;
     o->detach_seconds = (unsigned)n;
