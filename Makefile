@@ -97,9 +97,11 @@ guest: | $(B)/setup-build
 guest-standard: | $(B)/setup-build
 	$(Q)guest/build --kernel standard $(B)/guest-standard
 
-# Process 1 of the guest, compiled: an installed doppel makes guests without a compiler.
+# Process 1 of the guest and the agent, compiled: an installed doppel makes guests without a compiler.
 $(B)/init: guest/build guest/init.c guest/protocol.h | $(B)/setup-build
 	$(Q)guest/build --compile-init $@
+$(B)/agent: guest/build agent/agent.c agent/protocol.h guest/protocol.h src/back/tree.c src/back/tree.h | $(B)/setup-build
+	$(Q)guest/build --compile-agent $@
 
 run: $(B)/doppel guest
 	$(Q)$(B)/doppel run
@@ -160,13 +162,15 @@ bench: $(B)/setup-bench $(B)/doppel $(B)/bench/rows $(B)/tests/latency/latency_t
 
 # ---- installation ----
 SHARE := $(DESTDIR)$(PREFIX)/share
-install: all $(B)/init
+install: all $(B)/init $(B)/agent
 	install -d '$(DESTDIR)$(PREFIX)/bin' '$(SHARE)/doppel' '$(SHARE)/man/man1'
 	install -m 755 $(B)/doppel '$(DESTDIR)$(PREFIX)/bin/doppel'
 	install -m 644 $(B)/doppel.1 '$(SHARE)/man/man1/doppel.1'
 	install -m 644 $(addprefix $(B)/guest/,vmlinuz initrd cmdline manifest) '$(SHARE)/doppel'
 	install -m 755 guest/build '$(SHARE)/doppel/guest-build'
 	install -m 755 $(B)/init '$(SHARE)/doppel/init'
+	install -m 755 $(B)/agent '$(SHARE)/doppel/agent'
+	install -m 644 agent/doppel-agent.service '$(SHARE)/doppel/doppel-agent.service'
 
 clean:
 	rm -rf $(B)

@@ -19,6 +19,7 @@
 #include <net/if.h>
 #include <poll.h>
 #include <pty.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -46,6 +47,9 @@
 #define PORT_RETRY_MS 20
 #define PIPE_BYTES (256 << 10)
 #define BUTTONS_MAX 8
+#define AGENT "/sbin/doppel-agent"
+#define AGENT_AGAIN_MS 1000
+#define NEVER INT64_MAX
 
 /* One direction of a stream: what came from src waits in buf until dst takes it. */
 struct pump {
@@ -91,6 +95,8 @@ struct init {
     bool wait_network;                                             /* the command is not run before */
     pid_t shell;                                                   /* 0: none */
     int64_t shell_at;                                              /* not before, in now_ms() */
+    pid_t agent;                                                   /* 0: none */
+    int64_t agent_at;                                              /* as shell_at */
     int how;                                                       /* RB_*: the machine is to end so; 0: not */
     int64_t kill_at;                                               /* what still runs then is killed; 0: no haste */
     int kill_with;                                                 /* the command, by this signal */
@@ -568,6 +574,31 @@ static void shell_start(struct init *s)
     _exit(127);
 }
 
+/* ---- the agent ---- */
+
+/* For doppel exec and cp. It and its modules come when nothing else has work to do, so that the shell or the command does not wait for them. */
+static void agent_start(struct init *s)
+{
+    s->agent_at = now_ms() + AGENT_AGAIN_MS;
+    s->agent = fork();
+    if (s->agent)
+        return;
+    child_defaults();
+    sched_setscheduler(0, SCHED_IDLE, &(struct sched_param){ 0 });
+    int fd = open("/dev/null", O_RDWR);
+    for (int i = 0; i < 3; i++)
+        dup2(fd, i);
+    load_modules("/etc/modules.late");
+    sched_setscheduler(0, SCHED_OTHER, &(struct sched_param){ 0 });
+    execl(AGENT, AGENT, NULL);
+    _exit(1);
+}
+
+static bool agent_wanted(const struct init *s)
+{
+    return !s->agent && !s->stopping && (s->cmd.state == CMD_NONE ? s->shell != 0 : s->cmd.state == CMD_RUNNING);
+}
+
 /* ---- the command ---- */
 
 static void command_ended(struct init *s, enum exit_how how, uint32_t code)
@@ -915,6 +946,11 @@ static void reap(struct init *s)
             s->network = 0;
             tell_ready(s);
         }
+        if (pid == s->agent) {
+            s->agent = 0;
+            if (WIFEXITED(status))
+                s->agent_at = NEVER;                               /* it cannot work here */
+        }
         if (pid == s->cmd.pid && s->cmd.state == CMD_RUNNING)
             command_ended(s, WIFSIGNALED(status) ? EXIT_SIGNAL : EXIT_STATUS,
                           WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
@@ -1005,6 +1041,13 @@ static void wait_events(struct init *s)
         timeout = s->shell_at - now_ms();
     if (timeout < 0 && (s->kill_at || (s->cmd.state == CMD_NONE && !s->shell && !s->stopping)))
         timeout = 0;
+    if (agent_wanted(s) && s->agent_at != NEVER) {
+        int64_t left = s->agent_at - now_ms();
+        if (left < 0)
+            left = 0;
+        if (timeout < 0 || timeout > left)
+            timeout = left;
+    }
     watch(&w, s->signals, POLLIN);
     watch(&w, s->uevents, POLLIN);
     for (unsigned i = 0; i < s->buttons; i++)
@@ -1044,6 +1087,8 @@ static void run(struct init *s)
             kill_rest(s);
         if (s->cmd.state == CMD_NONE && !s->shell && !s->stopping && now_ms() >= s->shell_at)
             shell_start(s);
+        if (agent_wanted(s) && now_ms() >= s->agent_at)
+            agent_start(s);
         if (s->stopping)
             reap(s);                                               /* nobody may be left to wait for */
         wait_events(s);

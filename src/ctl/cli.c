@@ -8,6 +8,7 @@
 #include "base/err.h"
 #include "cpu/cpuid.h"
 #include "ctl/doctor.h"
+#include "ctl/exec.h"
 #include "ctl/help.h"
 #include "ctl/message.h"
 #include "ctl/options.h"
@@ -36,6 +37,17 @@ static const char *const run_text[] = {
     "guest.",
     NULL,
 };
+static const char *const exec_text[] = {
+    "Runs COMMAND in a VM that runs, by the agent in its guest (the default guest has one). Standard input, output and error are doppel's own, "
+    "separate and unchanged; signals are passed on, and the exit status is the command's, as with doppel run. The fourth SIGINT or SIGTERM ends "
+    "doppel itself; the command gets SIGHUP then.",
+    NULL,
+};
+static const char *const cp_text[] = {
+    "Copies a file between this host and the guest of a VM that runs: SRC to NAME:DST, or NAME:SRC to DST. Into DST if that is a folder, else under "
+    "that name, in place of what has it. Modes and links are kept, owners and times are not. A file appears when it is whole.",
+    NULL,
+};
 static const char *const ps_text[] = {
     "Lists your VMs that run: name, process, engine, processors, memory, state, how long they have run, vsock address, ports. A \"?\" stands for "
     "what a VM did not tell in time. What VMs left behind that were killed is removed.",
@@ -59,6 +71,9 @@ static const char *const help_text[] = {"Explains a command and its options; wit
 const struct command_row cli_commands[] = {
     {"run", "[options] [-- COMMAND [ARG...]]", "boot a guest, to a shell or to run COMMAND", run_text,
      run_option_table, &run_option_rows, run_main},
+    {"exec", "NAME [options] -- COMMAND [ARG...]", "run a command in a VM that runs", exec_text, exec_option_table, &exec_option_rows,
+     exec_main},
+    {"cp", "[-r] SRC DST", "copy files to NAME:PATH in a VM, or from there", cp_text, cp_option_table, &cp_option_rows, cp_main},
     {"ps", "", "list the VMs that run", ps_text, NULL, NULL, ps_main},
     {"kill", "[--force] NAME", "shut a VM down", kill_text, kill_option_table, &kill_option_rows, kill_main},
     {"rm", "NAME", "end a VM, and remove what it left", rm_text, NULL, NULL, rm_main},

@@ -299,6 +299,14 @@ int instance_open(struct instance *i, const char *name)
     return 0;
 }
 
+bool instance_lives(const struct instance *i)
+{
+    flock(i->base_fd, LOCK_EX);
+    bool alive = lives(i->base_fd, i->name);
+    flock(i->base_fd, LOCK_UN);
+    return alive;
+}
+
 bool instance_left(const char *name)
 {
     struct instance i;

@@ -38,6 +38,7 @@ void instance_release(struct instance *i);                         /* removes it
 /* Opens one that runs. 0; -ENOENT with err() when none of that name does. instance_close() afterwards. */
 int instance_open(struct instance *i, const char *name);
 void instance_close(struct instance *i);
+bool instance_lives(const struct instance *i);                     /* still? Of an opened one */
 
 /* Is there a folder of that name, whoever lives there or not? */
 bool instance_left(const char *name);
