@@ -501,6 +501,8 @@ static void test_state(void **state UNUSED)
             put(&g, d.q[0].used + 2, (u16[]){ 1 }, 2);             /* memory as it was at the save */
             d.q[0].used_seen = 1;
         } else {
+            put(&g, d.q[0].desc + 3 * 16, (u8[16]){ 0 }, 16);
+            d.q[0].used_seen = 3;
             d.q[0].entries[60] = 3;
         }
         stream_load_init(&l, s.buf, s.len + more.len);
