@@ -373,12 +373,21 @@ void block_destroy(struct block *b)
 
 int block_open(const struct block_config *c, struct block **out)
 {
+    struct block_config base = *c;
     struct block *b;
-    int r = block_file_open(c, &b);
+    int r;
 
+    base.readonly |= c->overlay != NULL;
+    r = block_file_open(&base, &b);
     if (r < 0)
         return r;
     r = block_refresh(b);
+    if (r == 0 && c->overlay) {
+        r = block_overlay_open(c, b, &b);
+        if (r < 0)
+            return r;
+        r = block_refresh(b);
+    }
     if (r < 0)
         block_close(b);
     else
@@ -424,6 +433,11 @@ int block_grow(struct block *b, u64 size)
         return err(-EOPNOTSUPP, "disk %s: only disks in image files can be made larger from here", b->path);
     r = b->ops->grow(b, size);
     return r < 0 ? r : block_refresh(b);
+}
+
+u64 block_time_ns(struct block *b)
+{
+    return b->ops->time_ns ? b->ops->time_ns(b) : 0;
 }
 
 u64 block_size(const struct block *b)

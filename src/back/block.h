@@ -49,6 +49,7 @@ enum block_io { BLOCK_IO_AUTO, BLOCK_IO_URING, BLOCK_IO_THREADS };
 struct block_config {
     const char *path;
     bool readonly;
+    const char *overlay;                                           /* NULL: none; "": a temporary one; else its file, which is made if it is not there */
     enum block_io io;                                              /* how files are accessed; AUTO: what the host permits */
 };
 

@@ -25,7 +25,6 @@
 
 #include "back/block_host.h"
 
-#define AT_ONCE_MAX (256 * KiB)                                    /* a longer copy is not the vCPU's affair */
 #define ZERO_SIZE (1 * MiB)
 
 struct block_file {
@@ -167,11 +166,12 @@ static int serve(struct block *b, struct block_req *r)
 }
 
 /* What is in the page cache. A part of it is progress, too: the rest goes the long way. */
-static bool read_at_once(struct block_file *f, struct block_req *r)
+static bool file_try(struct block *b, struct block_req *r)
 {
+    struct block_file *f = container_of(b, struct block_file, b);
     ssize_t n;
 
-    if (!r->at_once || r->op != BLOCK_READ || f->no_nowait || r->iovs > IOV_MAX || block_req_len(r) > AT_ONCE_MAX)
+    if (f->no_nowait || r->iovs > IOV_MAX || block_req_len(r) > BLOCK_AT_ONCE_MAX)
         return false;
     n = preadv2(f->fd, r->iov, (int)r->iovs, (off_t)r->offset, RWF_NOWAIT);
     if (n < 0 && (errno == EOPNOTSUPP || errno == EINVAL))
@@ -186,7 +186,7 @@ static bool file_submit(struct block *b, struct block_req *r)
 {
     struct block_file *f = container_of(b, struct block_file, b);
 
-    if (read_at_once(f, r))
+    if (r->at_once && r->op == BLOCK_READ && file_try(b, r))
         return true;
     if (f->ring)
         block_ring_submit(f->ring, r);
@@ -264,6 +264,15 @@ static int file_size(struct block *b, u64 *size)
     return 0;
 }
 
+static u64 file_time_ns(struct block *b)
+{
+    struct stat st;
+
+    if (fstat(container_of(b, struct block_file, b)->fd, &st) < 0 || !S_ISREG(st.st_mode))
+        return 0;
+    return (u64)st.st_mtim.tv_sec * 1000000000 + (u64)st.st_mtim.tv_nsec;
+}
+
 static int file_grow(struct block *b, u64 size)
 {
     struct block_file *f = container_of(b, struct block_file, b);
@@ -298,7 +307,7 @@ static bool file_close(struct block *b)
     return ended;
 }
 
-static const struct block_ops file_ops = { .submit = file_submit, .size = file_size, .grow = file_grow, .close = file_close };
+static const struct block_ops file_ops = { .submit = file_submit, .try = file_try, .time_ns = file_time_ns, .size = file_size, .grow = file_grow, .close = file_close };
 static const struct block_ring_ops ring_ops = { .step = file_step, .result = file_result };
 
 static int start(struct block_file *f, enum block_io io)

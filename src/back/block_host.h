@@ -9,11 +9,14 @@
 
 #include "back/block.h"
 
+#define BLOCK_AT_ONCE_MAX (256 * KiB)                              /* a longer copy is not the vCPU's affair */
 #define BLOCK_CLOSE_SECONDS 5                                      /* how long a close waits for a host that does not answer */
 
 struct block_ops {
     /* r lies in the disk and may be what it is. True: answered at once (only if r->at_once). Else block_done() is called later. */
     bool (*submit)(struct block *b, struct block_req *r);
+    bool (*try)(struct block *b, struct block_req *r);             /* optional: of a read, what needs no waiting; true: all of it */
+    u64 (*time_ns)(struct block *b);                               /* optional: when the contents changed last */
     int (*size)(struct block *b, u64 *size);                       /* asks the host; err() */
     int (*grow)(struct block *b, u64 size);                        /* optional; err() */
     bool (*close)(struct block *b);                                /* as block_close(), and frees b if true */
@@ -40,6 +43,9 @@ void block_destroy(struct block *b);                               /* of the com
 void block_done(struct block *b, struct block_req *r);
 
 int block_file_open(const struct block_config *c, struct block **out);
+/* What is written to base goes to c->overlay; base is the overlay's from here on, also when an error is returned. */
+int block_overlay_open(const struct block_config *c, struct block *base, struct block **out);
+u64 block_time_ns(struct block *b);                                /* 0: nobody knows */
 /* The descriptor of an image file or block device, locked; a negative errno with err(). */
 int block_file_fd(const char *path, bool readonly);
 int block_file_lock(int fd, const char *path, bool readonly);
