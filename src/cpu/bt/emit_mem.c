@@ -10,7 +10,8 @@
  * Several operands by the same base register, unchanged in between, look its slot up once: the delta is kept in S0 (tr.kept), up to the block's end.
  *
  * A displacement below 1 MiB is left to the host instruction after its base alone has been translated: the windows have guard gaps of 2 GiB, and whoever hits
- * one gets the exact treatment by the handler.
+ * one gets the exact treatment by the handler. So is an index that is known to be below 64 Ki (tr.small), and the base may have moved by small steps since its slot
+ * was looked up.
  */
 #include "cpu/bt/tr.h"
 
@@ -172,12 +173,53 @@ static void shadow_absolute(struct tr *t, const struct ea *m, struct place *p, u
     }
 }
 
+/* S0 = the delta of the slot that the guest's base register points to; S1 may be used. */
+static void shadow_delta(struct tr *t, unsigned base)
+{
+    if (base == t->kept)
+        return;
+    put_pext_gs(&t->e, S0, tr_read(t, base, S1), OFF(bt.mask_slot));
+    op_gs_index(&t->e, true, X_LOAD, S0, S0, OFF(bt.delta[0][0]) + t->view * 4096u);
+    t->kept = tr_resident(base) ? base : NO_REG;
+}
+
+/* Base and an index that is so small that it leads no further than into a guard. */
+static void shadow_indexed(struct tr *t, const struct ea *m, unsigned want, struct place *p, unsigned *scratch)
+{
+    struct emit *e = &t->e;
+    if (m->base == RSP) {
+        *p = (struct place){ RSP, m->index, m->scale, (s32)m->disp };
+        *scratch = S0;
+        return;
+    }
+    if (m->base == REG_ZERO) {                                     /* a table */
+        op_gs(e, true, X_LOAD, S0, OFF(bt.delta[0][0]) + t->view * 4096u + ((u64)m->disp >> 39 & 511) * 8);
+        t->kept = NO_REG;
+        *p = (struct place){ S0, m->index, m->scale, (s32)m->disp };
+        *scratch = S1;
+        return;
+    }
+    shadow_delta(t, m->base);
+    if (want) {
+        op_mem(e, true, X_LEA, S0, S0, m->base, 0, 0);
+        t->kept = NO_REG;
+        *p = (struct place){ S0, m->index, m->scale, (s32)m->disp };
+    } else {
+        op_mem(e, true, X_LEA, S1, m->base, m->index, m->scale, (s32)m->disp);
+        *p = (struct place){ S1, S0, 0, 0 };
+    }
+    *scratch = S1;
+}
+
 static bool shadow_mem(struct tr *t, const struct ea *m, unsigned want, struct place *p, unsigned *scratch)
 {
     struct emit *e = &t->e;
-    bool small = m->disp > -SMALL_DISP && m->disp < SMALL_DISP && m->index == REG_ZERO && m->seg < SEG_FS;
+    bool near = m->disp > -SMALL_DISP && m->disp < SMALL_DISP && m->seg < SEG_FS, small = near && m->index == REG_ZERO;
     size_t table = OFF(bt.delta[0][0]) + t->view * 4096u;
-    if (small && m->base == RSP) {
+    if (m->seg < SEG_FS && m->index < 16 && t->small & BIT(m->index) && tr_resident(m->index) &&
+        (m->base == REG_ZERO || (near && (m->base == RSP || (m->base < 16 && tr_resident(m->base)))))) {
+        shadow_indexed(t, m, want, p, scratch);
+    } else if (small && m->base == RSP) {
         *p = (struct place){ RSP, NO_REG, 0, (s32)m->disp };
         *scratch = S0;
     } else if (small && m->base == t->kept) {

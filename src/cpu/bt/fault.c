@@ -98,8 +98,23 @@ static bool faulting(const struct icpu *c, const struct tb *tb, unsigned view, c
     return closed(c, view, *la);
 }
 
+static u64 kept_delta(const struct icpu *c, const struct tb *tb, const struct bt_trap *s, unsigned g)
+{
+    return c->bt.delta[tb->key & 3][guest_register(c, s, g) >> 39 & 511];
+}
+
+/* Has op's base stepped into another slot since S0 was made of it? Then the access went to its former window's guard; once S0 is another it does not again. */
+static bool stepped_out(const struct icpu *c, const struct tb *tb, const struct tb_mark *m, const struct op *op, const struct bt_trap *s, u64 la)
+{
+    unsigned kept = m->flags >> MARK_KEPT;
+    if (!kept || op->base != kept - 1 || !s->has_address)
+        return false;
+    u64 delta = kept_delta(c, tb, s, kept - 1);
+    return s->r[S0] != delta && s->address - la != delta && (guest_register(c, s, kept - 1) ^ la) >> 39 == 0;
+}
+
 /* True: go on at op's beginning. */
-static bool filled(struct icpu *c, const struct tb *tb, const struct op *op, bool string, struct bt_trap *s)
+static bool filled(struct icpu *c, const struct tb *tb, const struct tb_mark *m, const struct op *op, bool string, struct bt_trap *s)
 {
     enum mmu_access access = s->has_address && s->error & PF_W ? MMU_WRITE : MMU_READ;
     unsigned view = tb->key & 3;
@@ -108,6 +123,8 @@ static bool filled(struct icpu *c, const struct tb *tb, const struct op *op, boo
     c->bt.exit_slow = false;
     if (!(tb->key & KEY_SHADOW) || !faulting(c, tb, view, op, string, s, &la))
         return false;
+    if (unlikely(stepped_out(c, tb, m, op, s, la)))
+        return true;
     enum shadow_result r = shadow_fill(c, view, la, access, &error);
     if (c->bt.delta_changes != changes) {                          /* windows have moved: RSP's perhaps */
         u64 rsp = s->r[RSP] + c->bt.nbias;
@@ -154,7 +171,7 @@ static bool fault(struct icpu *c, struct bt *t, struct bt_trap *s)
     c->bt.exit_gate = s->what == TRAP_MEMORY && s->has_address && s->address == FP_GATE_CLOSED;
     if (s->what == TRAP_MEMORY && !c->bt.exit_gate) {
         enum vcpu_where was = vcpu_where(c->v, WHERE_SHADOW);
-        bool done = filled(c, tb, &tb->b->op[m->op], string, s);
+        bool done = filled(c, tb, m, &tb->b->op[m->op], string, s);
         vcpu_where(c->v, was);
         if (done && unlikely(bt_key(c) != tb->key)) {              /* the shadow does not pay any more */
             leave(c, t, tb, m->op, s, BT_EXIT_RIP);
@@ -164,7 +181,7 @@ static bool fault(struct icpu *c, struct bt *t, struct bt_trap *s)
         if (done) {
             unsigned kept = m->flags >> MARK_KEPT;
             if (kept)
-                s->r[S0] = c->bt.delta[tb->key & 3][guest_register(c, s, kept - 1) >> 39 & 511];
+                s->r[S0] = kept_delta(c, tb, s, kept - 1);
             s->pc = (u64)(uintptr_t)host_of(t, tb, m);
             return true;
         }

@@ -560,6 +560,92 @@ static bool keeps(const struct tr *t, const struct item *it)
     return true;
 }
 
+/* ---- registers with small values ---- */
+static unsigned gpr_of(const ZydisDecodedOperand *o)               /* NO_REG: none, or one of AH..BH */
+{
+    bool high;
+    ZydisRegisterClass cls = o->type == ZYDIS_OPERAND_TYPE_REGISTER ? ZydisRegisterGetClass(o->reg.value) : ZYDIS_REGCLASS_INVALID;
+    if (cls != ZYDIS_REGCLASS_GPR8 && cls != ZYDIS_REGCLASS_GPR16 && cls != ZYDIS_REGCLASS_GPR32 && cls != ZYDIS_REGCLASS_GPR64)
+        return NO_REG;
+    unsigned g = decode_gpr(o->reg.value, &high);
+    return high ? NO_REG : g;
+}
+
+static bool is_small(const struct tr *t, const ZydisDecodedOperand *o)
+{
+    unsigned g = gpr_of(o);
+    if (o->type == ZYDIS_OPERAND_TYPE_IMMEDIATE)
+        return o->imm.value.u < 65536 && t->b->op[t->i].imm < 65536;
+    return g != NO_REG && t->small & BIT(g);
+}
+
+/* Is what this instruction leaves in its first operand, a whole register, small? */
+static bool makes_small(const struct tr *t, const struct decoded *d)
+{
+    const ZydisDecodedOperand *o = d->opnd;
+    if (gpr_of(&o[0]) == NO_REG)
+        return false;
+    switch (d->insn.mnemonic) {
+    case ZYDIS_MNEMONIC_SETO: case ZYDIS_MNEMONIC_SETNO: case ZYDIS_MNEMONIC_SETB: case ZYDIS_MNEMONIC_SETNB: case ZYDIS_MNEMONIC_SETZ:
+    case ZYDIS_MNEMONIC_SETNZ: case ZYDIS_MNEMONIC_SETBE: case ZYDIS_MNEMONIC_SETNBE: case ZYDIS_MNEMONIC_SETS: case ZYDIS_MNEMONIC_SETNS:
+    case ZYDIS_MNEMONIC_SETP: case ZYDIS_MNEMONIC_SETNP: case ZYDIS_MNEMONIC_SETL: case ZYDIS_MNEMONIC_SETNL: case ZYDIS_MNEMONIC_SETLE:
+    case ZYDIS_MNEMONIC_SETNLE:
+        return is_small(t, &o[0]);                                 /* only its low byte is another */
+    default:
+        break;
+    }
+    if (d->insn.operand_width < 32)
+        return false;
+    switch (d->insn.mnemonic) {
+    case ZYDIS_MNEMONIC_MOVZX: return true;
+    case ZYDIS_MNEMONIC_MOV: return is_small(t, &o[1]);
+    case ZYDIS_MNEMONIC_XOR: return o[1].type == ZYDIS_OPERAND_TYPE_REGISTER && o[1].reg.value == o[0].reg.value;
+    case ZYDIS_MNEMONIC_AND: return is_small(t, &o[0]) || is_small(t, &o[1]);
+    case ZYDIS_MNEMONIC_SHR: return is_small(t, &o[0]);
+    default: return false;
+    }
+}
+
+static bool writes_gpr(const ZydisDecodedOperand *o, unsigned *g)
+{
+    bool high;
+    ZydisRegisterClass cls = o->type == ZYDIS_OPERAND_TYPE_REGISTER ? ZydisRegisterGetClass(o->reg.value) : ZYDIS_REGCLASS_INVALID;
+    if (cls != ZYDIS_REGCLASS_GPR8 && cls != ZYDIS_REGCLASS_GPR16 && cls != ZYDIS_REGCLASS_GPR32 && cls != ZYDIS_REGCLASS_GPR64)
+        return false;
+    *g = decode_gpr(o->reg.value, &high);
+    return o->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE;
+}
+
+/* After this op, which has been translated. */
+static void small_follow(struct tr *t, const struct item *it)
+{
+    if (it->kind != K_PLAIN && it->kind != K_NOTHING && it->kind != K_LEA && it->kind != K_STACK && it->kind != K_BRANCH) {
+        t->small = 0;
+        return;
+    }
+    bool makes = it->kind == K_PLAIN && makes_small(t, &it->d);
+    unsigned g;
+    for (unsigned i = 0; i < it->d.insn.operand_count; i++)
+        if (writes_gpr(&it->d.opnd[i], &g))
+            t->small &= (u16)~BIT(g);
+    if (makes)
+        t->small |= (u16)BIT(gpr_of(&it->d.opnd[0]));
+}
+
+/* A small step of the register whose slot's delta is kept: it stays within the guards, and a fault beyond its window looks again. */
+static bool steps(const struct tr *t, const struct item *it)
+{
+    const struct decoded *d = &it->d;
+    if (it->kind != K_PLAIN || d->insn.operand_width != 64 || gpr_of(&d->opnd[0]) != t->kept)
+        return false;
+    switch (d->insn.mnemonic) {
+    case ZYDIS_MNEMONIC_INC: case ZYDIS_MNEMONIC_DEC: return true;
+    case ZYDIS_MNEMONIC_ADD: case ZYDIS_MNEMONIC_SUB:
+        return d->opnd[1].type == ZYDIS_OPERAND_TYPE_IMMEDIATE && d->opnd[1].imm.value.s >= -32768 && d->opnd[1].imm.value.s <= 32768;
+    default: return false;
+    }
+}
+
 static bool uses_rsp(const struct decoded *d)
 {
     bool high;
@@ -599,10 +685,12 @@ static void put_op(struct tr *t, bool *last)
     marks = t->marks;
     bool slow = t->b->slow & BIT(t->i);
     if (slow ? put_slow(t, &t->item[t->i], op, last) : put_item(t, &t->item[t->i], op, last)) {
-        if (t->kept != NO_REG && !keeps(t, &t->item[t->i]))
+        if (t->kept != NO_REG && !keeps(t, &t->item[t->i]) && !steps(t, &t->item[t->i]))
             t->kept = NO_REG;
+        small_follow(t, &t->item[t->i]);
         return;
     }
+    t->small = 0;
     t->kept = NO_REG;
     t->e.p = p;
     t->colds = colds;
@@ -631,6 +719,7 @@ static void begin(struct tr *t, struct icpu *c, struct bt *bt, struct block *b)
     t->kept = NO_REG;
     t->i = t->colds = t->marks = 0;
     t->gates = 0;
+    t->small = 0;
     t->ended = false;
     t->tb = &bt->tb[bt->tbs++];
     *t->tb = (struct tb){ .la = c->rip, .gpa = b->gpa, .start = bt->rw + bt->used, .key = (u8)key, .n = b->n, .b = b, .slow = b->slow,
