@@ -1,12 +1,15 @@
 /*
  * diff_test [--seed N] [--first N] [--count N] [--seconds N] [--show] [--engine NAME]: random programs (prog.h) on this processor, on bt with each way to reach memory, and on
  * interp; what they leave in registers, flags, vectors and memory must be the same. Each runs twice, the second time with what the first has left in the caches.
+ * In some configurations events that come to nothing reach the vCPU all the time, so that translated code is left and entered again wherever it happens to be.
  *
  * A program that differs is made as small as possible and printed with its number; then it runs block by block beside interp (--check), which tells the
  * first instruction that differs, if it is one that does. --first N --count 1 --show makes one again.
  */
+#include <pthread.h>
 #include <signal.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -28,23 +31,31 @@ static const struct config {
     const char *name;
     const struct engine *engine;
     enum machine_mmu mmu;
-    bool at_once;
+    bool at_once, kicked;
     unsigned every;                                                /* runs every so many programs */
 } configs[] = {
-    {"bt, shadow", &bt_engine, MACHINE_MMU_SHADOW, true, 1},
-    {"bt, software TLB", &bt_engine, MACHINE_MMU_SOFTTLB, true, 2},
-    {"bt, after interpretation", &bt_engine, MACHINE_MMU_AUTO, false, 4},
-    {"interp", &interp_engine, MACHINE_MMU_AUTO, false, 8},
+    {"bt, shadow", &bt_engine, MACHINE_MMU_SHADOW, true, false, 1},
+    {"bt, software TLB", &bt_engine, MACHINE_MMU_SOFTTLB, true, false, 2},
+    {"bt, after interpretation", &bt_engine, MACHINE_MMU_AUTO, false, false, 4},
+    {"bt, shadow, with events", &bt_engine, MACHINE_MMU_SHADOW, true, true, 2},
+    {"bt, software TLB, with events", &bt_engine, MACHINE_MMU_SOFTTLB, true, true, 4},
+    {"interp", &interp_engine, MACHINE_MMU_AUTO, false, false, 8},
 };
 
 static struct tally {
     unsigned programs, failed;
-    char first[64];
+    u64 kicks, steps;
 } tally[ARRAY_SIZE(configs)];
 static struct guest *guest[ARRAY_SIZE(configs)];
 static u8 pattern[PAGES * PAGE_SIZE];
 static struct catalogue *catalogue;
 static struct xlayout layout;
+static struct {
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    struct vcpu *vcpu;                                             /* that is to get events; NULL: none at present */
+    bool quit;
+} kicker = {.lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER};
 static struct {
     struct guest *guest;                                           /* that runs */
     unsigned number;
@@ -73,6 +84,16 @@ static struct guest *open_guest(const struct config *c, bool check, const struct
     return out;
 }
 
+static void close_guest(unsigned k)
+{
+    if (!guest[k])
+        return;
+    tally[k].kicks += guest_vcpu(guest[k])->count[COUNT_KICKS];
+    tally[k].steps += guest_vcpu(guest[k])->count[COUNT_KICK_STEPS];
+    guest_close(guest[k]);
+    guest[k] = NULL;
+}
+
 /* ---- one program ---- */
 static void icase_of(const struct prog *p, struct icase *i)
 {
@@ -88,14 +109,46 @@ static void run_native(const struct prog *p, struct outcome *out)
     alarm(0);
 }
 
+static void *kicker_main(void *arg)
+{
+    struct rng r = {opt.seed | 1};
+    prctl(PR_SET_TIMERSLACK, 1);
+    pthread_mutex_lock(&kicker.lock);
+    while (!kicker.quit) {
+        while (!kicker.vcpu && !kicker.quit)
+            pthread_cond_wait(&kicker.changed, &kicker.lock);
+        if (kicker.vcpu) {
+            atomic_fetch_or(&kicker.vcpu->events, VCPU_EV_INTR);
+            kicker.vcpu->m->engine->kick(kicker.vcpu);
+        }
+        pthread_mutex_unlock(&kicker.lock);
+        nanosleep(&(struct timespec){.tv_nsec = 1 + rnd_below(&r, 20000)}, NULL);
+        pthread_mutex_lock(&kicker.lock);
+    }
+    pthread_mutex_unlock(&kicker.lock);
+    return arg;
+}
+
+static void kick(struct vcpu *v)
+{
+    pthread_mutex_lock(&kicker.lock);
+    kicker.vcpu = v;
+    pthread_cond_signal(&kicker.changed);
+    pthread_mutex_unlock(&kicker.lock);
+}
+
 /* False: it does not end. */
-static bool run_guest(struct guest *g, const struct prog *p, struct outcome *out)
+static bool run_guest(struct guest *g, const struct prog *p, bool kicked, struct outcome *out)
 {
     static struct icase i;
     icase_of(p, &i);
     now.guest = g;
     alarm(60);
+    if (kicked)
+        kick(guest_vcpu(g));
     int r = guest_run(g, &i, pattern, out);
+    if (kicked)
+        kick(NULL);
     alarm(0);
     now.guest = NULL;
     return r == 0;
@@ -125,7 +178,7 @@ static bool agrees(const struct config *c, struct guest **g, const struct prog *
 {
     static struct outcome out;
     for (unsigned n = 0; n < ROUNDS; n++) {
-        if (!run_guest(*g, p, &out)) {
+        if (!run_guest(*g, p, c->kicked, &out)) {
             differ_begin();
             differ("#   %s does not end it\n", c->name);
             guest_close(*g);
@@ -197,7 +250,7 @@ static void check_again(const struct config *c, const struct prog *p)
     if (!g)
         return;
     printf("# block by block:\n");
-    if (run_guest(g, p, &out))
+    if (run_guest(g, p, false, &out))
         printf("# no block differs by itself\n");
     guest_close(g);
 }
@@ -206,6 +259,7 @@ static void report(const struct config *c, struct prog *p)
 {
     static struct outcome native;
     unsigned pieces = p->pieces;
+    printf("# %s: program %u of seed %llu differs:\n%s", c->name, now.number, (unsigned long long)opt.seed, differ_report());
     bool again = differs_still(c, p, 0, 0);
     if (again)
         minimize(c, p);
@@ -216,8 +270,7 @@ static void report(const struct config *c, struct prog *p)
         agrees(c, &g, p, &native);
         guest_close(g);
     }
-    printf("# %s: program %u of seed %llu differs%s; %u of %u pieces are enough:\n", c->name, now.number, (unsigned long long)opt.seed,
-           again ? "" : " (not from empty caches)", p->pieces, pieces);
+    printf("# %s; %u of %u pieces are enough:\n", again ? "again from empty caches" : "not from empty caches, or not each time", p->pieces, pieces);
     prog_print(p);
     fputs(differ_report(), stdout);
     if (c->engine == &bt_engine)
@@ -240,8 +293,7 @@ static void run_program(unsigned number)
         if ((opt.engine && opt.engine != c->engine) || (number % c->every && opt.count > 1))
             continue;
         if (!guest[k] || number % (FRESH_EVERY * c->every) == 0) {
-            if (guest[k])
-                guest_close(guest[k]);
+            close_guest(k);
             guest[k] = open_guest(c, false, NULL);
             bug_on(!guest[k]);
         }
@@ -306,18 +358,31 @@ int main(int argc, char **argv)
     signal(SIGALRM, on_alarm);
     catalogue = catalogue_open(1, &layout, pattern);
     bug_on(!catalogue);
+    pthread_t thread;
+    sigset_t all, old;
+    sigfillset(&all);
+    pthread_sigmask(SIG_BLOCK, &all, &old);                        /* the alarm is for the thread that runs programs */
+    bug_on(pthread_create(&thread, NULL, kicker_main, NULL));
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
     double end = now_s() + opt.seconds;
     for (unsigned n = opt.first; opt.seconds ? now_s() < end : n < opt.first + opt.count; n++, done++)
         run_program(n);
+    pthread_mutex_lock(&kicker.lock);
+    kicker.quit = true;
+    pthread_cond_signal(&kicker.changed);
+    pthread_mutex_unlock(&kicker.lock);
+    pthread_join(thread, NULL);
     printf("1..%zu\n", ARRAY_SIZE(configs));
     for (unsigned k = 0; k < ARRAY_SIZE(configs); k++) {
         printf("%sok %u - %s: %u programs%s\n", tally[k].failed ? "not " : "", k + 1, configs[k].name, tally[k].programs,
                tally[k].failed ? " differ from the processor" : "");
         if (tally[k].failed)
             printf("# %u of them differ\n", tally[k].failed);
+        close_guest(k);
+        if (configs[k].kicked)
+            printf("# %llu events found translated code running, %llu steps to where it could be left\n", (unsigned long long)tally[k].kicks,
+                   (unsigned long long)tally[k].steps);
         failed += tally[k].failed;
-        if (guest[k])
-            guest_close(guest[k]);
     }
     printf("# %u programs of seed %llu, of %u instructions\n", done, (unsigned long long)opt.seed, catalogue_size(catalogue));
     catalogue_close(catalogue);

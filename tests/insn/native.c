@@ -157,7 +157,7 @@ int native_open(const struct xlayout *l, bool writable_code, const char **why)
         *why = "cannot map pages at fixed low addresses";
         return -1;
     }
-    sigemptyset(&sa.sa_mask);
+    sigfillset(&sa.sa_mask);                                       /* whose handler is called from ours may count on that */
     sigaltstack(&ss, NULL);
     for (unsigned k = 0; k < ARRAY_SIZE(caught); k++)
         sigaction(caught[k], &sa, &before[k]);

@@ -37,10 +37,13 @@ static void fill(struct emit *e)
     op_gs(e, true, X_LOAD, S0, OFF(bt.kept));
 }
 
-static void put_stop_check(struct emit *e)
+/* Where it begins. From there on, until the code is entered, all is in icpu, and fault.c may go back. */
+static u8 *put_stop_check(struct emit *e)
 {
+    u8 *begin = e->p;
     op_gs(e, false, 0x83, 7, OFF(bt.stop));                        /* cmp dword [stop], 0 */
     put8(e, 0);
+    return begin;
 }
 
 /* The way back to C, with EAX as result. */
@@ -50,22 +53,23 @@ static void put_return(struct emit *e)
 }
 
 /* Callee-saved registers of the System V ABI; the stack is aligned in between. */
-static void put_enter(struct emit *e)
+static void put_enter(struct emit *e, struct bt *t)
 {
     PUT(e, 0x53, 0x55, 0x41, 0x54, 0x41, 0x55, 0x41, 0x56, 0x41, 0x57, 0x48, 0x83, 0xec, 8); /* push rbx rbp r12..r15; sub rsp, 8 */
     op_gs(e, true, X_STORE, RSP, OFF(bt.host_rsp));
     mov_rr(e, S1, RDI);
-    mov_imm64(e, RAX, BT_EXIT_RIP);
-    put_stop_check(e);
+    mov_imm64(e, RAX, BT_EXIT_STOP);
+    t->restart[0].from = (u32)(put_stop_check(e) - t->rw);
     u8 *stop = jump_if(e, CC_NZ);
     fill(e);
     PUT(e, 0x41, 0xff, 0xe7);                                      /* jmp r15 */
+    t->restart[0].to = (u32)(e->p - t->rw);
     aim(stop, e->p);
     put_return(e);
 }
 
 /* Jumped to with the site in S1 and the place to go on in S0; a light call has its function in icpu.bt.tmp[5]. */
-static void put_op(struct emit *e, uintptr_t function, bool light)
+static void put_op(struct emit *e, struct bt *t, uintptr_t function, bool light)
 {
     op_gs(e, true, X_STORE, S0, OFF(bt.resume));
     spill(e);
@@ -76,12 +80,13 @@ static void put_op(struct emit *e, uintptr_t function, bool light)
     mov_imm64(e, RAX, function);
     PUT(e, 0xff, 0xd0, 0x85, 0xc0);                                /* call rax; test eax, eax */
     u8 *leave = jump_if(e, CC_NZ);
-    mov_imm64(e, RAX, BT_EXIT_RIP);
-    put_stop_check(e);
+    mov_imm64(e, RAX, BT_EXIT_STOP);
+    t->restart[1 + light].from = (u32)(put_stop_check(e) - t->rw);
     u8 *stop = jump_if(e, CC_NZ);
     fill(e);
     op_gs(e, true, X_LOAD, S1, OFF(rip));                          /* where it is an entry */
     op_gs(e, false, 0xff, 4, OFF(bt.resume));                      /* jmp [resume] */
+    t->restart[1 + light].to = (u32)(e->p - t->rw);
     aim(leave, e->p);
     aim(stop, e->p);
     put_return(e);
@@ -123,11 +128,11 @@ static void put_lookup(struct emit *e, unsigned key, const u8 *miss)
 static void routines(struct bt *t)
 {
     struct emit e = { t->rw, t->rw + 4096, false };
-    put_enter(&e);
+    put_enter(&e, t);
     t->op = (u32)(e.p - t->rw);
-    put_op(&e, (uintptr_t)bt_run_op, false);
+    put_op(&e, t, (uintptr_t)bt_run_op, false);
     t->light = (u32)(e.p - t->rw);
-    put_op(&e, (uintptr_t)bt_run_light, true);
+    put_op(&e, t, (uintptr_t)bt_run_light, true);
     t->leave_rip = (u32)(e.p - t->rw);
     op_gs(&e, true, X_STORE, S1, OFF(rip));
     put_leave(&e, BT_EXIT_RIP);

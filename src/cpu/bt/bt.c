@@ -89,13 +89,14 @@ static int op_done(struct icpu *c, struct tb *tb, const struct op *op, int r)
     }
     bt_rebias(c, tb->key);
     bt_fp_enter(c);
+    c->bt.done = (u32)(op - tb->b->op) + 1;
     return OP_NEXT;
 }
 
 static enum vcpu_counted exit_counted(int r)
 {
     switch (r) {
-    case BT_EXIT_RIP: return COUNT_EXIT_EVENT;
+    case BT_EXIT_RIP: case BT_EXIT_STOP: return COUNT_EXIT_EVENT;
     case BT_EXIT_MISS: return COUNT_EXIT_INDIRECT;
     case BT_EXIT_LINK: return COUNT_EXIT_DIRECT;
     case BT_EXIT_OP: return COUNT_EXIT_ACCESS;
@@ -173,6 +174,7 @@ static int carry_on(struct icpu *c, int r)
     bt_rebias(c, key);
     bt_fp_begin(c);
     c->bt.resume = c->bt.jump[key][c->rip & JUMP_MASK];
+    c->bt.done = 0;
     return OP_NEXT;
 }
 
@@ -283,6 +285,7 @@ static bool run_code(struct icpu *c, struct bt *t, const u8 *code, unsigned key,
 {
     int r;
     bt_fp_begin(c);
+    c->bt.done = 0;
     do {
         bt_rebias(c, key);
         enum vcpu_where was = vcpu_where(c->v, WHERE_TRANSLATED);
@@ -293,6 +296,10 @@ static bool run_code(struct icpu *c, struct bt *t, const u8 *code, unsigned key,
         if (r != BT_EXIT_END) {                                    /* counted by its handler's result */
             vcpu_left(c->v, exit_counted(r));
             trace(c->v->m->trace, TRACE_EXITS, (int)c->v->id, "%s, rip 0x%llx cpl %u", vcpu_count_name(exit_counted(r)), (unsigned long long)exit_rip(c, t, r), c->cpl);
+        }
+        if (r == BT_EXIT_STOP) {
+            c->bt.insns += c->bt.done;
+            r = BT_EXIT_RIP;
         }
         if (r == BT_EXIT_OP) {
             struct tb *tb = &t->tb[c->bt.exit_site >> 8];
@@ -385,6 +392,8 @@ static void bt_run(struct icpu *c)
         struct block *b;
         atomic_store_explicit(&c->bt.stop, 0, memory_order_relaxed);
         atomic_thread_fence(memory_order_seq_cst);
+        if (unlikely(t->plants))
+            bt_unplant(t);
         if (unlikely(atomic_load(&c->v->events)) && !c->bt.single)
             break;
         if (unlikely(c->bt.expected) && c->cpl == 3)

@@ -35,12 +35,14 @@
 #define BT_HASH 131072u
 #define BT_PAGES 65536u
 #define BT_RETURN_HASH 32768u
+#define BT_WAYS (2 * BT_TBS)
+#define BT_PLANTS 4u
 #define BT_RUNS 6                                                  /* interpreted so often before it is translated */
 
 enum { KEY_SHADOW = 4 };                                           /* key: enum tlb_view_id, and this */
 
 /* What translated code was left with, besides an op's result. */
-enum { BT_EXIT_RIP = 32, BT_EXIT_MISS, BT_EXIT_LINK, BT_EXIT_OP, BT_EXIT_END };
+enum { BT_EXIT_RIP = 32, BT_EXIT_MISS, BT_EXIT_LINK, BT_EXIT_OP, BT_EXIT_END, BT_EXIT_STOP };
 
 struct tr;
 struct handled;
@@ -56,7 +58,22 @@ enum {
     MARK_COLD = 1,                                                 /* behind the block: not an instruction's beginning */
     MARK_STRING = 2,                                               /* a string instruction itself: RDI and RSI are the host's, S0 and S1 led there */
     MARK_SHADOW = 4,                                               /* the instruction behind STI: no interrupt comes before it */
+    MARK_TARGET = MARK_COLD | 8,                                   /* all is done, S1 holds where it goes on: an indirect branch on its way */
     MARK_KEPT = 3,                                                 /* from this bit on: 1 + the guest register whose slot's delta is in S0 here, or 0 */
+};
+
+/*
+ * A way into a translation: until its end nothing of the guest's changes but RIP, so a kick may leave it as well. Offsets from its beginning.
+ */
+struct way_steps {
+    u8 changed;                                                    /* up to here S1 is the target; then that less this block's address and its page's secret */
+    u8 known;                                                      /* from here on the target is this block */
+    u8 saved;                                                      /* from here on S0 is the guest's RCX */
+};
+struct way {                                                       /* one that was not made with its translation */
+    u32 at, len;                                                   /* in the arena */
+    u32 tb;
+    struct way_steps steps;
 };
 
 /* A linear page that is mapped to a guest-physical one and holds translated code. */
@@ -94,6 +111,7 @@ struct tb {
     u32 cold_size;
     u32 slow;                                                      /* b->slow when it was made */
     u32 handled;                                                   /* bit n: op n has no host code of its own */
+    struct way_steps steps;                                        /* of an entry that stands before the code */
     bool dead;
     struct block *b;
 };
@@ -123,8 +141,9 @@ struct bt {
     struct link *link;
     struct tb_mark *mark;
     struct cpage *page;
+    struct way *way;                                               /* ascending by at */
     u32 *reloc;
-    u32 tbs, links, marks, pages, relocs;                          /* used of each; index 0 is none */
+    u32 ways, tbs, links, marks, pages, relocs;                          /* used of each; index 0 is none */
     u32 *hash, *frame, *page_hash;                                 /* tbs by linear address, by guest-physical page; pages by both */
     u32 *returns;                                                  /* links: of calls whose return has no entry so far, by its address */
     u64 (*itlb_user)[BT_ITLB_SIZE];                                /* by context (tlb.h) what icpu.bt.itlb is for supervisor code */
@@ -135,7 +154,13 @@ struct bt {
     u32 op, light, leave_rip, leave_link, leave_signal, miss;      /* offsets of common routines */
     u32 lookup[BT_KEYS];                                           /* likewise: looks into icpu.bt.target, misses otherwise */
     struct bt_target *target;
-    u32 check;                                                     /* enter's look at stop lies before this */
+    struct {
+        u32 from, to;
+    } restart[3];                                                  /* offsets in common routines: from the look at stop on, while everything is still in icpu */
+    struct {
+        u8 *at, byte;
+    } plant[BT_PLANTS];                                            /* fault.c's breakpoints, writable; and what was there */
+    unsigned plants;
     bool bmi2;
     struct bt_fixed fixed;
     struct handled *handled;                                       /* NULL: nobody asks */
@@ -187,6 +212,7 @@ static inline struct tb *tb_of(struct bt *t, u32 index)
 }
 
 /* ---- fault.c ---- */
+void bt_unplant(struct bt *t);                                     /* takes its breakpoints out: before anything else is done to translations */
 u64 tb_rip(const struct bt *t, const struct tb *tb, const u8 *pc); /* the guest's instruction that this host address belongs to */
 
 /* ---- translate.c, clone.c ---- */

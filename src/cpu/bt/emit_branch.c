@@ -26,6 +26,7 @@ static void exit_by_table(struct tr *t, size_t mask, size_t table)
     op_gs(e, false, 0xc7, 0, OFF(bt.site));                        /* mov dword [], imm */
     put32(e, site(t));
     tr_reloc(t, e->p - 4, RELOC_SITE);
+    tr_mark(t, t->i, MARK_TARGET);
     put_pext_gs(e, S0, S1, mask);
     op_gs_index(e, false, 0xff, 4, S0, table);
 }
@@ -42,6 +43,7 @@ static void exit_indirect_plain(struct tr *t)                      /* without PE
     op_gs(e, false, 0xc7, 0, OFF(bt.site));
     put32(e, site(t));
     tr_reloc(t, e->p - 4, RELOC_SITE);
+    tr_mark(t, t->i, MARK_TARGET);
     jump_to(e, t->t->rw + t->t->miss);
     tr_reloc(t, e->p - 4, RELOC_JUMP);
 }

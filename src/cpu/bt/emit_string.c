@@ -61,7 +61,7 @@ static bool string(struct tr *t, const struct op *op, bool source, bool dest)
         mov_imm64(&t->e, S1, 0);
     if (!dest)
         mov_imm64(&t->e, S0, 0);
-    tr_mark(t, t->i, MARK_STRING);
+    tr_mark(t, t->i, MARK_STRING | (t->shadowed && t->i == t->shadowed ? MARK_SHADOW : 0));
     put_string(&t->e, &tr_item(t)->d);
     if (dest)
         from_host(t, RDI, S0);

@@ -33,7 +33,7 @@ static void drop(void *p, size_t n)
 
 #define TARGET_BYTES (BT_KEYS * BT_TARGETS * sizeof(struct bt_target))
 #define TABLES(M)                                                                                     \
-    M(tb, BT_TBS * sizeof *t->tb) M(link, BT_LINKS * sizeof *t->link) M(mark, BT_MARKS * sizeof *t->mark) M(page, BT_PAGES * sizeof *t->page)     \
+    M(tb, BT_TBS * sizeof *t->tb) M(link, BT_LINKS * sizeof *t->link) M(mark, BT_MARKS * sizeof *t->mark) M(page, BT_PAGES * sizeof *t->page) M(way, BT_WAYS * sizeof *t->way)     \
     M(hash, BT_HASH * sizeof *t->hash) M(frame, BT_HASH * sizeof *t->frame) M(page_hash, BT_HASH * sizeof *t->page_hash)                   \
     M(returns, BT_RETURN_HASH * sizeof *t->returns) M(reloc, BT_RELOCS * sizeof *t->reloc)                                                          \
     M(target, TARGET_BYTES) M(itlb_user, TLB_CONTEXTS * sizeof *t->itlb_user) M(itlb, ITLB_USER(TLB_CONTEXTS) * sizeof *t->itlb)
@@ -134,7 +134,7 @@ void tb_reset(struct icpu *c, struct bt *t)
     t->cold = BT_ARENA_BYTES / 2;
     t->tbs = t->links = t->marks = t->pages = t->relocs = 1;                   /* 0 is none */
     t->flushes = c->code->flushes;
-    t->dead = 0;
+    t->dead = t->ways = 0;
     c->bt.exit_stale = c->bt.site = 0;
 }
 

@@ -7,6 +7,7 @@
  *   - changes guest state (registers, RSP, memory) only behind its last instruction that can fault: a fault anywhere in it rolls back to its beginning
  *     and lets interp's handler do the instruction (and raise what is to be raised);
  *   - never pushes anything that the guest does not push;
+ *   - comes to its end, or to one of the ways out below, or to C: kicks rely on that (fault.c);
  *   - may use S0 and S1. Where it changes S0 by itself it says so: t->kept = NO_REG.
  */
 #pragma once
@@ -51,6 +52,8 @@ struct tr {
     unsigned shadowed;                                             /* the op behind an STI, which no interrupt comes before; 0: none */
     bool ended;                                                    /* that was the last one: i is their number */
     bool relocate;                                                 /* what depends on addresses is noted, for copies */
+    struct way_steps *steps;                                       /* of the way in that is being made */
+    u8 *way;                                                       /* where it begins */
     struct item item[BLOCK_OPS];
     struct cold cold[8 * BLOCK_OPS];
     unsigned colds;

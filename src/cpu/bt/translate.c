@@ -354,12 +354,26 @@ static void cold_stale(struct tr *t, const struct cold *k)
     jump_to(e, t->t->rw + t->t->leave_rip);
 }
 
+static void way_begin(struct tr *t, struct way_steps *steps)
+{
+    *steps = (struct way_steps){ .known = 0 };
+    t->steps = steps;
+    t->way = t->e.p;
+}
+
+static u8 way_offset(const struct tr *t)
+{
+    return (u8)(t->e.p - t->way);
+}
+
 /* Goes on if S1 and what stands in the itlb for this address are 0 together; S0 is the guest's RCX where it does not. */
 static void put_itlb_check(struct tr *t, u64 la, void (*put)(struct tr *t, const struct cold *k))
 {
     struct emit *e = &t->e;
     u32 slot = la >> PAGE_SHIFT & (BT_ITLB_SIZE - 1);
     mov_rr(e, S0, RCX);
+    if (!t->steps->saved)
+        t->steps->saved = way_offset(t);
     if (t->view == VIEW_USER) {
         op_gs(e, true, X_LOAD, RCX, OFF(bt.itlb_user));
         op_mem(e, true, X_LOAD, RCX, RCX, NO_REG, 0, (s32)(8 * slot));
@@ -423,7 +437,9 @@ static void put_entry_check(struct tr *t)
     struct tb *tb = t->tb;
     mov_imm64(e, S0, 0 - (tb->la + secret_of(t)));
     op_mem(e, true, X_LEA, S1, S1, S0, 0, 0);
+    t->steps->changed = way_offset(t);
     put_itlb_check(t, tb->la, cold_wrong_entry);
+    t->steps->known = way_offset(t);
     if (tb->page2)                                                 /* never entered behind this */
         put_page_check(t, tb->la + PAGE_SIZE, tb->page2);
 }
@@ -434,6 +450,7 @@ static void put_prologue(struct tr *t, bool compare, bool indirect)
     tr_mark(t, 0, MARK_COLD);
     if (indirect) {
         tb->entry = tb->start;
+        way_begin(t, &tb->steps);
         put_entry_check(t);
     }
     tb->code_off = (u32)(t->e.p - tb->start);
@@ -475,7 +492,22 @@ static struct tr *later(struct icpu *c, struct bt *bt, struct tb *tb)
     t->colds = t->i = 0;
     t->relocate = false;
     cold_begin(t);
+    way_begin(t, &bt->way[MIN(bt->ways, BT_WAYS - 1)].steps);
     return t;
+}
+
+static void later_end(struct tr *t)
+{
+    struct bt *bt = t->t;
+    if (bt->ways < BT_WAYS - 1) {                                  /* the last one is nobody's */
+        struct way *w = &bt->way[bt->ways++];
+        w->at = (u32)(t->way - bt->rw);
+        w->len = (u32)(t->e.p - t->way);
+        w->tb = (u32)(t->tb - bt->tb);
+    }
+    jump_to(&t->e, t->tb->start + t->tb->code_off);
+    put_colds(t, 0, t->colds);
+    cold_end(t);
 }
 
 void bt_entry(struct icpu *c, struct bt *bt, struct tb *tb)
@@ -485,9 +517,7 @@ void bt_entry(struct icpu *c, struct bt *bt, struct tb *tb)
     struct tr *t = later(c, bt, tb);
     tb->entry = t->e.p;
     put_entry_check(t);
-    jump_to(&t->e, tb->start + tb->code_off);
-    put_colds(t, 0, t->colds);
-    cold_end(t);
+    later_end(t);
 }
 
 void bt_page_entry(struct icpu *c, struct bt *bt, struct tb *tb)
@@ -499,9 +529,7 @@ void bt_page_entry(struct icpu *c, struct bt *bt, struct tb *tb)
     put_page_check(t, tb->la, tb->page);
     if (tb->page2)
         put_page_check(t, tb->la + PAGE_SIZE, tb->page2);
-    jump_to(&t->e, tb->start + tb->code_off);
-    put_colds(t, 0, t->colds);
-    cold_end(t);
+    later_end(t);
 }
 
 /* ---- the block ---- */

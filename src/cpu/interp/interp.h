@@ -132,6 +132,7 @@ struct icpu_bt {
     bool single;                   /* run() runs one translation and returns, whatever events there are, and links nothing: check.c */
     bool count;                    /* translated code counts the instructions that it completes in `insns`, which run() adds to vcpu.insns */
     u64 insns;
+    u32 done;                      /* of the translation that was entered last, as far as it was completed before that: not counted in insns yet */
     u64 tsc_bias;                  /* the guest's TSC less the host's */
     u8 without_if[256], without_ac[256]; /* bytes 1 and 2 of RFLAGS without those bits: emit_sys.c */
     struct check *check;           /* NULL: engines are not compared */
