@@ -5,6 +5,7 @@
  * kernel):
  *   doppel.run=1             command mode: wait for the port doppel.ctl and run what it says; else a shell
  *   doppel.net=wait          a command is run when the network cards have their addresses, or after 6 s without
+ *   doppel.net=off           drivers of network cards are loaded, and no more is done about them
  *   doppel.rows=N, .cols=N   size of the terminal behind the serial console, where known
  *   TERM=NAME                its kind
  *

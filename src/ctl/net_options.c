@@ -222,3 +222,12 @@ int net_options_end(struct net_options *o)
         return err(-EINVAL, "--publish: there is no user network whose guest could be reached so; add --net user, or leave it out");
     return 0;
 }
+
+bool net_options_wait(const struct net_options *o)
+{
+    bool sure = false;
+
+    for (unsigned i = 0; i < o->nets; i++)
+        sure |= o->net[i].kind == VM_NET_USER || o->net[i].kind == VM_NET_PASST;
+    return sure && (o->given || o->publishes);
+}

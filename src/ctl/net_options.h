@@ -18,3 +18,5 @@ int net_option(struct net_options *o, char *value);
 int publish_option(struct net_options *o, char *value);
 /* When all options are there: the default, and what contradicts each other. */
 int net_options_end(struct net_options *o);
+/* Whether a command in the guest waits for the network: somebody asked for it, and an address is certain to come. */
+bool net_options_wait(const struct net_options *o);

@@ -285,7 +285,7 @@ static int append_for_init(struct run *run)
     int r = 0;
     if (run->options.verbose)
         r = append(&run->cmdline, "loglevel=7");
-    if (r == 0 && run->options.command && (run->options.net.given || run->options.net.publishes) && run->options.net.nets)
+    if (r == 0 && run->options.command && net_options_wait(&run->options.net))
         r = append(&run->cmdline, "doppel.net=wait");
     if (r == 0 && run->options.command)
         return append(&run->cmdline, "doppel.run=1");

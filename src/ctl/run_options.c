@@ -393,7 +393,7 @@ const struct option run_option_table[] = {
      "user,restrict: the guest reaches nothing, and is reached by what is published only. tap=NAME: a tap device of the host, which must be yours (or you may make one); "
      "fd=N[:N...]: open descriptors of one. passt=SOCKET: a passt that listens at this Unix socket. none: no card. Behind each but none: ,mac=ADDRESS of the card; ,mtu=N is told to the "
      "guest; ,queues=N pairs of queues (one for each processor, up to 8, if it is not given; tap: with more than 1 it must be a multi_queue device). The default guest asks for its address in the background; a COMMAND waits for it "
-     "if --net or --publish is given.", true, set_net},
+     "(6 s at most) if --publish, --net user or --net passt is given.", true, set_net},
     {"publish", "HOST:GUEST[/udp]",
      "Connections to port HOST of the host (datagrams with /udp) go to port GUEST of the guest, in its first user network. ADDRESS:HOST:GUEST names an address of the host's, "
      "which else is 127.0.0.1; 0.0.0.0 is all of them; one of IPv6 stands in brackets: [::1]:8080:80.", true, set_publish},

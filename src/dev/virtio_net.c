@@ -255,7 +255,10 @@ static bool understood(const struct virtio_net *n, const struct virtio_net_hdr *
     }
 }
 
-/* Takes buffers for len bytes: how many, 0 for too few, -1 when the frame does not fit at all. */
+/*
+ * Takes buffers for len bytes: how many, 0 for too few, -1 when the frame does not fit at all. The driver is asked to tell of the next buffer while those that are there
+ * are taken: an index that it has passed already would tell of nothing.
+ */
 static int rx_take(struct virtio_net *n, unsigned queue, u64 len)
 {
     bool merge = virtio_has(&n->virtio, VIRTIO_NET_F_MRG_RXBUF);
@@ -263,7 +266,12 @@ static int rx_take(struct virtio_net *n, unsigned queue, u64 len)
     unsigned max = MIN(merge ? RX_CHAINS : 1, (unsigned)q->size), taken = 0;
     u64 room = 0;
 
-    while (taken < max && room < len && virtio_pop(&n->virtio, queue, &n->rx[taken])) {
+    while (taken < max && room < len) {
+        if (!virtio_pop(&n->virtio, queue, &n->rx[taken])) {
+            if (q->broken || !virtio_running(&n->virtio) || !virtq_listen(q))
+                break;
+            continue;
+        }
         room += n->rx[taken].in_total;
         if (taken++ == 0 && room < header_len(n))
             break;                                                 /* 5.1.6.3.2: the header is not spread over buffers */
@@ -320,9 +328,7 @@ static bool rx_frame(struct virtio_net *n, const struct net_frame *f)
         return true;
     }
     virtq_ignore(q);
-    do {
-        taken = rx_take(n, queue, f->len + header_len(n));
-    } while (!taken && virtq_listen(q));
+    taken = rx_take(n, queue, f->len + header_len(n));
     if (taken > 0)
         rx_fill(n, queue, (unsigned)taken, f);
     return taken || q->broken;
