@@ -127,7 +127,7 @@ $(B)/bin/%: tests/fuzz/%.c $(B)/libdoppel.a
 	$(Q)$(CC) $(CFLAGS) $(LDFLAGS) -Itests -fsanitize=fuzzer -MMD -MP -MF $@.d -o $@ $< $(B)/libdoppel.a $(LDLIBS)
 -include $(wildcard $(B)/tests/*/*.d $(B)/bin/*.d)
 
-asan-programs: $(B)/doppel $(ASAN_TESTS)
+asan-programs: $(B)/doppel $(ASAN_TESTS) $(B)/sys/sys_runner
 fuzz-programs: $(FUZZERS)
 include $(wildcard tests/*/build.mk) bench/build.mk
 

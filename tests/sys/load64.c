@@ -6,8 +6,8 @@
 #include "smp.h"
 
 #define CPUS 2
-#define DEADLINES 150
-#define VOLLEYS 400
+#define DEADLINES 100
+#define VOLLEYS 250
 #define MSR_TSC_DEADLINE 0x6e0
 enum { V_DEADLINE = 0x60, V_BALL = 0x64, V_BURST = 0x68, V_PERIODIC = 0x6c, V_BEGIN = 0x70 }; /* + number of the processor */
 enum { LOAD_COMPUTE, LOAD_CALLS, LOAD_SPACES, LOAD_EXITS, LOAD_HALT, LOADS };
@@ -233,13 +233,13 @@ static void burst(u32 there)
     test("load: a burst of IPIs merges, and its last one is not lost, while the other processor is to %s", load_name[there]);
     letters = seen = bursts = 0;
     begin(there);
-    for (u32 i = 1; i <= 5000; i++) {
+    for (u32 i = 1; i <= 2000; i++) {
         letters = i;
         send(AP, V_BURST + 1);
     }
-    must("the last one", wait_for(&seen, 5000));
+    must("the last one", wait_for(&seen, 2000));
     u32 n = bursts;
-    must("no more than were sent", n <= 5000 + 1); /* and the one that ended the load before */
+    must("no more than were sent", n <= 2000 + 1); /* and the one that ended the load before */
     end();
 }
 
