@@ -281,27 +281,51 @@ static void context_leave(struct icpu *c)
     loose_drop(t);
 }
 
-/* A PCID that comes back with another root begins anew, whatever bit 63 says: nobody can want what the old one left. */
-static bool context_stays(struct icpu *c, unsigned context, bool keep)
+static unsigned context_of_root(const struct tlb *t, u64 root, bool free)
 {
-    struct tlb_context *x = &c->tlb->ctx[context];
-    u64 root = c->x->cr3 & PAGE_MASK;
-    keep = keep && x->root == root;
-    x->root = root;
-    return keep;
+    for (unsigned i = 0; i < TLB_CONTEXTS; i++)
+        if (t->ctx[i].used && t->ctx[i].root == root && (!free || t->ctx[i].pcid == PCID_NONE))
+            return i;
+    return TLB_EVERY;
+}
+
+/*
+ * The context for CR3. *keep: and nothing is to be flushed in it. A PCID that comes with another root than it had begins anew, whatever bit 63 says: nobody can
+ * want what the old one left; but another PCID keeps what it has of this root, unless flushing was asked for.
+ */
+static unsigned context_for(const struct tlb *t, u16 pcid, u64 root, bool *keep)
+{
+    unsigned i = context_find(t, pcid);
+    if (i != TLB_EVERY && t->ctx[i].root == root)
+        return i;
+    i = context_of_root(t, root, *keep);
+    *keep = false;
+    return i;
+}
+
+static void context_rename(struct tlb *t, unsigned context, u16 pcid)
+{
+    unsigned was = context_find(t, pcid);
+    if (was != TLB_EVERY)
+        t->ctx[was].pcid = PCID_NONE;
+    if (context != TLB_EVERY)
+        t->ctx[context].pcid = pcid;
 }
 
 void tlb_cr3(struct icpu *c, bool keep)
 {
     struct tlb *t = c->tlb;
-    unsigned next = context_find(t, current_pcid(c));
+    u16 pcid = current_pcid(c);
+    u64 root = c->x->cr3 & PAGE_MASK;
+    unsigned next = context_for(t, pcid, root, &keep);
+    context_rename(t, next, pcid);
     if (next == t->context) {
-        if (!context_stays(c, next, keep))
+        if (!keep)
             tlb_flush_nonglobal(c);
         return;
     }
-    context_leave(c);
-    next = context_find(t, current_pcid(c));
+    context_leave(c);                                              /* which may drop all of them: the current one is CR3's then */
+    next = context_find(t, pcid);
     if (next == TLB_EVERY) {
         next = context_oldest(t);
         if (t->ctx[next].used) {
@@ -310,7 +334,7 @@ void tlb_cr3(struct icpu *c, bool keep)
             flushed(c, FLUSH_NONGLOBAL, 0, next);
         }
         context_take(c, next);
-    } else if (!context_stays(c, next, keep)) {
+    } else if (!keep) {
         context_flush(c, next);
         flushed(c, FLUSH_NONGLOBAL, 0, next);
     }

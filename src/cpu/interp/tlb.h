@@ -7,8 +7,9 @@
  * is known, but the access must be looked at (code in the page, a watchpoint, a device).
  *
  * Contexts stand for PCIDs (SDM vol. 3A 4.10.1): each has its own view of user code and of open supervisor code; MOV CR3 chooses one and drops nothing when it need
- * not. There are fewer than PCIDs: the one not used for longest is emptied for a new one. Without CR4.PCIDE there is PCID 0 only. The view of closed
- * supervisor code is common to all contexts, since kernels map themselves by global pages; entries that are not global leave it when the context changes.
+ * not. There are fewer than PCIDs: the one not used for longest is emptied for a new one. Without CR4.PCIDE there is PCID 0 only. Where MOV CR3 flushes its
+ * PCID anyway, the context is the one that had this root of page tables last, if one had: what the shadow holds of it is compared rather than filled anew. Its
+ * former PCID, and the PCID's former context, have none then (PCID_NONE); such a context is flushed before it is chosen. The view of closed supervisor code is common to all contexts, since kernels map themselves by global pages; entries that are not global leave it when the context changes.
  * A kernel that makes much of such entries (one that hides itself from user code) gets a view per context instead (local).
  *
  * A view is large and costs only what is filled: untouched memory is zero, and zero matches nothing, but for the first and the last entry, which are
@@ -24,7 +25,7 @@
 #define TLB_BITS 13
 #define TLB_SIZE (1u << TLB_BITS)
 #define TLB_INVALID (~0ull)
-#define TLB_CONTEXTS 8u
+#define TLB_CONTEXTS 12u
 #define TLB_EVERY (~0u)                /* for a context: all of them */
 
 enum tlb_slow {                        /* low bits of a tag */
@@ -57,9 +58,10 @@ struct tlb_view {
     bool global[2];                    /* lower and upper half of the address space: there may be global entries */
 };
 
+#define PCID_NONE 0xffffu
 struct tlb_context {
     bool used;
-    u16 pcid;
+    u16 pcid;                          /* or PCID_NONE */
     u64 root;                          /* CR3 without its low bits */
     u64 last;                          /* tlb.switches when it was chosen last */
     u64 generation;                    /* of its translations; part of icpu.code_tag */
