@@ -132,6 +132,10 @@ static bool disk_attribute(struct vm_disk *d, const char *word)
 {
     if (!strcmp(word, "readonly"))
         d->block.readonly = true;
+    else if (!strcmp(word, "bus=nvme"))
+        d->nvme = true;
+    else if (!strcmp(word, "bus=virtio"))
+        d->nvme = false;
     else if (!strcmp(word, "overlay"))
         d->block.overlay = "";
     else if (!strncmp(word, "overlay=", 8) && word[8])
@@ -381,7 +385,8 @@ const struct option run_option_table[] = {
     {"append", "STRING", "Adds STRING to the kernel's command line.", false, set_append},
     {"disk", "FILE[,ATTRIBUTE...]",
      "A raw disk image or block device, which the guest sees as /dev/vda; the next one as /dev/vdb, and so on, up to "
-     "16. It is locked against a second writer. Attributes: readonly; overlay: what the guest "
+     "16. It is locked against a second writer. Attributes: readonly; bus=nvme|virtio, what the guest sees: with nvme an NVMe "
+     "controller with /dev/nvme0n1 and so on, whose driver many kernels have built in; overlay: what the guest "
      "writes goes to a temporary file (in TMPDIR, else /var/tmp) and is gone afterwards, FILE is only read; overlay=FILE2: it goes to FILE2, which is made if it "
      "is not there, and is there the next time; on-full=pause|error, what happens when the host has "
      "no room for what the guest writes: the guest is paused until \"resume\" at the monitor prompt (the default), or "

@@ -43,6 +43,7 @@
 #include "dev/lapic.h"
 #include "dev/mc146818.h"
 #include "dev/ns16550.h"
+#include "dev/nvme.h"
 #include "dev/pci_host.h"
 #include "dev/port80.h"
 #include "dev/port92.h"
@@ -105,7 +106,7 @@ struct board {
     struct virtio_net *nic[VM_NETS_MAX];
     unsigned nics;
     struct capture *capture;                                       /* NULL: there is none */
-    struct { struct block *block; struct virtio_blk *virtio; } disk[VM_DISKS_MAX]; /* the block is its device's */
+    struct { struct block *block; struct virtio_blk *virtio; struct nvme *nvme; } disk[VM_DISKS_MAX]; /* the block is its device's */
     struct machine_hook hook;
 
     pthread_mutex_t wire_lock;
@@ -411,10 +412,18 @@ static int build_disk(struct board *b, unsigned i)
         return r;
     if (!d->full_is_error)
         block_hold_full(block, on_disk_full, b);
+    b->disk[i].block = block;
     snprintf(serial, sizeof serial, "disk%u", i);
+    if (d->nvme) {
+        struct nvme_config c = {
+            .ram = &b->ram, .log = b->config->log, .pci = b->pci, .slot = SLOT_DISK + i, .intx = { pci_wire_set, b, (int)(SLOT_DISK + i) },
+            .gsi = pci_isa[(SLOT_DISK + i) % 4], .serial = serial, .number = i, .queues = MIN(b->config->vcpus, NVME_QUEUES_MAX),
+        };
+
+        BUILD(b->disk[i].nvme, nvme_new(&c, block, &b->disk[i].nvme));
+        return 0;
+    }
     r = virtio_blk_new(&b->ram, b->config->log, block, serial, MIN(b->config->vcpus, VIRTIO_BLK_QUEUES_MAX), &b->disk[i].virtio);
-    if (r == 0)
-        b->disk[i].block = block;
     return r < 0 ? r : attach_virtio(b, SLOT_DISK + i, b->disk[i].virtio);
 }
 
@@ -542,7 +551,7 @@ int board_resize_disk(struct board *b, unsigned n, u64 size)
 {
     if (n >= b->config->disks)
         return err(-EINVAL, "there is no disk %u", n);
-    return virtio_blk_resize(b->disk[n].virtio, size);
+    return b->disk[n].nvme ? nvme_resize(b->disk[n].nvme, size) : virtio_blk_resize(b->disk[n].virtio, size);
 }
 
 void board_quiesce(struct board *b)

@@ -29,6 +29,7 @@ struct vport;
 
 struct vm_disk {
     struct block_config block;
+    bool nvme;                                                     /* an NVMe controller of its own; else virtio */
     bool full_is_error;                                            /* no room on the host is an I/O error; else the machine is paused */
 };
 
