@@ -131,10 +131,18 @@ static struct piece *add(struct prog *p, unsigned kind, unsigned id, u32 value)
     return q;
 }
 
+/* What a kernel does. */
+enum system { SYS_CLI, SYS_STI, SYS_POPF, SYS_SWAPGS, SYS_CR3, SYS_INVLPG, SYS_INVPCID, SYS_WRMSR, SYS_BASES, SYS_CR2, SYS_CR_READ, SYS_CR0_WP, SYS_CR4_PGE, SYS_IRET,
+              SYS_INT, SYS_USER_IRET, SYS_USER_SYSRET, SYS_STAC, SYS_PTE_W, SYS_PTE_AD, SYSTEMS };
+
 /* n pieces of code without structure. */
 static void add_plain(const struct catalogue *c, struct rng *r, struct prog *p, unsigned n)
 {
     for (; n > 0 && p->pieces < PROG_PIECES - 8; n--) {
+        if (p->kernel && one_in(r, 3)) {
+            add(p, PIECE_SYSTEM, rnd_below(r, SYSTEMS), (u32)rnd(r));
+            continue;
+        }
         switch (rnd_below(r, 24)) {
         case 0: add(p, PIECE_FLAGS, 0, (u32)rnd(r)); break;
         case 1: add(p, PIECE_DUMP, 0, (u32)rnd(r)); break;
@@ -222,6 +230,11 @@ static void put(struct as *a, const void *b, unsigned n)
 static void put32(struct as *a, u32 v)
 {
     put(a, &v, 4);
+}
+
+static void put_va(struct as *a, u64 v)
+{
+    put(a, &v, 8);
 }
 
 static void put_mov(struct as *a, unsigned reg, u64 v)
@@ -418,6 +431,141 @@ static void put_fault(struct as *a, unsigned how, u32 v)
         PUT(a, 0x0f, 0x0b);
 }
 
+/* ---- a kernel's pieces ---- */
+#define CR3_NOFLUSH 63u
+#define USER_RSP (PAGE_VA(PAGE_UDATA) + 2048)
+
+static void put_flags_value(struct as *a, u32 v)                   /* push imm32: flags that a program may have at any time */
+{
+    PUT(a, 0x68);
+    put32(a, FLAG_1 | (v & (FLAGS_ARITH | FLAG_IF | FLAG_AC | FLAG_ID)));
+}
+
+/* Where user code comes back to is behind what follows: patched by put_back(). */
+static unsigned put_way_back(struct as *a)
+{
+    put_mov(a, RAX, 0);
+    PUT(a, 0x48, 0xa3);                                            /* mov [abs], rax */
+    u64 where = GUEST_BACK_VA;
+    put(a, &where, 8);
+    return a->n - 18;
+}
+
+static void put_back(struct as *a, unsigned at)
+{
+    u64 va = CODE_VA + a->n;
+    if (!a->full)
+        memcpy(a->p->text + at, &va, 8);
+    put_mov(a, RSP, STACK_VA);
+}
+
+static void put_user(struct as *a, bool sysret, u32 v)
+{
+    unsigned back = put_way_back(a);
+    u64 rip = PAGE_VA(PAGE_UCODE) + GUEST_STUB_BYTES * (v % GUEST_STUBS);
+    if (sysret) {
+        put_mov(a, RSP, USER_RSP);
+        put_mov(a, RCX, rip);
+        put_mov(a, R11, FLAG_1 | FLAG_IF | (v & FLAGS_ARITH));
+        PUT(a, 0xfa, 0x48, 0x0f, 0x07);                            /* cli: no interrupt with the user's stack; sysretq */
+    } else {
+        put_mov(a, RSP, STACK_VA);
+        PUT(a, 0x6a, 0x2b, 0x68);                                  /* push SS, RSP, RFLAGS, CS, RIP */
+        put32(a, (u32)USER_RSP);
+        put_flags_value(a, (v | FLAG_IF) & ~FLAG_AC);
+        PUT(a, 0x6a, 0x33, 0x68);
+        put32(a, (u32)rip);
+        PUT(a, 0x48, 0xcf);
+    }
+    put_back(a, back);
+}
+
+static void put_iret(struct as *a, u32 v)
+{
+    put_mov(a, RSP, STACK_VA);
+    PUT(a, 0x6a, 0x18, 0x68);
+    put32(a, (u32)STACK_VA);
+    put_flags_value(a, v);
+    PUT(a, 0x6a, 0x10, 0x48, 0x8d, 0x05, 3, 0, 0, 0, 0x50, 0x48, 0xcf); /* push CS; lea rax, [rip + 3]; push rax; iretq */
+}
+
+/* Bits of a page's table entry, exchanged or read. */
+static void put_pte(struct as *a, bool ad, u32 v)
+{
+    static const u8 pages[] = {PAGE_DATA0, PAGE_DATA1, PAGE_DATA2, PAGE_DATA3};
+    unsigned p = pages[v & 3];
+    put_mov(a, RDI, GUEST_PTE_VA(p));
+    if (!ad)
+        PUT(a, 0x48, 0x0f, 0xba, 0x3f, 1);                         /* btc qword [rdi], 1 */
+    else if (v & 4)
+        PUT(a, 0x48, 0x0f, 0xba, 0x37, 6);                         /* btr qword [rdi], 6: D */
+    else
+        PUT(a, 0x8b, 0x07, 0x83, 0xe0, 0x40);                      /* mov eax, [rdi]; and eax, D */
+    put_mov(a, RDI, PAGE_VA(p) + (v >> 8 & 0xfff));
+    PUT(a, 0x0f, 0x01, 0x3f);                                      /* invlpg [rdi] */
+}
+
+static void put_cr3(struct as *a, u32 v)
+{
+    PUT(a, 0x0f, 0x20, 0xd8);                                      /* mov rax, cr3 */
+    if (v & 1)
+        PUT(a, 0x48, 0x0f, 0xba, 0xe8, CR3_NOFLUSH);               /* bts rax, 63: #GP without PCIDE */
+    PUT(a, 0x0f, 0x22, 0xd8);
+}
+
+static void put_bases(struct as *a, u32 v)
+{
+    put_mov(a, RAX, PAGE_VA(PAGE_DATA0) + (v >> 8 & 0x7f8));
+    PUT(a, 0xf3, 0x48, 0x0f, 0xae, v & 1 ? 0xd8 : 0xd0);           /* wrgsbase, wrfsbase rax */
+    PUT(a, v & 1 ? 0x65 : 0x64, 0x48, 0x8b, 0x1c, 0x25, 8, 0, 0, 0); /* mov rbx, gs:[8] */
+    PUT(a, 0xf3, 0x48, 0x0f, 0xae, v & 2 ? 0xc9 : 0xc1);           /* rdgsbase, rdfsbase rcx */
+}
+
+static void put_wrmsr(struct as *a, u32 v)
+{
+    PUT(a, 0xb9);
+    put32(a, 0xc0000100 + v % 3);                                  /* bases of FS, GS, the other GS */
+    put_mov(a, RAX, v);
+    PUT(a, 0x31, 0xd2, 0x0f, 0x30, 0x0f, 0x32);                    /* xor edx, edx; wrmsr; rdmsr */
+}
+
+static void put_invpcid(struct as *a, u32 v)
+{
+    put_mov(a, RDI, CTL(CTL_JUMP));
+    PUT(a, 0x31, 0xc0, 0x48, 0x89, 0x07);                          /* xor eax, eax; mov [rdi], rax: PCID 0 */
+    put_mov(a, RAX, PAGE_VA(v >> 8 & 15));
+    PUT(a, 0x48, 0x89, 0x47, 0x08, 0xb8);
+    put32(a, v & 3);
+    PUT(a, 0x66, 0x0f, 0x38, 0x82, 0x07);
+}
+
+static void put_system(struct as *a, unsigned what, u32 v)
+{
+    static const u8 reads[] = {0xc0, 0xd0, 0xd8, 0xe0};            /* of CR0, CR2, CR3, CR4 into RAX */
+    switch ((enum system)what) {
+    case SYS_CLI: PUT(a, 0xfa); break;
+    case SYS_STI: PUT(a, 0xfb); break;
+    case SYS_POPF: put_mov(a, RSP, STACK_VA); put_flags_value(a, v); PUT(a, 0x9d); break;
+    case SYS_SWAPGS: PUT(a, 0x0f, 0x01, 0xf8); break;
+    case SYS_CR3: put_cr3(a, v); break;
+    case SYS_INVLPG: put_mov(a, RDI, PAGE_VA(v % PAGES)); PUT(a, 0x0f, 0x01, 0x3f); break;
+    case SYS_INVPCID: put_invpcid(a, v); break;
+    case SYS_WRMSR: put_wrmsr(a, v); break;
+    case SYS_BASES: put_bases(a, v); break;
+    case SYS_CR2: put_mov(a, RCX, v); PUT(a, 0x0f, 0x22, 0xd1, 0x0f, 0x20, 0xd2); break;
+    case SYS_CR_READ: PUT(a, 0x0f, 0x20, reads[v & 3]); break;
+    case SYS_CR0_WP: PUT(a, 0x0f, 0x20, 0xc0, 0x48, 0x0f, 0xba, 0xf8, 16, 0x0f, 0x22, 0xc0); break; /* mov rax, cr0; btc rax, 16; mov cr0, rax */
+    case SYS_CR4_PGE: PUT(a, 0x0f, 0x20, 0xe0, 0x48, 0x0f, 0xba, 0xf8, 7, 0x0f, 0x22, 0xe0); break;
+    case SYS_IRET: put_iret(a, v); break;
+    case SYS_INT: PUT(a, 0xcd, GUEST_INTR); break;
+    case SYS_USER_IRET: put_user(a, false, v); break;
+    case SYS_USER_SYSRET: put_user(a, true, v); break;
+    case SYS_STAC: PUT(a, 0x0f, 0x01, v & 1 ? 0xcb : 0xca, 0x48, 0xa1); put_va(a, USER_RSP); break; /* stac, clac; mov rax, [abs] */
+    case SYS_PTE_W: put_pte(a, false, v); break;
+    default: put_pte(a, true, v); break;
+    }
+}
+
 bool prog_assemble(const struct catalogue *c, struct prog *p)
 {
     static struct as a;
@@ -439,6 +587,7 @@ bool prog_assemble(const struct catalogue *c, struct prog *p)
         case PIECE_FLAGS: put_flags(&a, q->value); break;
         case PIECE_DUMP: put_dump(&a, q->value); break;
         case PIECE_PATCH: put_patch(&a, q->id, q->value); break;
+        case PIECE_SYSTEM: put_system(&a, q->id, q->value); break;
         default: put_fault(&a, q->id, q->value); break;
         }
         q->len = (u16)(a.n - q->at);

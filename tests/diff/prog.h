@@ -26,6 +26,7 @@ enum piece_kind {
     PIECE_FLAGS,      /* flags to memory, all defined */
     PIECE_DUMP,       /* registers to memory */
     PIECE_PATCH,      /* writes into the program: an immediate of the patched instruction behind it (id 0), ahead (id 1), or of the next instruction (id 2) */
+    PIECE_SYSTEM,     /* what only a kernel may do: id chooses, value has its operands */
     PIECE_FAULT,      /* a division by zero, an access of nothing, or an invalid instruction: the end */
 };
 
@@ -37,6 +38,7 @@ struct piece {
 
 struct prog {
     struct state in;
+    bool kernel;
     unsigned pieces, bytes;
     struct piece piece[PROG_PIECES];
     u8 text[PROG_BYTES];
@@ -48,6 +50,7 @@ struct catalogue *catalogue_open(u64 seed, const struct xlayout *l, const u8 *pa
 void catalogue_close(struct catalogue *c);
 unsigned catalogue_size(const struct catalogue *c);
 
+/* With p->kernel a program for a guest_config.kernel. */
 void prog_make(const struct catalogue *c, const struct xlayout *l, u64 seed, unsigned number, struct prog *p);
 /* Makes text of pieces; false: it does not fit. */
 bool prog_assemble(const struct catalogue *c, struct prog *p);

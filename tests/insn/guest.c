@@ -1,6 +1,7 @@
 /*
  * doppel's side, interp or bt: a machine of one processor and 2 MiB, with the test's pages at their addresses, user code at CPL 3, and an IDT whose 256 handlers are HLT:
  * which of them halted tells the vector, its stack frame the rest. Supervisor structures are in the upper half, where the test's accesses do not come.
+ * With guest_config.kernel the program is the supervisor's (insn.h); its faults have a stack of their own then (IST), interrupts another one.
  */
 #include <string.h>
 
@@ -16,7 +17,8 @@
 #define RAM_BYTES (2 * MiB)
 #define SUPER 0xffff800000000000ull                                /* maps all RAM for the supervisor */
 enum { GPA_PML4 = 0x1000, GPA_PDPT_LOW = 0x2000, GPA_PD_LOW = 0x3000, GPA_PT_LOW = 0x4000, GPA_PDPT_HIGH = 0x5000, GPA_PD_HIGH = 0x6000,
-       GPA_GDT = 0x7000, GPA_TSS = 0x7800, GPA_IDT = 0x8000, GPA_HANDLERS = 0x9000, GPA_STACK_TOP = 0xc000, GPA_REGION = 0x100000 };
+       GPA_GDT = 0x7000, GPA_TSS = 0x7800, GPA_IDT = 0x8000, GPA_HANDLERS = 0x9000, GPA_STACK_TOP = 0xc000, GPA_BACK = 0xd000, GPA_INTR = 0xd040,
+       GPA_COUNT = 0xd800, GPA_INTR_TOP = 0xf000, GPA_BACK_TOP = 0x10000, GPA_REGION = 0x100000 };
 
 struct guest {
     struct xlayout layout;
@@ -27,14 +29,19 @@ struct guest {
     struct vcpu *vcpu[1];
     struct x86 base, x;
     u8 before[PAGES][PAGE_SIZE];
-    bool writable_code;
+    bool writable_code, kernel;
+    _Atomic int pending;                                           /* vector of an interrupt, or -1 */
     u64 last_rip;                                                  /* of the case before: its bytes are to be cleared away */
 };
 
-static int no_vector(void *intc)
+static int peek(void *intc)
 {
-    (void)intc;
-    return -1;
+    return atomic_load(&((struct guest *)intc)->pending);
+}
+
+static int ack(void *intc)
+{
+    return atomic_exchange(&((struct guest *)intc)->pending, -1);
 }
 
 static int no_msr_read(void *intc, u32 msr, u64 *val)
@@ -60,8 +67,8 @@ static void set_tpr(void *intc, u8 cr8)
     (void)intc, (void)cr8;
 }
 
-static const struct intc_ops no_intc = {
-    .peek = no_vector, .ack = no_vector, .msr_read = no_msr_read, .msr_write = no_msr_write, .tpr_get = no_tpr, .tpr_set = set_tpr,
+static const struct intc_ops intc = {
+    .peek = peek, .ack = ack, .msr_read = no_msr_read, .msr_write = no_msr_write, .tpr_get = no_tpr, .tpr_set = set_tpr,
 };
 
 static void put64(struct guest *g, u64 gpa, u64 v)
@@ -77,6 +84,20 @@ static u64 get64(struct guest *g, u64 gpa)
     return v;
 }
 
+/* Without A and D at first; one page is global. */
+static u64 kernel_pte(unsigned p)
+{
+    u64 pte = (GPA_REGION + p * PAGE_SIZE) | 1;
+    if (p == PAGE_UCODE)
+        return pte | 4;
+    switch (page_kind(p)) {
+    case KIND_NONE: return 0;
+    case KIND_CODE: return pte | 2;
+    case KIND_RW: return pte | BIT(63) | (p == PAGE_UDATA ? 6 : p == PAGE_DATA3 ? 0x102 : 2);
+    default: return pte | BIT(63);
+    }
+}
+
 static void build_paging(struct guest *g)
 {
     u64 nx = BIT(63);
@@ -90,6 +111,10 @@ static void build_paging(struct guest *g)
     for (unsigned p = 0; p < PAGES; p++) {
         u64 pte = (GPA_REGION + p * PAGE_SIZE) | 0x65;             /* present, user, accessed, dirty */
 
+        if (g->kernel) {
+            put64(g, GPA_PT_LOW + 8 * p, kernel_pte(p));
+            continue;
+        }
         switch (page_kind(p)) {
         case KIND_NONE: continue;
         case KIND_CODE: pte |= g->writable_code ? 2 : 0; break;
@@ -98,6 +123,42 @@ static void build_paging(struct guest *g)
         }
         put64(g, GPA_PT_LOW + 8 * p, pte);
     }
+}
+
+static void kernel_gate(struct guest *g, unsigned v, u64 h)
+{
+    u64 ist = v == GUEST_BACK ? 0 : v == GUEST_INTR ? 2 : 1, dpl = v == GUEST_BACK ? 3 : 0;
+    if (v == GUEST_BACK || v == GUEST_INTR)
+        h = SUPER + (v == GUEST_BACK ? GPA_BACK : GPA_INTR);
+    put64(g, GPA_IDT + 16 * v, (h & 0xffff) | 0x10ull << 16 | (0x8e00 | dpl << 13 | ist) << 32 | (h >> 16 & 0xffff) << 48);
+}
+
+static void kernel_code(struct guest *g)
+{
+    static const u8 intr[] = {0x50, 0x48, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0x48, 0xff, 0x00, 0x58, 0x48, 0xcf}; /* push rax; mov rax, count; inc qword [rax]; pop; iretq */
+    u8 back[7] = {0xff, 0x24, 0x25};                               /* jmp [abs] */
+    u32 where = (u32)GUEST_BACK_VA;
+    u64 count = SUPER + GPA_COUNT;
+    memcpy(back + 3, &where, 4);
+    bug_on(ram_write(&g->ram, GPA_BACK, back, sizeof back));
+    bug_on(ram_write(&g->ram, GPA_INTR, intr, sizeof intr));
+    bug_on(ram_write(&g->ram, GPA_INTR + 3, &count, 8));
+}
+
+/* What runs in user mode: each piece ends by a way back. */
+static void user_code(struct guest *g)
+{
+    static const u8 stub[GUEST_STUBS][24] = {
+        {0x48, 0x01, 0xd8, 0x50, 0x5b, 0x0f, 0x05},                /* add rax, rbx; push rax; pop rbx; syscall */
+        {0x9c, 0x5a, 0x48, 0x29, 0xca, 0x9c, 0x58, 0xcd, GUEST_BACK}, /* pushfq; pop rdx; sub rdx, rcx; pushfq; pop rax; int */
+        {0x66, 0x0f, 0xef, 0xc1, 0xff, 0xc1, 0x75, 0x02, 0xff, 0xc2, 0x53, 0x0f, 0x05}, /* pxor xmm0, xmm1; inc ecx; jnz over; inc edx; over: push rbx; syscall */
+        {0xb9, 5, 0, 0, 0, 0x01, 0xc8, 0xff, 0xc9, 0x75, 0xfa, 0xcd, GUEST_BACK}, /* mov ecx, 5; again: add eax, ecx; dec ecx; jnz again; int */
+    };
+    u8 page[GUEST_STUBS * GUEST_STUB_BYTES];
+    memset(page, 0xcc, sizeof page);
+    for (unsigned k = 0; k < GUEST_STUBS; k++)
+        memcpy(page + k * GUEST_STUB_BYTES, stub[k], sizeof stub[k]);
+    bug_on(ram_write(&g->ram, GPA_REGION + PAGE_UCODE * PAGE_SIZE, page, sizeof page));
 }
 
 static void build_tables(struct guest *g)
@@ -110,6 +171,11 @@ static void build_tables(struct guest *g)
     put64(g, GPA_GDT + 0x30, 0x00affb000000ffff);                     /* 0x33: 64-bit user code */
     put64(g, GPA_TSS + 4, SUPER + GPA_STACK_TOP);
     put64(g, GPA_TSS + 96, 0xffffull << 48);                          /* no I/O bitmap */
+    if (g->kernel) {
+        put64(g, GPA_TSS + 4, SUPER + GPA_BACK_TOP);
+        put64(g, GPA_TSS + 36, SUPER + GPA_STACK_TOP);
+        put64(g, GPA_TSS + 44, SUPER + GPA_INTR_TOP);
+    }
     for (unsigned v = 0; v < 256; v++) {
         u64 h = SUPER + GPA_HANDLERS + 16 * v;
         u64 dpl = v == VEC_BP || v == VEC_OF ? 3 : 0;
@@ -117,7 +183,11 @@ static void build_tables(struct guest *g)
         put64(g, GPA_IDT + 16 * v, (h & 0xffff) | 0x10ull << 16 | (0x8e00 | dpl << 13) << 32 | (h >> 16 & 0xffff) << 48);
         put64(g, GPA_IDT + 16 * v + 8, h >> 32);
         put64(g, GPA_HANDLERS + 16 * v, 0xf4);
+        if (g->kernel)
+            kernel_gate(g, v, h);
     }
+    if (g->kernel)
+        kernel_code(g);
 }
 
 static void build_state(struct guest *g)
@@ -138,6 +208,14 @@ static void build_state(struct guest *g)
         x->seg[s] = (struct x86_seg){.limit = 0xffffffff, .sel = 0x2b, .attr = 0xcf3};
     x->seg[SEG_FS].sel = x->seg[SEG_GS].sel = 0;
     x->seg[SEG_FS].attr = x->seg[SEG_GS].attr = 0;                  /* null selectors: only 64-bit code may use them */
+    if (!g->kernel)
+        return;
+    x->cr4 |= (CR4_SMEP | CR4_SMAP | CR4_PCIDE | CR4_TSD) & cpuid_cr4_mask(g->m.cpuid);
+    x->star = 0x0023001000000000;
+    x->lstar = SUPER + GPA_BACK;
+    x->sfmask = FLAGS_ARITH | FLAG_TF | FLAG_IF | FLAG_DF | FLAG_AC | FLAG_NT;
+    x->seg[SEG_SS].sel = 0x18;
+    x->seg[SEG_SS].attr = 0xc93;
 }
 
 int guest_open(const struct guest_config *config, struct guest **out)
@@ -151,6 +229,8 @@ int guest_open(const struct guest_config *config, struct guest **out)
     memset(v, 0, sizeof *v);
     g->engine = config->engine;
     g->writable_code = config->writable_code;
+    g->kernel = config->kernel;
+    atomic_store(&g->pending, -1);
     if (loop_new(&g->loop) || clock_new(g->loop, &g->m.clock) || ram_init(&g->ram) || ram_add(&g->ram, 0, RAM_BYTES) ||
         cpuid_policy_new(1, clock_tsc_khz(g->m.clock), &g->m.cpuid) || bus_new(NULL, &g->m.pio) || bus_new(NULL, &g->m.mmio))
         return -1;
@@ -164,7 +244,7 @@ int guest_open(const struct guest_config *config, struct guest **out)
     g->m.vcpu = g->vcpu;
     g->vcpu[0] = v;
     v->m = &g->m;
-    v->intc.ops = &no_intc;
+    v->intc = (struct intc){.ops = &intc, .chip = g};
     if (bus_new(g->m.mmio, &v->mmio))
         return -1;
     if (g->engine->cpuid_limit)
@@ -190,6 +270,20 @@ void guest_stop(struct guest *g)
     atomic_fetch_or(&g->vcpu[0]->events, VCPU_EV_KICK);
     if (g->engine->kick)
         g->engine->kick(g->vcpu[0]);
+}
+
+void guest_interrupt(struct guest *g)
+{
+    if (g->kernel)
+        atomic_store(&g->pending, GUEST_INTR);
+    atomic_fetch_or(&g->vcpu[0]->events, VCPU_EV_INTR);
+    if (g->engine->kick)
+        g->engine->kick(g->vcpu[0]);
+}
+
+u64 guest_interrupts(struct guest *g)
+{
+    return get64(g, GPA_COUNT);
 }
 
 struct vcpu *guest_vcpu(struct guest *g)
@@ -238,6 +332,10 @@ static void load_memory(struct guest *g, const struct icase *i, const u8 *patter
         region_write(g, CODE_VA, i->text, i->text_len);
     else
         region_write(g, i->in.rip, i->code, MIN((u64)i->len, room));
+    if (g->kernel) {
+        build_paging(g);
+        user_code(g);
+    }
     for (unsigned p = 0; p < ARRAY_SIZE(i->patch_va); p++) {
         if (i->patch_va[p])
             region_write(g, i->patch_va[p], &i->patch[p], 8);
@@ -249,11 +347,12 @@ static void load_memory(struct guest *g, const struct icase *i, const u8 *patter
 static void load_state(struct guest *g, const struct icase *i, struct x86 *x)
 {
     *x = g->base;
+    atomic_store(&g->pending, -1);
     memcpy(x->gpr, i->in.gpr, sizeof x->gpr);
     x->rip = i->in.rip;
     x->rflags = i->in.rflags;
-    x->seg[SEG_CS].sel = i->compat ? 0x23 : 0x33;
-    x->seg[SEG_CS].attr = i->compat ? 0xcfb : 0xafb;
+    x->seg[SEG_CS].sel = g->kernel ? 0x10 : i->compat ? 0x23 : 0x33;
+    x->seg[SEG_CS].attr = g->kernel ? 0xa9b : i->compat ? 0xcfb : 0xafb;
     x->seg[SEG_FS].base = i->in.fs_base;
     x->seg[SEG_GS].base = i->in.gs_base;
     vectors_put(&i->in.v, &g->layout, x->xsave);

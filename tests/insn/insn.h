@@ -14,7 +14,7 @@
 /* The pages that both sides have. */
 #define REGION 0x10000000ull
 enum { PAGE_CODE0, PAGE_CODE1, PAGE_GAP0, PAGE_DATA0, PAGE_DATA1, PAGE_GAP1, PAGE_DATA2, PAGE_RO, PAGE_DATA3, PAGE_GAP2, PAGE_STACK0, PAGE_STACK1,
-       PAGE_GAP3, PAGE_CTL, PAGES };                                  /* the last one is tests/diff's */
+       PAGE_GAP3, PAGE_CTL, PAGE_UCODE, PAGE_UDATA, PAGES };          /* the last three are tests/diff's */
 #define PAGE_VA(n) (REGION + PAGE_SIZE * (n))
 #define CODE_VA PAGE_VA(PAGE_CODE0)
 enum page_kind { KIND_NONE, KIND_CODE, KIND_RW, KIND_RO };
@@ -22,7 +22,7 @@ static inline enum page_kind page_kind(unsigned n)
 {
     switch (n) {
     case PAGE_CODE0: case PAGE_CODE1: return KIND_CODE;
-    case PAGE_GAP0: case PAGE_GAP1: case PAGE_GAP2: case PAGE_GAP3: return KIND_NONE;
+    case PAGE_GAP0: case PAGE_GAP1: case PAGE_GAP2: case PAGE_GAP3: case PAGE_UCODE: return KIND_NONE;
     case PAGE_RO: return KIND_RO;
     default: return KIND_RW;
     }
@@ -88,13 +88,28 @@ struct guest_config {
     struct machine_tools tools;
     const struct log *log;
     bool writable_code;                                            /* and what becomes of it is part of the outcome */
+    bool kernel;                                                   /* the program runs at CPL 0: below */
 };
 int guest_open(const struct guest_config *config, struct guest **out);
 int guest_warm_up(struct guest *g, const u8 *pattern);             /* before native_open() */
 int guest_run(struct guest *g, const struct icase *i, const u8 *pattern, struct outcome *out);
 void guest_stop(struct guest *g);                                  /* guest_run() returns -1 soon; a signal handler may call it */
+void guest_interrupt(struct guest *g);                             /* any thread: vector GUEST_INTR soon, if IF allows it */
+u64 guest_interrupts(struct guest *g);                             /* that it has handled */
 struct vcpu *guest_vcpu(struct guest *g);
 void guest_close(struct guest *g);
+
+/*
+ * A guest whose program is its kernel. The test's pages are the supervisor's; PAGE_UCODE (execute only) and PAGE_UDATA are the user's, SMEP, SMAP, PGE, PCIDE and
+ * FSGSBASE are on where they exist, and page tables are as new before each run. The handler of GUEST_INTR changes nothing that can be seen; user code comes back by
+ * SYSCALL or INT GUEST_BACK, to where GUEST_BACK_VA says.
+ */
+#define GUEST_INTR 0x40u
+#define GUEST_BACK 0x80u
+#define GUEST_BACK_VA (PAGE_VA(PAGE_CTL) + 8 * 144)
+#define GUEST_PTE_VA(p) (0xffff800000004000ull + 8 * (p))          /* of page p, where the supervisor can change it */
+#define GUEST_STUBS 4u                                             /* pieces of user code, each this far from the one before */
+#define GUEST_STUB_BYTES 64u
 
 /* compare.c: notes what differs (a: native) as lines of a report; an empty report: nothing does. */
 void differ_begin(void);

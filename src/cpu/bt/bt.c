@@ -306,8 +306,10 @@ static bool run_code(struct icpu *c, struct bt *t, const u8 *code, unsigned key,
             unsigned op = c->bt.exit_site & 0xff;
             r = run_op(c, c->bt.exit_site);
             bool next = r == OP_NEXT;
-            if (next)
+            if (next) {
                 code = code_behind(c, t, tb, op);
+                key = tb->key;                                     /* a handler before it may have gone on with another one */
+            }
             if ((r == OP_NEXT || r == OP_NEAR) && !tb->dead && (c->bt.exit_slow || (c->bt.exit_gate && !c->live.x87))) {
                 tb->b->slow |= (u32)BIT(op);                       /* CALL and RET as well: each would be a signal again */
                 tb_kill(c, t, tb);
