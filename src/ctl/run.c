@@ -370,7 +370,7 @@ static int open_vm(struct run *run, const struct engine *engine)
         .kernel = o->kernel ? o->kernel : o->firmware ? NULL : run->guest.kernel,
         .firmware = o->firmware, .cpuid = o->cpuid,
         .initrd = o->initrd ? o->initrd : o->kernel || o->firmware ? NULL : run->guest.initrd,
-        .cmdline = run->cmdline, .disk = o->disk, .disks = o->disks, .serial = run->serial,
+        .cmdline = run->cmdline, .disk = o->disk, .disks = o->disks, .share = o->share, .shares = o->shares, .serial = run->serial,
         .net = o->net.net, .nets = o->net.nets, .publish = o->net.publish, .publishes = o->net.publishes, .capture = o->capture,
         .vsock = run->vsock, .virtio_modern = o->virtio_modern, .virtio_split = o->virtio_split, .debug_exit = o->debug_exit, .start_paused = o->gdb_wait,
         .no_reboot = o->no_reboot || o->command,                   /* a command is not run twice */

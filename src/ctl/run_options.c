@@ -170,6 +170,55 @@ static int set_disk(void *target, const char *value)
     return check_attribute(value);
 }
 
+/* True: word is an attribute, and is taken. */
+static bool share_attribute(struct vm_share *s, const char *word)
+{
+    if (!strcmp(word, "ro"))
+        s->readonly = true;
+    else if (!strcmp(word, "owner=host"))
+        s->owners = true;
+    else if (!strcmp(word, "owner=root"))
+        s->owners = false;
+    else
+        return false;
+    return true;
+}
+
+static int check_tag(const struct run_options *o, const char *tag)
+{
+    size_t len = strlen(tag);
+    const char *comma = strchr(tag, ',');
+    if (comma)
+        return err(-EINVAL, "--share: \"%.50s\" is no attribute of shares; \"doppel help run\" lists them", comma + 1);
+    if (!len || len > VM_SHARE_TAG_MAX)
+        return err(-EINVAL, "--share: a tag, by which the guest mounts the folder, has 1 to %d characters; write --share FOLDER:TAG", VM_SHARE_TAG_MAX);
+    for (unsigned i = 0; i < o->shares; i++)
+        if (!strcmp(o->share[i].tag, tag))
+            return err(-EINVAL, "--share: two folders have the tag %s; give each its own", tag);
+    return 0;
+}
+
+/* From the right, since colons and commas may be part of the folder's name. */
+static int set_share(void *target, const char *value)
+{
+    struct run_options *o = target;
+    char *p, *name = (char *)value;                                /* a word of argv: ours to cut */
+    if (o->shares == VM_SHARES_MAX)
+        return err(-EINVAL, "--share %.200s: too many; a guest has up to %d shared folders", value, VM_SHARES_MAX);
+    struct vm_share *s = &o->share[o->shares];
+    *s = (struct vm_share){.path = value};
+    while ((p = strrchr(name, ',')) && share_attribute(s, p + 1))
+        *p = '\0';
+    p = strrchr(name, ':');
+    if (!p || p == name)
+        return err(-EINVAL, "--share %.200s: not a folder and a tag; write for example --share /home/me/work:work", value);
+    *p = '\0';
+    s->tag = p + 1;
+    int r = check_tag(o, s->tag);
+    o->shares += r == 0;
+    return r;
+}
+
 static int set_net(void *target, const char *value)
 {
     return net_option(&((struct run_options *)target)->net, (char *)value); /* a word of argv: ours to cut */
@@ -391,6 +440,11 @@ const struct option run_option_table[] = {
      "is not there, and is there the next time; on-full=pause|error, what happens when the host has "
      "no room for what the guest writes: the guest is paused until \"resume\" at the monitor prompt (the default), or "
      "sees an I/O error; io=uring|threads, how the host's file is accessed (the default is io_uring where the host permits it).", true, set_disk},
+    {"share", "FOLDER:TAG[,ATTRIBUTE...]",
+     "Shares a folder of this host with the guest, which mounts it by its tag: mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144 TAG /mnt (Debian's "
+     "standard kernel has 9p, its cloud kernel has not). Up to 4 times. The guest does there what you may do on this host, and reaches nothing outside: links are its own "
+     "affair, and devices, FIFOs and sockets of the host are names only. Attributes: ro, nothing can be changed; owner=root|host, whose your files seem to be: the "
+     "guest's root's (the default), or of the numbers that they have here.", true, set_share},
     {"net", "user|tap=NAME|fd=N|passt=SOCKET|none[,...]",
      "A network card and where it is connected; the next one gives the guest another card, up to 8. user (the default without --net): a network of "
      "the guest's own, which reaches what the user of doppel reaches, by doppel's own sockets and without privileges; DHCP gives the guest "

@@ -16,6 +16,8 @@ struct run_options {
     const char *firmware, *kernel, *initrd, *append;               /* NULL: not given */
     struct vm_disk disk[VM_DISKS_MAX];
     unsigned disks;
+    struct vm_share share[VM_SHARES_MAX];
+    unsigned shares;
     struct net_options net;
     const char *capture;                                           /* NULL: none */
     enum console_kind console;

@@ -50,6 +50,7 @@
 #include "dev/pvpanic.h"
 #include "dev/rst_cnt.h"
 #include "dev/vga_mem.h"
+#include "dev/virtio_9p.h"
 #include "dev/virtio_blk.h"
 #include "dev/virtio_console.h"
 #include "dev/virtio_net.h"
@@ -84,8 +85,9 @@ static const u8 pci_isa[4] = { 10, 11, 10, 11 };                   /* the same o
 #define ELCR 0x0e00                                                /* IRQ 9, 10, 11 are level-triggered */
 
 enum { SLOT_HOST = 0, SLOT_CONSOLE = 1, SLOT_RNG = 2, SLOT_DISK = 3, SLOT_NET = 20, SLOT_VSOCK = 30 };
+static const u8 slot_share[VM_SHARES_MAX] = { 19, 28, 29, 31 };
 
-#define DEVICES_MAX (32 + VM_DISKS_MAX + VM_NETS_MAX + VM_VCPUS_MAX)
+#define DEVICES_MAX (32 + VM_DISKS_MAX + VM_NETS_MAX + VM_SHARES_MAX + VM_VCPUS_MAX)
 
 struct board {
     struct machine *m;
@@ -427,6 +429,19 @@ static int build_disk(struct board *b, unsigned i)
     return r < 0 ? r : attach_virtio(b, SLOT_DISK + i, b->disk[i].virtio);
 }
 
+static int build_share(struct board *b, unsigned i)
+{
+    const struct vm_share *share = &b->config->share[i];
+    struct p9_config config = { .path = share->path, .readonly = share->readonly, .owners = share->owners };
+    struct virtio_9p *dev;
+    struct p9 *server;
+    int r = p9_open(&config, &server);
+
+    if (r == 0)
+        r = virtio_9p_new(&b->ram, b->config->log, server, share->tag, &dev);
+    return r < 0 ? r : attach_virtio(b, slot_share[i], dev);
+}
+
 static int build_virtio(struct board *b)
 {
     const struct vm_config *c = b->config;
@@ -439,6 +454,8 @@ static int build_virtio(struct board *b)
         r = attach_virtio(b, SLOT_RNG, rng);
     for (unsigned i = 0; r == 0 && i < c->disks; i++)
         r = build_disk(b, i);
+    for (unsigned i = 0; r == 0 && i < c->shares; i++)
+        r = build_share(b, i);
     if (r == 0)
         r = build_vsock(b);
     return r < 0 ? r : build_nics(b);

@@ -283,7 +283,7 @@ int vm_new(const struct vm_config *config, struct vm **out)
     struct vm *vm;
     int r;
 
-    bug_on(config->vcpus < 1 || config->vcpus > VM_VCPUS_MAX || config->disks > VM_DISKS_MAX);
+    bug_on(config->vcpus < 1 || config->vcpus > VM_VCPUS_MAX || config->disks > VM_DISKS_MAX || config->shares > VM_SHARES_MAX);
     vm = aligned_alloc(64, ALIGN_UP(sizeof *vm, 64));
     if (!vm)
         return err(-ENOMEM, "out of memory");

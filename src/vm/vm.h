@@ -33,6 +33,14 @@ struct vm_disk {
     bool full_is_error;                                            /* no room on the host is an I/O error; else the machine is paused */
 };
 
+/* A folder of the host, shared with the guest. */
+struct vm_share {
+    const char *path;
+    const char *tag;                                               /* by which the guest mounts it: 1 to VM_SHARE_TAG_MAX bytes */
+    bool readonly;
+    bool owners;                                                   /* 9p.h */
+};
+
 enum vm_net_kind { VM_NET_USER, VM_NET_TAP, VM_NET_FD, VM_NET_PASST };
 
 /* A network card and where it is connected. */
@@ -85,6 +93,8 @@ struct vm_config {
     const char *kernel, *initrd, *cmdline;                         /* initrd and cmdline may be NULL */
     const struct vm_disk *disk;
     unsigned disks;                                                /* up to VM_DISKS_MAX */
+    const struct vm_share *share;
+    unsigned shares;                                               /* up to VM_SHARES_MAX */
     const struct vm_net *net;
     unsigned nets;                                                 /* up to VM_NETS_MAX */
     const struct net_publish *publish;                             /* ports of the first user network */
@@ -115,6 +125,8 @@ struct vm_config {
 #define VM_VCPUS_MAX 64
 #define VM_DISKS_MAX 16
 #define VM_NETS_MAX 8
+#define VM_SHARES_MAX 4
+#define VM_SHARE_TAG_MAX 36
 #define VM_MEMORY_MIN (4 * MiB)
 #define VM_MEMORY_MAX (1024 * GiB)
 
