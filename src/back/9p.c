@@ -468,14 +468,16 @@ static const struct op {
     int (*fn)(struct p9_call *c);
     bool writes;                                                   /* refused where the folder is read-only */
 } ops[TYPES] = {
-    [TSTATFS] = { p9_op_statfs }, [TLOPEN] = { p9_op_lopen }, [TLCREATE] = { p9_op_lcreate, true }, [TSYMLINK] = { p9_op_symlink, true },
-    [TMKNOD] = { p9_op_mknod, true }, [TRENAME] = { p9_op_rename, true }, [TREADLINK] = { p9_op_readlink }, [TGETATTR] = { p9_op_getattr },
-    [TSETATTR] = { p9_op_setattr, true }, [TXATTRWALK] = { p9_op_xattrwalk }, [TXATTRCREATE] = { p9_op_xattrcreate, true },
-    [TREADDIR] = { p9_op_readdir }, [TFSYNC] = { p9_op_fsync }, [TLOCK] = { p9_op_lock }, [TGETLOCK] = { p9_op_getlock },
-    [TLINK] = { p9_op_link, true }, [TMKDIR] = { p9_op_mkdir, true }, [TRENAMEAT] = { p9_op_renameat, true },
-    [TUNLINKAT] = { p9_op_unlinkat, true }, [TVERSION] = { op_version }, [TAUTH] = { op_auth }, [TATTACH] = { p9_op_attach },
-    [TFLUSH] = { op_flush }, [TWALK] = { p9_op_walk }, [TREAD] = { p9_op_read }, [TWRITE] = { p9_op_write }, [TCLUNK] = { op_clunk },
-    [TREMOVE] = { p9_op_remove, true },
+    [TSTATFS] = { p9_op_statfs, false }, [TLOPEN] = { p9_op_lopen, false }, [TLCREATE] = { p9_op_lcreate, true },
+    [TSYMLINK] = { p9_op_symlink, true }, [TMKNOD] = { p9_op_mknod, true }, [TRENAME] = { p9_op_rename, true },
+    [TREADLINK] = { p9_op_readlink, false }, [TGETATTR] = { p9_op_getattr, false }, [TSETATTR] = { p9_op_setattr, true },
+    [TXATTRWALK] = { p9_op_xattrwalk, false }, [TXATTRCREATE] = { p9_op_xattrcreate, true },
+    [TREADDIR] = { p9_op_readdir, false }, [TFSYNC] = { p9_op_fsync, false }, [TLOCK] = { p9_op_lock, false },
+    [TGETLOCK] = { p9_op_getlock, false }, [TLINK] = { p9_op_link, true }, [TMKDIR] = { p9_op_mkdir, true },
+    [TRENAMEAT] = { p9_op_renameat, true }, [TUNLINKAT] = { p9_op_unlinkat, true }, [TVERSION] = { op_version, false },
+    [TAUTH] = { op_auth, false }, [TATTACH] = { p9_op_attach, false }, [TFLUSH] = { op_flush, false },
+    [TWALK] = { p9_op_walk, false }, [TREAD] = { p9_op_read, false }, [TWRITE] = { p9_op_write, false },
+    [TCLUNK] = { op_clunk, false }, [TREMOVE] = { p9_op_remove, true },
 };
 
 struct head {
