@@ -563,6 +563,12 @@ struct clock *vm_clock(struct vm *vm)
     return vm->clock;
 }
 
+void vm_info_disks(struct vm *vm UNUSED, FILE *f) { fputs("disk 0: fake\n", f); }
+
+int vm_resize_disk(struct vm *vm UNUSED, unsigned n, u64 size UNUSED) { return n ? err(-ENOENT, "there is no disk %u", n) : 0; }
+
+int vm_set_link(struct vm *vm UNUSED, unsigned n, bool up UNUSED) { return n ? err(-ENOENT, "there is no network card %u", n) : 0; }
+
 void vm_info(struct vm *vm, FILE *f)
 {
     fprintf(f, "state: %s\npresses %u resets %u\n", vm_state_name(vm->state), vm->presses, vm->resets);

@@ -833,6 +833,14 @@ static void monitor_prompt(void **state UNUSED)
     expect(0, "no such form");
     type("trace bogus\r");
     expect(0, "\"bogus\"");
+    type("resize x\r");
+    expect(0, "say resize DISK");
+    type("resize 1\r");
+    expect(0, "there is no disk 1");
+    type("link 0 sideways\r");
+    expect(0, "say link N up");
+    type("link 1 down\r");
+    expect(0, "there is no network card 1");
     type("reset\r");
     expect(0, "reset; running");
     assert_null(memmem(child.text[0], child.len[0], "<reset>", 7)); /* the guest's output waits */
