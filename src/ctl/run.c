@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include "ctl/console.h"
+#include "ctl/detach.h"
 #include "ctl/engine_choice.h"
 #include "ctl/gdb.h"
 #include "ctl/run_state.h"
@@ -421,7 +422,7 @@ static int prepare(struct run *run)
     if (r < 0)
         run->options.status_file = NULL;                           /* told once is enough */
     if (r == 0)
-        r = run_ways_claim(run);
+        r = run_ways_claim(run);                                   /* with --detach it has a name already */
     const struct engine *engine = r == 0 ? choose_engine(run) : NULL;
     if (r == 0)
         r = find_guest(run);
@@ -554,6 +555,17 @@ static int write_status(const struct run *run, const struct status *s)
     return s->status ? s->status : EXIT_HOST_ERROR;
 }
 
+/* -1: this is the process that is to run the guest. */
+static int run_detached(struct run *run)
+{
+    if (!run->options.detach)
+        return -1;
+    if (run_ways_claim(run) == 0)
+        return detach(run);
+    message_error("%s", err_last());
+    return EXIT_HOST_ERROR;
+}
+
 static int run_guest(struct run *run)
 {
     struct status s;
@@ -594,7 +606,9 @@ int run_main(int argc, char **argv)
         status = usage_error(&s);
         write_status(run, &s);
     } else {
-        status = run_guest(run);
+        status = run_detached(run);
+        if (status < 0)
+            status = run_guest(run);
     }
     free(run);
     return status;

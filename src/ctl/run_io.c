@@ -3,6 +3,7 @@
  *
  *   a shell:               COM1 <-> console (Ctrl-A, prompt) <-> standard input and output
  *   --console FILE, unix:  COM1 <-> that; standard input is not read
+ *   --detach:              COM1 -> the tail in memory, or what --console says
  *   a command:             ports <-> standard input, output, error, each on its own; COM1 -> the tail in memory, or
  *   what --console and --verbose say with a terminal:       ports <-> console <-> terminal, and a pseudo-terminal in
  *   the guest
@@ -76,10 +77,10 @@ static int open_serial(struct run *run, const struct console_ops *ops)
     case CONSOLE_STDIO: case CONSOLE_DEFAULT:
         break;
     }
-    if (!o->command) {
+    if (!o->command && !o->detach) {
         r = open_console(run, ops);
         run->serial = run->console;
-    } else if (o->verbose) {
+    } else if (o->verbose && !o->detach) {
         r = chardev_fd_new(run->loop, -1, STDERR_FILENO, "the guest's serial line", NULL, &run->serial_file);
         run->serial = run->serial_file;
     } else {

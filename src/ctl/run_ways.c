@@ -14,19 +14,21 @@
 #include "ctl/control.h"
 #include "ctl/run_state.h"
 
+static bool named(const struct run *run)
+{
+    return run->instance.base[0];
+}
+
 int run_ways_claim(struct run *run)
 {
     const struct run_options *o = &run->options;
+    if (named(run))
+        return 0;
     int r = instance_claim(&run->instance, o->name);
     if (r == 0 || o->name || o->detach)
         return r;
     message(&run->messages, LOG_WARN, "%s; so the VM has no name, and no control socket", err_last());
     return 0;
-}
-
-static bool named(const struct run *run)
-{
-    return run->instance.base[0];
 }
 
 /* A path in the VM's directory: through its descriptor where it would be too long for a socket's address. */
