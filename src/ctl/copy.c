@@ -16,6 +16,7 @@
 #include "ctl/exec.h"
 #include "ctl/message.h"
 #include "ctl/run.h"
+#include "ctl/run_state.h"
 
 #define WAIT_MS 30000
 
@@ -129,6 +130,7 @@ int cp_main(int argc, char **argv)
 {
     bool recursive = false;
     char **rest;
+    run_reserve_streams();
     int words, r = options_parse_words(cp_option_table, cp_option_rows, &recursive, argc, argv, &words, &rest);
     if (r == 0 && (words != 2 || rest))
         r = err(-EINVAL, "write SRC NAME:DST, or NAME:SRC DST");

@@ -21,6 +21,7 @@
 #include "ctl/agent.h"
 #include "ctl/message.h"
 #include "ctl/run.h"
+#include "ctl/run_state.h"
 #include "ctl/terminal.h"
 
 #define WAIT_SECONDS 30                                            /* for the agent of a guest that boots */
@@ -36,6 +37,7 @@ struct exec_options {
 struct exec {
     struct exec_options options;
     const char *name;
+    u32 closed_streams;                                            /* as run_reserve_streams() */
     int conn, signals;
     bool in_ended, in_closed;                                      /* we have read all; the command reads no more */
     u32 window;                                                    /* bytes of input that the agent will take */
@@ -118,10 +120,9 @@ static size_t compose(const struct exec *e, const struct msg_run *run, const cha
     return *term ? add_string(buf, at, size, term) : at;
 }
 
-static bool is_open(int fd)
+static bool is_open(const struct exec *e, int fd)
 {
-    struct pollfd p = {.fd = fd};
-    return poll(&p, 1, 0) < 0 || !(p.revents & POLLNVAL);
+    return !(e->closed_streams & 1u << fd);
 }
 
 static int request(struct exec *e)
@@ -133,8 +134,8 @@ static int request(struct exec *e)
         if (terminal_size(STDOUT_FILENO, &run.cols, &run.rows) && kind && strlen(kind) < 64)
             snprintf(term, sizeof(term), "TERM=%s", kind);
     } else {
-        run.flags |= (is_open(STDIN_FILENO) ? 0 : RUN_STDIN_CLOSED) | (is_open(STDOUT_FILENO) ? 0 : RUN_STDOUT_CLOSED) |
-                     (is_open(STDERR_FILENO) ? 0 : RUN_STDERR_CLOSED);
+        run.flags |= (is_open(e, STDIN_FILENO) ? 0 : RUN_STDIN_CLOSED) | (is_open(e, STDOUT_FILENO) ? 0 : RUN_STDOUT_CLOSED) |
+                     (is_open(e, STDERR_FILENO) ? 0 : RUN_STDERR_CLOSED);
     }
     while (e->options.command[run.argc])
         run.argc++;
@@ -339,7 +340,7 @@ static int run_exec(struct exec *e)
         return r;
     pid_t foreground = isatty(STDIN_FILENO) ? tcgetpgrp(STDIN_FILENO) : -1;
     e->background = foreground >= 0 && foreground != getpgrp();
-    if (e->background || !is_open(STDIN_FILENO)) {
+    if (e->background || !is_open(e, STDIN_FILENO)) {
         e->in_ended = true;
         tell(e, AGENT_STDIN_EOF, NULL, 0);
     }
@@ -368,13 +369,14 @@ static int parse_exec(struct exec *e, int argc, char **argv)
 
 int exec_main(int argc, char **argv)
 {
+    u32 closed = run_reserve_streams();
     struct exec *e = calloc(1, sizeof(*e));
     int status = EXIT_HOST_ERROR;
     if (!e) {
         message_error("no memory");
         return status;
     }
-    *e = (struct exec){.conn = -1, .signals = -1, .window = AGENT_WINDOW, .out = -1, .status = -1, .options = {.wait_seconds = WAIT_SECONDS}};
+    *e = (struct exec){.closed_streams = closed, .conn = -1, .signals = -1, .window = AGENT_WINDOW, .out = -1, .status = -1, .options = {.wait_seconds = WAIT_SECONDS}};
     if (parse_exec(e, argc, argv) < 0) {
         message_error("exec: %s; \"doppel help exec\" explains", err_last());
         status = EXIT_USAGE;

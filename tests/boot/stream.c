@@ -1,0 +1,176 @@
+/*
+ * For tests of vsock, on the host and in guests: joins standard input and output to a connection, and times round trips.
+ *
+ *   stream listen PORT | call CID PORT           AF_VSOCK, in a guest
+ *   stream unix-listen PATH | unix PATH [PORT]   a Unix socket; with PORT the handshake of doppel's vsock
+ *   stream ... echo                              gives back what comes, until its end (listeners go on with the next one)
+ *   stream ... ping COUNT BYTES                  so many round trips; prints the microseconds of one
+ *   stream ... pour BYTES | drink                sends so many bytes, reads to the end; prints MiB a second
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <linux/vm_sockets.h>
+
+static char buf[65536];
+
+static void die(const char *what)
+{
+    fprintf(stderr, "stream: %s: %s\n", what, strerror(errno));
+    exit(1);
+}
+
+static double now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + t.tv_nsec / 1e9;
+}
+
+static void put(int fd, const char *p, size_t len)
+{
+    while (len) {
+        ssize_t n = write(fd, p, len);
+        if (n < 0)
+            die("write");
+        p += n;
+        len -= n;
+    }
+}
+
+static int socket_at(const char *kind, char **argv, int *used)
+{
+    struct sockaddr_un u = { .sun_family = AF_UNIX };
+    struct sockaddr_vm v = { .svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_ANY };
+    int is_unix = !strncmp(kind, "unix", 4), listens = strstr(kind, "listen") != NULL;
+    struct sockaddr *a = is_unix ? (struct sockaddr *)&u : (struct sockaddr *)&v;
+    socklen_t len = is_unix ? sizeof u : sizeof v;
+    int fd = socket(a->sa_family, SOCK_STREAM, 0);
+
+    *used = 1;
+    if (is_unix) {
+        snprintf(u.sun_path, sizeof u.sun_path, "%s", argv[0]);
+    } else if (listens) {
+        v.svm_port = atoi(argv[0]);
+    } else {
+        v.svm_cid = atoi(argv[0]);
+        v.svm_port = atoi(argv[1]);
+        *used = 2;
+    }
+    if (fd < 0 || (listens ? bind(fd, a, len) || listen(fd, 64) : connect(fd, a, len)))
+        die(kind);
+    if (is_unix && !listens && argv[1] && argv[1][0] >= '0' && argv[1][0] <= '9') {
+        dprintf(fd, "CONNECT %s\n", argv[1]);
+        *used = 2;
+        for (char c = 0; c != '\n';)
+            if (read(fd, &c, 1) != 1)
+                die("refused");
+    }
+    return fd;
+}
+
+static void echo(int fd)
+{
+    ssize_t n;
+    while ((n = read(fd, buf, sizeof buf)) > 0)
+        put(fd, buf, n);
+    close(fd);
+}
+
+static void ping(int fd, int count, size_t bytes)
+{
+    double t = now();
+    for (int i = 0; i < count; i++) {
+        put(fd, buf, bytes);
+        for (size_t done = 0; done < bytes;) {
+            ssize_t n = read(fd, buf, bytes - done);
+            if (n <= 0)
+                die("ping");
+            done += n;
+        }
+    }
+    printf("%.1f\n", (now() - t) / count * 1e6);
+}
+
+static void pour(int fd, unsigned long long bytes)
+{
+    double t = now();
+    for (unsigned long long left = bytes; left;) {
+        size_t n = left < sizeof buf ? left : sizeof buf;
+        put(fd, buf, n);
+        left -= n;
+    }
+    shutdown(fd, SHUT_WR);
+    while (read(fd, buf, sizeof buf) > 0)
+        ;
+    printf("%.1f\n", bytes / 1048576.0 / (now() - t));
+}
+
+static void drink(int fd)
+{
+    double t = 0;
+    unsigned long long sum = 0;
+    ssize_t n;
+    while ((n = read(fd, buf, sizeof buf)) > 0) {
+        t = t ? t : now();
+        sum += n;
+    }
+    printf("%llu %.1f\n", sum, sum / 1048576.0 / (now() - t));
+}
+
+/* A process for each direction: neither waits for the other. */
+static void join(int fd)
+{
+    ssize_t n;
+    if (fork() == 0) {
+        while ((n = read(0, buf, sizeof buf)) > 0)
+            put(fd, buf, n);
+        shutdown(fd, SHUT_WR);
+        exit(n < 0);
+    }
+    while ((n = read(fd, buf, sizeof buf)) > 0)
+        put(1, buf, n);
+    if (n < 0)
+        die("read");
+    wait(NULL);
+}
+
+int main(int argc, char **argv)
+{
+    int used, fd, listens;
+
+    signal(SIGPIPE, SIG_IGN);
+    if (argc < 3)
+        return 64;
+    listens = strstr(argv[1], "listen") != NULL;
+    fd = socket_at(argv[1], argv + 2, &used);
+    argv += 2 + used;
+    do {
+        int c = listens ? accept(fd, NULL, NULL) : fd;
+        if (c < 0)
+            die("accept");
+        if (*argv && !strcmp(*argv, "echo")) {
+            echo(c);
+            continue;
+        }
+        if (!*argv)
+            join(c);
+        else if (!strcmp(*argv, "ping"))
+            ping(c, atoi(argv[1]), atoi(argv[2]));
+        else if (!strcmp(*argv, "pour"))
+            pour(c, strtoull(argv[1], NULL, 10));
+        else
+            drink(c);
+        break;
+    } while (listens);
+    return 0;
+}
