@@ -378,6 +378,8 @@ static void test_too_large(void **state UNUSED)
     give(0, 1, 4);                                                 /* not even the header */
     give(0, 1, 1000);
     fake_inject(fake, NULL, NET_ANY_QUEUE, f, frame_to(f, mac, 100));
+    for (unsigned i = 0; i < 100000 && virtio_net_counts(nic).frames.received < 3; i++)
+        usleep(100);
     vdev_set_status(&d, 0);
     start(MERGE);
     give(0, N, 100);

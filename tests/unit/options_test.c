@@ -109,6 +109,43 @@ static void all_options(void **state UNUSED)
     assert_true(o.no_reboot && o.verbose);
 }
 
+static void networks(void **state UNUSED)
+{
+    struct run_options o;
+    accepts(&o, "");
+    assert_int_equal(o.net.nets, 1);
+    assert_int_equal(o.net.net[0].kind, VM_NET_USER);
+    assert_false(net_options_wait(&o.net));
+    accepts(&o, "--net none");
+    assert_int_equal(o.net.nets, 0);
+    accepts(&o, "--net user,restrict,mac=02:00:00:aB:cd:ef,mtu=9000,queues=2 --net tap=t0 --net fd=3:4 --net passt=/x");
+    assert_int_equal(o.net.nets, 4);
+    assert_true(o.net.net[0].restricted && o.net.net[0].has_mac && o.net.net[0].mac[3] == 0xab);
+    assert_int_equal(o.net.net[0].mtu, 9000);
+    assert_int_equal(o.net.net[0].queues, 2);
+    assert_string_equal(o.net.net[1].name, "t0");
+    assert_true(o.net.net[2].fds == 2 && o.net.net[2].fd[1] == 4);
+    assert_string_equal(o.net.net[3].name, "/x");
+    assert_true(net_options_wait(&o.net));
+    accepts(&o, "--net tap=t0");
+    assert_false(net_options_wait(&o.net));
+    accepts(&o, "--publish 8080:80 --publish 0.0.0.0:1:2/udp --publish [::1]:65535:1/tcp");
+    assert_int_equal(o.net.publishes, 3);
+    assert_true(o.net.publish[0].host == 8080 && o.net.publish[0].guest == 80 && o.net.publish[0].addr4.s_addr == htonl(0x7f000001));
+    assert_true(o.net.publish[1].udp && !o.net.publish[1].addr4.s_addr);
+    assert_true(o.net.publish[2].v6 && o.net.publish[2].addr6.s6_addr[15] == 1 && o.net.publish[2].host == 65535);
+    assert_true(net_options_wait(&o.net));
+    static const char *const bad[] = {
+        "--net users", "--net user,mac=1", "--net user,mac=01:00:00:00:00:00", "--net user,mac=02:00:00:00:00:00:", "--net user,mac", "--net user,mtu=67",
+        "--net user,mtu=65521", "--net user,queues=0", "--net user,queues=9", "--net tap=", "--net passt=", "--net fd=", "--net fd=x", "--net fd=-1", "--net ,",
+        "--net user,restrict=1", "--net tap=t,restrict", "--net user --net none", "--net none --net user", "--publish 80", "--publish 0:80",
+        "--publish 80:65536", "--publish 80:80/sctp", "--publish x:80:80", "--publish ::1:80:80", "--publish :80:80", "--publish []:80:80", "--publish 80:80 --net none",
+        "--publish 80:80 --net tap=t", "--capture f --net none", "--publish 99999999999999999999:1",
+    };
+    for (unsigned i = 0; i < ARRAY_SIZE(bad); i++)
+        rejects(bad[i], bad[i][2] == 'p' ? "--publish" : bad[i][2] == 'c' ? "--capture" : "--net");
+}
+
 static void disks(void **state UNUSED)
 {
     struct run_options o;
@@ -298,7 +335,7 @@ int main(void)
         cmocka_unit_test(sizes), cmocka_unit_test(defaults), cmocka_unit_test(all_options),
         cmocka_unit_test(too_many_disks), cmocka_unit_test(consoles), cmocka_unit_test(traces), cmocka_unit_test(statistics), cmocka_unit_test(profiles), cmocka_unit_test(checks),
         cmocka_unit_test(commands), cmocka_unit_test(wrong_values), cmocka_unit_test(unknown_options),
-        cmocka_unit_test(long_words), cmocka_unit_test(disks),
+        cmocka_unit_test(long_words), cmocka_unit_test(disks), cmocka_unit_test(networks),
     };
     return cmocka_run_group_tests_name("options", tests, NULL, NULL);
 }
