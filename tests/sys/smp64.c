@@ -367,6 +367,23 @@ static void signals(void)
     eq("interrupts", ap_irqs, 1);
 }
 
+/* PAUSE is all that a processor does for a while: an emulator may do something else meanwhile, of which nothing is to be seen. */
+static void pauses(void)
+{
+    ulong carried, rcx = 0x1122334455667788, r14 = 0x99aabbccddeeff00, r15 = ~0ul, flags;
+
+    test("smp: 3000 PAUSEs change no register and no flag");
+    asm volatile("movq %3, %%r14; movq %4, %%r15; xorl %%eax, %%eax; movl $3000, %%edx\n"
+                 "1: stc; pause; adcq $0, %%rax; stc; pause; decl %%edx; jnz 1b\n"
+                 "pushfq; popq %1; movq %%r14, %3; movq %%r15, %4"
+                 : "=&a"(carried), "=&r"(flags), "+c"(rcx), "+r"(r14), "+r"(r15)::"rdx", "r14", "r15", "cc");
+    eq("carries", carried, 3000);
+    eq("flags", flags & (F_CF | F_PF | F_ZF | F_SF | F_OF), F_CF | F_PF | F_ZF);
+    eq("RCX", rcx, 0x1122334455667788);
+    eq("R14", r14, 0x99aabbccddeeff00);
+    eq("R15", r15, ~0ul);
+}
+
 int main(void)
 {
     apic_map();
@@ -376,5 +393,6 @@ int main(void)
     order();
     cross();
     signals();
+    pauses();
     done();
 }

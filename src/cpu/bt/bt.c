@@ -493,6 +493,7 @@ static void constants(struct icpu *c, struct bt *t)
     c->bt.mask_jump = JUMP_MASK;
     c->bt.mask_target = BT_TARGETS - 1;
     c->bt.mask_return = RETURN_MASK;
+    c->bt.pauses = BT_PAUSES;
     c->bt.mask_page = PAGE_MASK;
     c->bt.mask_tlb = (u64)(TLB_SIZE - 1) << PAGE_SHIFT;
     c->bt.mask_entry = (u64)(TLB_SIZE - 1) << 5;

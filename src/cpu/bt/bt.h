@@ -37,6 +37,7 @@
 #define BT_RETURN_HASH 32768u
 #define BT_WAYS (2 * BT_TBS)
 #define BT_PLANTS 4u
+#define BT_PAUSES 256u                                             /* about 10 us */
 #define BT_RUNS 6                                                  /* interpreted so often before it is translated */
 
 enum { KEY_SHADOW = 4 };                                           /* key: enum tlb_view_id, and this */

@@ -1,6 +1,11 @@
 /*
  * Integer instructions that are neither plain (emit_int.c) nor a family's: copied by tr_recoded(), or a few instructions of another kind.
  */
+#define _GNU_SOURCE
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "cpu/bt/codepage.h"
 #include "cpu/bt/tr.h"
 #include "cpu/interp/ops.h"
 
@@ -43,6 +48,43 @@ static bool flush_line(struct tr *t, const struct op *op)
 static void put_rorx(struct emit *e, unsigned reg, unsigned by)
 {
     PUT(e, 0xc4, (reg & 8 ? 0x43 : 0xe3), 0x7b, 0xf0, 0xc0 | (reg & 7) << 3 | (reg & 7), by);
+}
+
+static int let_others_run(struct icpu *c, const struct op *op)
+{
+    (void)op;
+    c->bt.pauses = BT_PAUSES;
+    codepage_leave(c);
+    syscall(SYS_sched_yield);
+    codepage_enter(c);
+    return OP_NEXT;
+}
+
+/*
+ * Who spins waits for another vCPU, and if the host has fewer processors free than the guest has vCPUs, that one may wait for this processor: Linux spins for more
+ * than a millisecond before it halts. So after some PAUSEs the thread yields.
+ */
+static bool spin(struct tr *t, const struct op *op)
+{
+    struct emit *e = &t->e;
+    if (!copied(t, op))
+        return false;
+    t->kept = NO_REG;
+    op_gs(e, true, X_LOAD, S0, OFF(bt.pauses));
+    lea(e, S0, S0, -1);
+    op_gs(e, true, X_STORE, S0, OFF(bt.pauses));
+    put_swap_rcx(e, S0);
+    PUT(e, 0xe3, 0);                                               /* jrcxz, to where it yields */
+    u8 *zero = e->p;
+    put_swap_rcx(e, S0);
+    u8 *on = jump(e);
+    if (!e->overflow)
+        zero[-1] = (u8)(e->p - zero);
+    put_swap_rcx(e, S0);
+    tr_call_light(t, let_others_run);
+    if (!e->overflow)
+        aim(on, e->p);
+    return true;
 }
 
 /* CLD, STD: the guest's DF is bit 10 of icpu.flags only. It is rotated to the top, shifted out while its new value comes in, and rotated back. */
@@ -111,8 +153,10 @@ bool tr_misc(struct tr *t, const struct op *op)
     case ZYDIS_MNEMONIC_MOVBE: case ZYDIS_MNEMONIC_MOVNTI: case ZYDIS_MNEMONIC_CRC32: case ZYDIS_MNEMONIC_ADCX: case ZYDIS_MNEMONIC_ADOX:
     case ZYDIS_MNEMONIC_RDRAND: case ZYDIS_MNEMONIC_RDSEED:
     case ZYDIS_MNEMONIC_CMPXCHG8B: case ZYDIS_MNEMONIC_CMPXCHG16B:
-    case ZYDIS_MNEMONIC_PAUSE: case ZYDIS_MNEMONIC_LFENCE: case ZYDIS_MNEMONIC_SFENCE: case ZYDIS_MNEMONIC_MFENCE:
+    case ZYDIS_MNEMONIC_LFENCE: case ZYDIS_MNEMONIC_SFENCE: case ZYDIS_MNEMONIC_MFENCE:
         return copied(t, op);
+    case ZYDIS_MNEMONIC_PAUSE:
+        return spin(t, op);
     case ZYDIS_MNEMONIC_PREFETCH: case ZYDIS_MNEMONIC_PREFETCHNTA: case ZYDIS_MNEMONIC_PREFETCHT0: case ZYDIS_MNEMONIC_PREFETCHT1:
     case ZYDIS_MNEMONIC_PREFETCHT2: case ZYDIS_MNEMONIC_PREFETCHW: case ZYDIS_MNEMONIC_PREFETCHWT1:
         return prefetch(t, op);

@@ -133,6 +133,7 @@ struct icpu_bt {
     bool count;                    /* translated code counts the instructions that it completes in `insns`, which run() adds to vcpu.insns */
     u64 insns;
     u32 done;                      /* of the translation that was entered last, as far as it was completed before that: not counted in insns yet */
+    u64 pauses;                    /* so many PAUSEs until this thread lets others run: emit_misc.c */
     u64 tsc_bias;                  /* the guest's TSC less the host's */
     u8 without_if[256], without_ac[256]; /* bytes 1 and 2 of RFLAGS without those bits: emit_sys.c */
     struct check *check;           /* NULL: engines are not compared */
