@@ -12,7 +12,7 @@ endif
 CFLAGS  ?= -O2 -g
 override CFLAGS += -std=gnu17 -Wall -Wextra -Werror -fno-strict-aliasing -fno-common -pthread -Isrc \
 	-DDOPPEL_VERSION='"$(VERSION)"' $(SANITIZE)
-LDLIBS  := -lZydis -lZycore -lslirp -luring -lpthread
+LDLIBS  := -lZydis -lZycore -lslirp -luring -ljansson -lpthread
 SETUP   := scripts/setup
 # In parallel unless the user says how (-j on the command line wins).
 ifeq ($(MAKELEVEL),0)
@@ -98,7 +98,7 @@ guest-standard: | $(B)/setup-build
 	$(Q)guest/build --kernel standard $(B)/guest-standard
 
 # Process 1 of the guest and the agent, compiled: an installed doppel makes guests without a compiler.
-$(B)/init: guest/build guest/init.c guest/protocol.h | $(B)/setup-build
+$(B)/init: guest/build guest/init.c guest/root.c guest/root.h guest/protocol.h | $(B)/setup-build
 	$(Q)guest/build --compile-init $@
 $(B)/agent: guest/build agent/agent.c agent/protocol.h guest/protocol.h src/back/tree.c src/back/tree.h | $(B)/setup-build
 	$(Q)guest/build --compile-agent $@
@@ -171,7 +171,9 @@ install: all $(B)/init $(B)/agent
 	install -m 755 guest/build '$(SHARE)/doppel/guest-build'
 	install -m 755 $(B)/init '$(SHARE)/doppel/init'
 	install -m 755 $(B)/agent '$(SHARE)/doppel/agent'
-	install -m 644 agent/doppel-agent.service '$(SHARE)/doppel/doppel-agent.service'
+	install -m 755 image/build '$(SHARE)/doppel/image-build'
+	install -m 755 image/doppel-seed '$(SHARE)/doppel/doppel-seed'
+	install -m 644 agent/doppel-agent.service image/doppel-ssh-keys.service image/doppel-seed.service '$(SHARE)/doppel'
 
 clean:
 	rm -rf $(B)

@@ -6,6 +6,8 @@
  * the virtio console (protocol.h). It reaps orphans, obeys the power button and the signals of busybox's poweroff, halt
  * and reboot, and ends the machine in order: processes stopped, disks synced and unmounted.
  *
+ * With root=DEVICE it only loads the modules, and hands over to the system on that disk (root.h).
+ *
  * One thread, one poll() loop, nothing that blocks: every descriptor of a port or a pipe is non-blocking, so that a
  * stalled stream stalls only itself. Left out: services, users, getty. The network is left to a script (/etc/network).
  */
@@ -39,6 +41,7 @@
 #include <unistd.h>
 
 #include "protocol.h"
+#include "root.h"
 
 #define CHUNK 65536
 #define STOP_MS 2000                                               /* between SIGTERM and SIGKILL at shutdown */
@@ -191,6 +194,16 @@ static bool parameter(const char *name, char *value, size_t size)
             return true;
         }
     return false;
+}
+
+static bool has_word(const char *wanted)
+{
+    char line[65536], *save, *word;
+
+    read_line("/proc/cmdline", line, sizeof line);
+    for (word = strtok_r(line, " ", &save); word && strcmp(word, wanted);)
+        word = strtok_r(NULL, " ", &save);
+    return word;
 }
 
 static void load_modules(const char *list)
@@ -1102,7 +1115,7 @@ static void run(struct init *s)
 int main(void)
 {
     struct init *s = calloc(1, sizeof *s);
-    char rows[16] = "0", cols[16] = "0", mode[16] = "0";
+    char rows[16] = "0", cols[16] = "0", mode[16] = "0", root[256], program[256];
 
     if (getpid() != 1 || !s) {
         fprintf(stderr, "init: this is the first process of doppel's guest; not to be run otherwise\n");
@@ -1117,6 +1130,12 @@ int main(void)
     pump_init(&s->cmd.out[ERR], -1, -1);
     open_events(s);
     load_modules("/etc/modules");
+    if (parameter("root", root, sizeof root)) {
+        if (!parameter("init", program, sizeof program))
+            strcpy(program, "/sbin/init");
+        root_boot(root, has_word("rw"), program);
+        return 1;                                                  /* the kernel panics */
+    }
     name_host();
     find_console(s);
     if (parameter("doppel.rows", rows, sizeof rows) && parameter("doppel.cols", cols, sizeof cols))

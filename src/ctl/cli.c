@@ -10,6 +10,7 @@
 #include "ctl/doctor.h"
 #include "ctl/exec.h"
 #include "ctl/help.h"
+#include "ctl/image.h"
 #include "ctl/message.h"
 #include "ctl/options.h"
 #include "ctl/run.h"
@@ -30,6 +31,8 @@ static int help_main(int argc, char **argv);
 static const char *const run_text[] = {
     "Boots a guest and connects it to this terminal. Without --kernel that is the default guest: a Debian kernel with "
     "a small system, which gives a shell; \"poweroff\" there, or Ctrl-A X, ends it.",
+    "With the name of an IMAGE (doppel help image) that boots: a whole Debian, say, up to the login at its console. Its disk is the guest's first; what is "
+    "written there is forgotten when the run ends, or kept (--keep). Several VMs can run from one image.",
     "With a COMMAND the guest runs it instead of a shell. Standard input, output and error are doppel's own, separate "
     "and unchanged; the command has a terminal if doppel's input and output are one. doppel exits with the command's "
     "status (128+N after signal N) when the guest has shut down and its disks are flushed.",
@@ -61,6 +64,15 @@ static const char *const kill_text[] = {
 static const char *const rm_text[] = {
     "Ends the VM at once if it runs, as doppel kill --force does, and removes what it left in the directory of running VMs.", NULL,
 };
+static const char *const image_text[] = {
+    "build: makes a bootable Debian of its packages, as an ordinary user, with mmdebstrap and fakechroot: systemd, network by DHCP, a login at the serial "
+    "console (root, without password), the agent for doppel exec. NAME is debian if it is left out, SUITE that of this host.",
+    "import: copies FILE, a raw disk: one with a boot sector, which firmware boots (the package seabios), or a bare file system with Linux on it, "
+    "which the default guest's kernel boots.",
+    "list, info: what there is. rm: removes the image NAME, or of it the disk NAME:KEPT that doppel run NAME --keep KEPT kept.",
+    "Images are in $XDG_DATA_HOME/doppel/images, or ~/.local/share/doppel/images, or where DOPPEL_IMAGES says. One that was not finished leaves nothing.",
+    NULL,
+};
 static const char *const doctor_text[] = {
     "Shows what this host offers to doppel, which engine --engine auto takes and why, what is missing, and how to get "
     "it. It changes nothing, and always exits with 0.",
@@ -69,7 +81,7 @@ static const char *const doctor_text[] = {
 static const char *const help_text[] = {"Explains a command and its options; without one, lists the commands.", NULL};
 
 const struct command_row cli_commands[] = {
-    {"run", "[options] [-- COMMAND [ARG...]]", "boot a guest, to a shell or to run COMMAND", run_text,
+    {"run", "[IMAGE] [options] [-- COMMAND [ARG...]]", "boot an image to its login, or a small guest to a shell or to run COMMAND", run_text,
      run_option_table, &run_option_rows, run_main},
     {"exec", "NAME [options] -- COMMAND [ARG...]", "run a command in a VM that runs", exec_text, exec_option_table, &exec_option_rows,
      exec_main},
@@ -77,6 +89,8 @@ const struct command_row cli_commands[] = {
     {"ps", "", "list the VMs that run", ps_text, NULL, NULL, ps_main},
     {"kill", "[--force] NAME", "shut a VM down", kill_text, kill_option_table, &kill_option_rows, kill_main},
     {"rm", "NAME", "end a VM, and remove what it left", rm_text, NULL, NULL, rm_main},
+    {"image", "build debian[:SUITE] [NAME] | import FILE [NAME] | list | info NAME | rm NAME", "make, import, list and remove images of disks", image_text,
+     image_option_table, &image_option_rows, image_main},
     {"doctor", "", "what this host offers and lacks", doctor_text, NULL, NULL, doctor_main},
     {"help", "[COMMAND]", "explain a command", help_text, NULL, NULL, help_main},
 };

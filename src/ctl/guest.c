@@ -120,6 +120,15 @@ int guest_build_paths(char script[PATH_MAX], char dir[PATH_MAX])
     return 0;
 }
 
+int guest_program_path(char out[PATH_MAX], const char *name)
+{
+    char program[PATH_MAX];
+    int r = program_dir(program);
+    if (r < 0)
+        return r;
+    return join(out, program, name) ? 0 : err(-ENAMETOOLONG, "%s: the path is too long", program);
+}
+
 /* In the child: nothing to read, and what it says is not the guest's output. */
 static _Noreturn void run_script(const char *script, const char *dir, bool quiet)
 {

@@ -24,5 +24,7 @@ int guest_find(struct guest *g);
  */
 int guest_find_or_build(struct guest *g, bool quiet);
 
+/* A path seen from the folder that the program is in. 0 or a negative errno with err(). */
+int guest_program_path(char out[PATH_MAX], const char *name);
 /* For doctor: the script that would be run and where its result would go. 0, or -ENOENT with err(). */
 int guest_build_paths(char script[PATH_MAX], char dir[PATH_MAX]);

@@ -35,12 +35,14 @@ static const struct help_row file_rows[] = {
      "then."},
     {"guest/", "Beside the program, or in PREFIX/share/doppel: the default guest that came with it."},
     {"~/.cache/doppel", "(or $XDG_CACHE_HOME/doppel) Where the default guest is built if there is none."},
+    {"DOPPEL_IMAGES", "(environment) Where images are; else $XDG_DATA_HOME/doppel/images, or ~/.local/share/doppel/images."},
     {"TERM", "(environment) Passed on to the guest's shell, and to a COMMAND on a terminal."},
 };
 static const struct help_row example_rows[] = {
     {"doppel run", "A shell in the default guest."},
     {"doppel run -- sh -c 'uname -r; exit 3'", "Prints the guest's kernel version, exits with 3."},
     {"doppel run --cpus 2 --memory 1G --disk disk.img,readonly", "Two processors, and a disk that is only read."},
+    {"doppel image build debian; doppel run debian", "A Debian with systemd, from its packages to its login."},
     {"doppel run --kernel bzImage --initrd initrd.img --append 'console=ttyS0 quiet'", "A kernel of your own."},
     {"doppel run --console unix:/tmp/c & socat -,raw,echo=0 UNIX:/tmp/c",
      "A guest in the background, and its console."},

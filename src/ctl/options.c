@@ -186,7 +186,7 @@ static int option_take(const struct option *table, unsigned rows, void *target, 
     return r < 0 ? r : used;
 }
 
-static int parse(const struct option *table, unsigned rows, void *target, int argc, char **argv, int *words, char ***rest)
+static int parse(const struct option *table, unsigned rows, void *target, int argc, char **argv, bool letters, int *words, char ***rest)
 {
     bug_on(rows > OPTIONS_MAX);
     u64 given = 0;
@@ -200,7 +200,7 @@ static int parse(const struct option *table, unsigned rows, void *target, int ar
             argv[(*words)++] = argv[i++];
             continue;
         }
-        int used = option_take(table, rows, target, argc - i, argv + i, words != NULL, &given);
+        int used = option_take(table, rows, target, argc - i, argv + i, letters, &given);
         if (used < 0)
             return used;
         i += used;
@@ -210,14 +210,24 @@ static int parse(const struct option *table, unsigned rows, void *target, int ar
 
 int options_parse(const struct option *table, unsigned rows, void *target, int argc, char **argv, char ***rest)
 {
-    return parse(table, rows, target, argc, argv, NULL, rest);
+    return parse(table, rows, target, argc, argv, false, NULL, rest);
+}
+
+static int parse_words(const struct option *table, unsigned rows, void *target, int argc, char **argv, bool letters, int *words, char ***rest)
+{
+    *words = 0;
+    int r = parse(table, rows, target, argc, argv, letters, words, rest);
+    if (r == 0 && *words < argc)
+        argv[*words] = NULL;
+    return r;
 }
 
 int options_parse_words(const struct option *table, unsigned rows, void *target, int argc, char **argv, int *words, char ***rest)
 {
-    *words = 0;
-    int r = parse(table, rows, target, argc, argv, words, rest);
-    if (r == 0 && *words < argc)
-        argv[*words] = NULL;
-    return r;
+    return parse_words(table, rows, target, argc, argv, true, words, rest);
+}
+
+int options_parse_plain_words(const struct option *table, unsigned rows, void *target, int argc, char **argv, int *words, char ***rest)
+{
+    return parse_words(table, rows, target, argc, argv, false, words, rest);
 }

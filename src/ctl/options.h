@@ -39,6 +39,8 @@ int options_parse(const struct option *table, unsigned rows, void *target, int a
  */
 int options_parse_words(const struct option *table, unsigned rows, void *target, int argc, char **argv, int *words, char ***rest);
 
+int options_parse_plain_words(const struct option *table, unsigned rows, void *target, int argc, char **argv, int *words, char ***rest); /* without `-x` */
+
 /* The name among n that word was probably meant to be, or NULL. name(i) gives them. */
 const char *options_guess(const char *word, const char *(*name)(const void *table, unsigned i), const void *table,
                           unsigned n);

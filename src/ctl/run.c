@@ -301,7 +301,7 @@ static int make_cmdline(struct run *run)
 {
     const struct run_options *o = &run->options;
     bool own = !run->guest.dir[0];
-    int r = append(&run->cmdline, "%s", !own ? run->guest.cmdline : o->append ? "" : "console=ttyS0");
+    int r = append(&run->cmdline, "%s", run->image ? run->image->cmdline : !own ? run->guest.cmdline : o->append ? "" : "console=ttyS0");
     if (r == 0 && !own)
         r = append_for_init(run);
     if (r == 0 && o->append)
@@ -313,6 +313,8 @@ static int make_cmdline(struct run *run)
 static int find_guest(struct run *run)
 {
     const struct run_options *o = &run->options;
+    if (o->image)
+        return run_image_open(run);
     return (o->kernel || o->firmware) && !o->command ? 0 : guest_find_or_build(&run->guest, o->quiet);
 }
 
@@ -363,15 +365,34 @@ static int next_engine(struct run *run, struct vm_config *config)
     return r;
 }
 
+static const char *or_null(const char *s)
+{
+    return *s ? s : NULL;
+}
+
+/* What is loaded: of the image, named on the command line, or the default guest's. */
+static void choose_boot(const struct run *run, struct vm_config *config)
+{
+    const struct run_options *o = &run->options;
+    bool guest = !o->kernel && !o->firmware;
+    config->cmdline = run->cmdline;
+    if (run->image) {
+        config->kernel = or_null(run->image->kernel);
+        config->initrd = or_null(run->image->initrd);
+        config->firmware = or_null(run->image->firmware);
+        return;
+    }
+    config->kernel = guest ? run->guest.kernel : o->kernel;
+    config->initrd = o->initrd || !guest ? o->initrd : run->guest.initrd;
+    config->firmware = o->firmware;
+}
+
 static int open_vm(struct run *run, const struct engine *engine)
 {
     const struct run_options *o = &run->options;
     struct vm_config config = {
         .engine = engine, .vcpus = o->cpus, .memory_bytes = o->memory_bytes,
-        .kernel = o->kernel ? o->kernel : o->firmware ? NULL : run->guest.kernel,
-        .firmware = o->firmware, .cpuid = o->cpuid,
-        .initrd = o->initrd ? o->initrd : o->kernel || o->firmware ? NULL : run->guest.initrd,
-        .cmdline = run->cmdline, .disk = o->disk, .disks = o->disks, .share = o->share, .shares = o->shares, .serial = run->serial,
+        .cpuid = o->cpuid, .disk = o->disk, .disks = o->disks, .share = o->share, .shares = o->shares, .serial = run->serial,
         .net = o->net.net, .nets = o->net.nets, .publish = o->net.publish, .publishes = o->net.publishes, .capture = o->capture,
         .vsock = run->vsock, .virtio_modern = o->virtio_modern, .virtio_split = o->virtio_split, .debug_exit = o->debug_exit, .start_paused = o->gdb_wait,
         .no_reboot = o->no_reboot || o->command,                   /* a command is not run twice */
@@ -380,6 +401,7 @@ static int open_vm(struct run *run, const struct engine *engine)
         .log = &run->log, .loop = run->loop, .ended = on_vm_ended, .ended_arg = run,
         .resumed = on_vm_resumed,
     };
+    choose_boot(run, &config);
     config.port = command_ports(run->command, &config.ports);
     int r = vm_new(&config, &run->vm);
     while (r < 0 && config.engine != &interp_engine && !strcmp(o->engine, "auto") && !o->check)
@@ -453,7 +475,7 @@ static int loop_and_machine(struct run *run)
     message(&run->messages, LOG_INFO, "the guest starts, %.2f s after doppel: %u vCPU, %llu MiB, kernel %s",
             (double)(run->running_ns - run->started_ns) / 1e9, run->options.cpus,
             (unsigned long long)(run->options.memory_bytes / MiB),
-            run->options.kernel ? run->options.kernel
+            run->image ? run->image->image.dir : run->options.kernel ? run->options.kernel
             : run->options.firmware ? run->options.firmware : run->guest.kernel);
     int r = signals_open(run->loop, on_signal, run);
     if (r < 0)
@@ -529,6 +551,7 @@ static void release(struct run *run)
         fclose(run->profile_file);
     if (run->stderr_stream)
         fclose(run->stderr_stream);
+    run_image_close(run);
     free(run->cmdline);
 }
 

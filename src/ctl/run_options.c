@@ -376,6 +376,15 @@ static int set_name(void *target, const char *value)
     return 0;
 }
 
+static int set_keep(void *target, const char *value)
+{
+    if (!instance_name_valid(value))
+        return err(-EINVAL, "--keep %.100s: not a name for a disk; take 1 to %d letters, digits, \"_\", \".\" or \"-\", the first a letter "
+                            "or digit", value, INSTANCE_NAME_MAX);
+    ((struct run_options *)target)->keep = value;
+    return 0;
+}
+
 static int set_vsock(void *target, const char *value)
 {
     ((struct run_options *)target)->vsock = value;
@@ -472,6 +481,9 @@ const struct option run_option_table[] = {
      false, set_debug_exit},
     {"name", "NAME",
      "The VM's name, by which doppel exec, cp, kill and rm find it while it runs. Default: vm1, or the next number that is free.", false, set_name},
+    {"keep", "NAME",
+     "With an IMAGE: what the guest changes on its disk is kept under NAME, and the next run with it goes on there. Without it, that is "
+     "forgotten when the run ends. \"doppel image rm IMAGE:NAME\" forgets it.", false, set_keep},
     {"detach", "[=SECONDS]",
      "Runs the VM in the background: prints its name and returns as soon as \"doppel exec\" works in it, or tells why it ended instead. An error "
      "after SECONDS (default: 120), the VM goes on then; 0: does not wait. Its console is that of --console, or none.", false, set_detach},
@@ -509,8 +521,23 @@ const struct option run_option_table[] = {
 };
 const unsigned run_option_rows = ARRAY_SIZE(run_option_table);
 
+static int check_image(const struct run_options *o)
+{
+    if (!o->image)
+        return o->keep ? err(-EINVAL, "--keep: for the disk of an image; write doppel run IMAGE --keep NAME") : 0;
+    if (o->command)
+        return err(-EINVAL, "%.100s: commands are run in images by doppel exec, while they run; start it by doppel run %.100s --detach", o->image, o->image);
+    if (o->kernel || o->initrd || o->firmware)
+        return err(-EINVAL, "%.100s: an image brings its kernel; leave --kernel, --initrd and --firmware out, or give --disk instead of the image's name",
+                   o->image);
+    return 0;
+}
+
 static int check_together(const struct run_options *o)
 {
+    int r = check_image(o);
+    if (r < 0)
+        return r;
     if (o->quiet && o->verbose)
         return err(-EINVAL, "--quiet and --verbose contradict each other; leave one out");
     if (o->check && strcmp(o->engine, "auto") && strcmp(o->engine, "bt"))
@@ -550,9 +577,13 @@ static void find_status_file(struct run_options *o, int argc, char **argv)
 int run_options_parse(struct run_options *o, int argc, char **argv)
 {
     *o = (struct run_options){.engine = "auto", .cpus = 1, .memory_bytes = 512 * MiB};
-    int r = options_parse(run_option_table, run_option_rows, o, argc, argv, &o->command);
+    int words, r = options_parse_plain_words(run_option_table, run_option_rows, o, argc, argv, &words, &o->command);
     if (r < 0)
         find_status_file(o, argc, argv);
+    if (r == 0 && words > 1)
+        r = err(-EINVAL, "\"%.200s\": more than the name of an image; a command for the guest stands behind \"--\"", argv[1]);
+    if (r == 0 && words)
+        o->image = argv[0];
     if (r == 0)
         r = net_options_end(&o->net);
     return r < 0 ? r : check_together(o);

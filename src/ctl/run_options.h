@@ -13,6 +13,8 @@ struct run_options {
     enum machine_mmu mmu;
     const char *cpuid;                                             /* NULL: all features */
     u64 memory_bytes;
+    const char *image;                                             /* the name of one that is booted; NULL: none */
+    const char *keep, *seed;                                       /* of that image; NULL: not given */
     const char *firmware, *kernel, *initrd, *append;               /* NULL: not given */
     struct vm_disk disk[VM_DISKS_MAX];
     unsigned disks;

@@ -6,6 +6,7 @@
 
 #include "ctl/command.h"
 #include "ctl/guest.h"
+#include "ctl/image_store.h"
 #include "ctl/instance.h"
 #include "ctl/message.h"
 #include "ctl/monitor.h"
@@ -22,6 +23,7 @@ struct run {
     struct log log;
     struct loop *loop;
     struct guest guest;                                            /* dir is "" when the default guest is not used */
+    struct run_image *image;                                       /* NULL: none */
     char *cmdline;
     FILE *trace_file, *stderr_stream;                              /* trace_file: NULL without --trace FILE */
     FILE *stats_file, *profile_file;                               /* likewise */
@@ -79,6 +81,19 @@ int run_ways_claim(struct run *run);
 int run_ways_open(struct run *run, bool (*line)(void *arg, char *line, FILE *out));
 void run_ways_status(void *arg, FILE *out);                        /* for monitor.status */
 void run_ways_close(struct run *run);
+
+/*
+ * run_image.c: the image that is booted. Opens it, puts its disk before the others and what boots it into run->image. 0 or a negative errno with err().
+ */
+struct run_image {
+    struct image image;
+    char disk[PATH_MAX], kept[PATH_MAX];
+    char kernel[PATH_MAX], initrd[PATH_MAX];                       /* "": firmware boots it */
+    char firmware[PATH_MAX];
+    char cmdline[2048];
+};
+int run_image_open(struct run *run);
+void run_image_close(struct run *run);
 
 /* run_end.c: says what has to be said and fills in *s; reason lives as long as the run. */
 void run_end(struct run *run, struct status *s);

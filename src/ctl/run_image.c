@@ -1,0 +1,80 @@
+/*
+ * doppel run IMAGE: its disk below an overlay, before the disks of the command line, and its kernel (image_store.h). The image stays locked for as long as
+ * it is used.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "ctl/run_state.h"
+
+#define FIRMWARE "/usr/share/seabios/bios-256k.bin"
+
+static int read_cmdline(struct run_image *m)
+{
+    char path[PATH_MAX];
+    int r = image_path(&m->image, "cmdline", path);
+    FILE *f = r < 0 ? NULL : fopen(path, "re");
+    if (!f)
+        return r < 0 ? r : err(-EINVAL, "image %s: its cmdline cannot be read: %s; build it again", m->image.name, strerror(errno));
+    size_t n = fread(m->cmdline, 1, sizeof(m->cmdline) - 1, f);
+    fclose(f);
+    m->cmdline[n] = '\0';
+    if (strlen(m->cmdline) != n)
+        return err(-EINVAL, "image %s: its cmdline is damaged; build it again", m->image.name);
+    m->cmdline[strcspn(m->cmdline, "\n")] = '\0';
+    return 0;
+}
+
+static int find_boot(struct run_image *m)
+{
+    if (m->image.info.firmware) {
+        if (access(FIRMWARE, R_OK) < 0)
+            return err(-ENOENT, "image %s: boots by firmware, and there is no " FIRMWARE "; install the package seabios, or say doppel run --firmware FILE "
+                                "--disk %s/root.img,overlay", m->image.name, m->image.dir);
+        snprintf(m->firmware, sizeof(m->firmware), FIRMWARE);
+        return 0;
+    }
+    int r = image_path(&m->image, "vmlinuz", m->kernel);
+    if (r == 0)
+        r = image_path(&m->image, "initrd", m->initrd);
+    return r < 0 ? r : read_cmdline(m);
+}
+
+static int add_disk(struct run *run, struct run_image *m)
+{
+    struct run_options *o = &run->options;
+    int r = image_path(&m->image, "root.img", m->disk);
+    if (r == 0 && o->keep)
+        r = image_kept_path(&m->image, o->keep, m->kept);
+    if (r == 0 && o->disks == VM_DISKS_MAX)
+        r = err(-EINVAL, "image %s: its disk is one too many; a guest has up to %d", m->image.name, VM_DISKS_MAX);
+    if (r < 0)
+        return r;
+    memmove(o->disk + 1, o->disk, o->disks++ * sizeof(*o->disk));
+    o->disk[0] = (struct vm_disk){.block = {.path = m->disk, .overlay = m->kept}};
+    return 0;
+}
+
+int run_image_open(struct run *run)
+{
+    struct run_image *m = calloc(1, sizeof(*m));
+    if (!m)
+        return err(-ENOMEM, "no memory");
+    m->image.fd = -1;
+    run->image = m;
+    int r = image_open(&m->image, run->options.image);
+    if (r == 0)
+        r = find_boot(m);
+    return r < 0 ? r : add_disk(run, m);
+}
+
+void run_image_close(struct run *run)
+{
+    if (run->image)
+        image_close(&run->image->image);
+    free(run->image);
+    run->image = NULL;
+}
