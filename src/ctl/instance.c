@@ -82,20 +82,20 @@ void instance_close(struct instance *i)
 static int base_enter(struct instance *i)
 {
     const char *runtime = getenv("XDG_RUNTIME_DIR");
-    int n, r;
+    int n, r = 0;
 
     memset(i, 0, sizeof(*i));
     forget(i);
     n = is_own_folder(runtime) ? snprintf(i->base, sizeof(i->base), "%s/doppel", runtime)
                                : snprintf(i->base, sizeof(i->base), "/tmp/doppel-%u", (unsigned)geteuid());
     if ((size_t)n >= sizeof(i->base))
-        return err(-ENAMETOOLONG, "XDG_RUNTIME_DIR is too long");
-    if (mkdir(i->base, 0700) < 0 && errno != EEXIST)
-        return err(-errno, "%s: cannot make it: %s; set XDG_RUNTIME_DIR to a directory that you may write", i->base, strerror(errno));
-    i->base_fd = open(i->base, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-    if (i->base_fd < 0)
-        return err(-errno, "%s: cannot enter it: %s; set XDG_RUNTIME_DIR to a directory of yours", i->base, strerror(errno));
-    r = check_base(i);
+        r = err(-ENAMETOOLONG, "XDG_RUNTIME_DIR is too long");
+    else if (mkdir(i->base, 0700) < 0 && errno != EEXIST)
+        r = err(-errno, "%s: cannot make it: %s; set XDG_RUNTIME_DIR to a directory that you may write", i->base, strerror(errno));
+    else if ((i->base_fd = open(i->base, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC)) < 0)
+        r = err(-errno, "%s: cannot enter it: %s; set XDG_RUNTIME_DIR to a directory of yours", i->base, strerror(errno));
+    if (r == 0)
+        r = check_base(i);
     if (r == 0 && flock(i->base_fd, LOCK_EX) < 0)
         r = err(-errno, "%s: cannot lock it: %s", i->base, strerror(errno));
     if (r < 0)

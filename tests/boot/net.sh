@@ -9,7 +9,7 @@ fi
 guest=${DOPPEL_GUEST:-${BUILD:-$top/build}/guest}
 peer=${BUILD:-$top/build}/boot/netpeer
 bytes=$((16 << 20)); [ -z "${SOAK_LONG-}" ] || bytes=$((256 << 20))
-engines=${ENGINES:-auto}
+engines=${ENGINES:-auto${SOAK_LONG:+ interp}}
 run=(run --quiet --initrd "$tmp/initrd" --append "$(cat "$guest/cmdline")" --kernel "$guest/vmlinuz")
 pids=()
 trap 'kill "${pids[@]}" 2>/dev/null; rm -rf "$tmp"' EXIT
