@@ -217,7 +217,7 @@ static int parse_words(const struct option *table, unsigned rows, void *target, 
 {
     *words = 0;
     int r = parse(table, rows, target, argc, argv, letters, words, rest);
-    if (r == 0 && *words < argc)
+    if (r == 0 && *words && *words < argc)
         argv[*words] = NULL;
     return r;
 }

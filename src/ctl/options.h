@@ -35,7 +35,7 @@ int options_parse(const struct option *table, unsigned rows, void *target, int a
 
 /*
  * The same for commands that take words beside options: those are moved to the beginning of argv, and *words is how many there are; NULL ends
- * them. `-x` is the option there whose name begins with x.
+ * them, if there are any. `-x` is the option there whose name begins with x.
  */
 int options_parse_words(const struct option *table, unsigned rows, void *target, int argc, char **argv, int *words, char ***rest);
 

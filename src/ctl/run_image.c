@@ -66,6 +66,9 @@ int run_image_open(struct run *run)
     m->image.fd = -1;
     run->image = m;
     int r = image_open(&m->image, run->options.image);
+    if (r == -ENOENT)
+        return err(r, "there is no image \"%s\" (\"doppel image list\" lists yours, \"doppel image build debian %s\" makes one; a command for the guest "
+                      "stands behind \"--\")", run->options.image, run->options.image);
     if (r == 0)
         r = find_boot(m);
     return r < 0 ? r : add_disk(run, m);

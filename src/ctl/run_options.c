@@ -376,6 +376,14 @@ static int set_name(void *target, const char *value)
     return 0;
 }
 
+static int set_image(struct run_options *o, const char *word)
+{
+    if (!instance_name_valid(word))
+        return err(-EINVAL, "\"%.200s\": not the name of an image, and no option; a command for the guest stands behind \"--\"", word);
+    o->image = word;
+    return 0;
+}
+
 static int set_keep(void *target, const char *value)
 {
     if (!instance_name_valid(value))
@@ -583,7 +591,7 @@ int run_options_parse(struct run_options *o, int argc, char **argv)
     if (r == 0 && words > 1)
         r = err(-EINVAL, "\"%.200s\": more than the name of an image; a command for the guest stands behind \"--\"", argv[1]);
     if (r == 0 && words)
-        o->image = argv[0];
+        r = set_image(o, argv[0]);
     if (r == 0)
         r = net_options_end(&o->net);
     return r < 0 ? r : check_together(o);

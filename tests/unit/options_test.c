@@ -273,7 +273,27 @@ static void commands(void **state UNUSED)
     rejects("--kernel k -- true", "--initrd");
     accepts(&o, "--kernel k --initrd i -- true");
     accepts(&o, "--console none -- true");
-    rejects("true", "\"--\"");
+    rejects("./true", "\"--\"");
+}
+
+static void images(void **state UNUSED)
+{
+    struct run_options o;
+    accepts(&o, "--quiet debian --memory 1G");
+    assert_string_equal(o.image, "debian");
+    assert_int_equal(o.memory_bytes, 1024 * MiB);
+    assert_null(o.keep);
+    accepts(&o, "debian --keep work");
+    assert_string_equal(o.keep, "work");
+    accepts(&o, "--memory 1G");
+    assert_null(o.image);
+    rejects("debian true", "\"--\"");
+    rejects("../debian", "not the name of an image");
+    rejects("debian -- true", "doppel exec");
+    rejects("debian --kernel k", "--kernel");
+    rejects("debian --keep a/b", "--keep");
+    rejects("debian --keep ..", "--keep");
+    rejects("--keep work", "image");
 }
 
 static void wrong_values(void **state UNUSED)
@@ -334,7 +354,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(sizes), cmocka_unit_test(defaults), cmocka_unit_test(all_options),
         cmocka_unit_test(too_many_disks), cmocka_unit_test(consoles), cmocka_unit_test(traces), cmocka_unit_test(statistics), cmocka_unit_test(profiles), cmocka_unit_test(checks),
-        cmocka_unit_test(commands), cmocka_unit_test(wrong_values), cmocka_unit_test(unknown_options),
+        cmocka_unit_test(commands), cmocka_unit_test(images), cmocka_unit_test(wrong_values), cmocka_unit_test(unknown_options),
         cmocka_unit_test(long_words), cmocka_unit_test(disks), cmocka_unit_test(networks),
     };
     return cmocka_run_group_tests_name("options", tests, NULL, NULL);
