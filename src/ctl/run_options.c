@@ -179,6 +179,10 @@ static bool share_attribute(struct vm_share *s, const char *word)
         s->owners = true;
     else if (!strcmp(word, "owner=root"))
         s->owners = false;
+    else if (!strcmp(word, "fs=virtiofs"))
+        s->virtiofs = true;
+    else if (!strcmp(word, "fs=9p"))
+        s->virtiofs = false;
     else
         return false;
     return true;
@@ -215,6 +219,8 @@ static int set_share(void *target, const char *value)
     *p = '\0';
     s->tag = p + 1;
     int r = check_tag(o, s->tag);
+    if (r == 0 && s->virtiofs && s->owners)
+        r = err(-EINVAL, "--share %.200s: owner=host is for 9p; leave it or fs=virtiofs out", s->path);
     o->shares += r == 0;
     return r;
 }
@@ -461,7 +467,8 @@ const struct option run_option_table[] = {
      "Shares a folder of this host with the guest, which mounts it by its tag: mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144 TAG /mnt (Debian's "
      "standard kernel has 9p, its cloud kernel has not). Up to 4 times. The guest does there what you may do on this host, and reaches nothing outside: links are its own "
      "affair, and devices, FIFOs and sockets of the host are names only. Attributes: ro, nothing can be changed; owner=root|host, whose your files seem to be: the "
-     "guest's root's (the default), or of the numbers that they have here.", true, set_share},
+     "guest's root's (the default), or of the numbers that they have here; fs=9p|virtiofs, by which protocol. 9p (the default) is built in. virtiofs is for Debian's "
+     "cloud kernel, which the default guest has (mount -t virtiofs TAG /mnt), and takes a virtiofsd (Debian: qemu-system-common) and a host that permits user namespaces.", true, set_share},
     {"net", "user|tap=NAME|fd=N|passt=SOCKET|none[,...]",
      "A network card and where it is connected; the next one gives the guest another card, up to 8. user (the default without --net): a network of "
      "the guest's own, which reaches what the user of doppel reaches, by doppel's own sockets and without privileges; DHCP gives the guest "

@@ -53,6 +53,7 @@
 #include "dev/virtio_9p.h"
 #include "dev/virtio_blk.h"
 #include "dev/virtio_console.h"
+#include "dev/virtio_fs.h"
 #include "dev/virtio_net.h"
 #include "dev/virtio_rng.h"
 #include "dev/virtio_vsock.h"
@@ -429,7 +430,16 @@ static int build_disk(struct board *b, unsigned i)
     return r < 0 ? r : attach_virtio(b, SLOT_DISK + i, b->disk[i].virtio);
 }
 
-static int build_share(struct board *b, unsigned i)
+static int build_virtiofs(struct board *b, unsigned i)
+{
+    const struct vm_share *share = &b->config->share[i];
+    struct virtio_fs *dev;
+    int r = virtio_fs_new(&b->ram, b->config->log, b->config->loop, share->path, share->tag, share->readonly, &dev);
+
+    return r < 0 ? r : attach_virtio(b, slot_share[i], dev);
+}
+
+static int build_9p(struct board *b, unsigned i)
 {
     const struct vm_share *share = &b->config->share[i];
     struct p9_config config = { .path = share->path, .readonly = share->readonly, .owners = share->owners };
@@ -455,7 +465,7 @@ static int build_virtio(struct board *b)
     for (unsigned i = 0; r == 0 && i < c->disks; i++)
         r = build_disk(b, i);
     for (unsigned i = 0; r == 0 && i < c->shares; i++)
-        r = build_share(b, i);
+        r = c->share[i].virtiofs ? build_virtiofs(b, i) : build_9p(b, i);
     if (r == 0)
         r = build_vsock(b);
     return r < 0 ? r : build_nics(b);

@@ -38,7 +38,8 @@ struct vm_share {
     const char *path;
     const char *tag;                                               /* by which the guest mounts it: 1 to VM_SHARE_TAG_MAX bytes */
     bool readonly;
-    bool owners;                                                   /* 9p.h */
+    bool owners;                                                   /* 9p.h; 9p only */
+    bool virtiofs;                                                 /* by virtio-fs, else by 9p */
 };
 
 enum vm_net_kind { VM_NET_USER, VM_NET_TAP, VM_NET_FD, VM_NET_PASST };

@@ -1,0 +1,426 @@
+/*
+ * virtio file system device (see virtio_fs.h; virtio 1.2, 5.11): FUSE requests of the guest, carried out by virtiofsd (back/virtiofsd.h) in the guest's
+ * memory, by way of vhost-user (back/vhost_user.h).
+ *
+ * Queues: 0 for requests that must not wait (FORGET, INTERRUPT), 1 for all others. The vCPU that notifies takes chains from the guest's ring and
+ * hands their parts to virtiofsd; the loop's thread gives them back when they are answered.
+ *
+ * A virtiofsd that dies (or talks nonsense, and is ended then): all requests, and whatever comes later, are answered with EIO until the guest is
+ * reset. After a reset there is a new one, since a file server's session is its guest's.
+ *
+ * A saved state has no open files; what is in flight at a save is saved as chains and sent again after the load.
+ *
+ * Left out: the notification queue, the DAX window.
+ *
+ * Locking: the device's lock guards everything; virtiofsd is started and stopped on the loop's thread, which waits some tens of milliseconds for it.
+ */
+#include "dev/virtio_fs.h"
+
+#include <errno.h>
+#include <linux/fuse.h>
+#include <linux/virtio_fs.h>
+#include <string.h>
+
+#include "back/vhost_user.h"
+#include "back/virtiofsd.h"
+
+#define QUEUES 2
+#define QUEUE_SIZE 256
+#define WAIT_MS 5000
+#define WAIT_STEP_MS 100
+
+struct request {
+    struct virtq_chain chain;
+    bool busy;
+    struct request *next_free;
+};
+
+struct virtio_fs {
+    struct virtio virtio;
+    struct virtio_fs_config config;
+    char *folder;
+    bool readonly;
+    struct loop *loop;
+    struct virtiofsd server;
+    struct vhost_user *vhost;                                      /* NULL: it has gone */
+    bool used;                                                     /* it has had requests */
+    bool posted;                                                   /* renew() is */
+    struct request request[QUEUES][QUEUE_SIZE];
+    struct request *free[QUEUES];
+    unsigned in_flight;
+    struct vhost_part part[VHOST_USER_RING];
+};
+
+static void lock(struct virtio_fs *f)
+{
+    pthread_mutex_lock(&f->virtio.device.lock);
+}
+
+static void unlock(struct virtio_fs *f)
+{
+    pthread_mutex_unlock(&f->virtio.device.lock);
+}
+
+/* --- the server --- */
+
+static void on_used(void *arg, unsigned n);
+static void on_gone(void *arg);
+static const struct vhost_user_ops vhost_ops = { .used = on_used, .gone = on_gone };
+
+static void stop_server(struct virtio_fs *f)
+{
+    vhost_user_free(f->vhost);
+    f->vhost = NULL;
+    virtiofsd_stop(&f->server);
+    f->used = false;
+}
+
+static int connect_server(struct virtio_fs *f, int sock)
+{
+    const struct ram *ram = f->virtio.ram;
+    struct vhost_region region[VHOST_USER_REGIONS_MAX];
+    unsigned n = 0;
+
+    for (unsigned i = 0; i < ram->runs; i++) {
+        const struct ram_run *run = &ram->run[i];
+
+        bug_on(n == VHOST_USER_REGIONS_MAX);
+        region[n++] = (struct vhost_region){ run->gpa, run->size, run->fd, run->offset, run->hva };
+    }
+    return vhost_user_new(sock, f->loop, region, n, QUEUES, &vhost_ops, f, &f->vhost);
+}
+
+static int start_server(struct virtio_fs *f)
+{
+    char words[256], why[256];
+    int sock = virtiofsd_start(&f->server, f->folder, f->readonly), r;
+
+    if (sock < 0)
+        return sock;
+    r = connect_server(f, sock);
+    if (r == 0)
+        return 0;
+    snprintf(why, sizeof(why), "%s", err_last());
+    virtiofsd_words(&f->server, words, sizeof(words));
+    virtiofsd_stop(&f->server);
+    return err(r, "--share %s: virtiofsd does not start: %s; share the folder by 9p: leave fs=virtiofs out", f->folder, *words ? words : why);
+}
+
+/* --- requests --- */
+
+static void release(struct virtio_fs *f, unsigned n, struct request *r)
+{
+    r->busy = false;
+    r->next_free = f->free[n];
+    f->free[n] = r;
+}
+
+/* An answer that is nothing but EIO, if one is expected. */
+static u32 refuse(struct virtq_chain *c)
+{
+    struct fuse_in_header in = { 0 };
+    struct fuse_out_header out = { .len = sizeof(out), .error = -EIO };
+
+    virtq_read(c, &in, sizeof(in));
+    out.unique = in.unique;
+    return (u32)virtq_write(c, &out, sizeof(out));
+}
+
+/* False: there is no room for it now. */
+static bool send_request(struct virtio_fs *f, unsigned n, struct request *r)
+{
+    const struct virtq_chain *c = &r->chain;
+
+    for (unsigned i = 0; i < c->parts; i++)
+        f->part[i] = (struct vhost_part){ c->part[i].gpa, c->part[i].len, c->part[i].writable };
+    f->used = true;
+    if (!vhost_user_add(f->vhost, n, f->part, c->parts, r))
+        return false;
+    r->busy = true;
+    f->in_flight++;
+    return true;
+}
+
+/* False: the ring is not to be gone on with now. */
+static bool take(struct virtio_fs *f, unsigned n, struct request *r, bool *kick)
+{
+    struct virtio *v = &f->virtio;
+    struct virtq *q = &v->queue[n];
+    struct virtq_chain *c = &r->chain;
+
+    if (c->out_total < sizeof(struct fuse_in_header) || (c->in_total && c->in_total < sizeof(struct fuse_out_header)) || c->parts > VHOST_USER_RING) {
+        virtq_drop(q, c);
+        virtio_break(v, "a request to the file system without its head, or of too many pieces");
+        return false;
+    }
+    if (!f->vhost) {
+        virtq_push(q, c, refuse(c));
+        return true;
+    }
+    if (!send_request(f, n, r)) {
+        virtq_unpop(q, c);                                         /* goes on when something is answered */
+        return false;
+    }
+    f->free[n] = r->next_free;
+    *kick = true;
+    return true;
+}
+
+/* A guest whose other processors bring requests as fast as they are refused must not keep this one here for ever: hence the budget. */
+static void process(struct virtio_fs *f, unsigned n)
+{
+    struct virtio *v = &f->virtio;
+    struct virtq *q = &v->queue[n];
+    struct request *r;
+    unsigned budget = 4u * QUEUE_SIZE;
+    bool kick = false, go_on = true;
+
+    while (go_on && virtio_running(v)) {
+        virtq_ignore(q);
+        while (go_on && budget && (r = f->free[n]) && virtio_pop(v, n, &r->chain)) {
+            budget--;
+            go_on = take(f, n, r, &kick);
+        }
+        if (!f->free[n] || !virtq_listen(q) || !budget)
+            break;
+    }
+    if (kick)
+        vhost_user_kick(f->vhost, n);
+    virtio_interrupt(v, n);
+}
+
+static void on_kick(struct virtio *v, unsigned n)
+{
+    process(container_of(v, struct virtio_fs, virtio), n);
+}
+
+static void take_answers(struct virtio_fs *f, unsigned n)
+{
+    struct virtq *q = &f->virtio.queue[n];
+    struct request *r;
+    u32 len;
+
+    while (f->vhost && (r = vhost_user_take(f->vhost, n, &len))) {
+        if (f->virtio.resetting || q->broken)
+            virtq_drop(q, &r->chain);
+        else
+            virtq_push(q, &r->chain, (u32)MIN((u64)len, r->chain.in_total));
+        release(f, n, r);
+        f->in_flight--;
+    }
+}
+
+static void on_used(void *arg, unsigned n)
+{
+    struct virtio_fs *f = arg;
+
+    lock(f);
+    take_answers(f, n);
+    process(f, n);
+    unlock(f);
+}
+
+/* Nobody writes to them any more: all chains come back, refused, or forgotten where the driver has reset the device. */
+static void give_back(struct virtio_fs *f)
+{
+    for (unsigned n = 0; n < QUEUES; n++) {
+        struct virtq *q = &f->virtio.queue[n];
+
+        for (unsigned i = 0; i < QUEUE_SIZE; i++) {
+            struct request *r = &f->request[n][i];
+
+            if (!r->busy)
+                continue;
+            if (f->virtio.resetting || q->broken)
+                virtq_drop(q, &r->chain);
+            else
+                virtq_push(q, &r->chain, refuse(&r->chain));
+            release(f, n, r);
+            f->in_flight--;
+        }
+        if (!f->virtio.resetting)
+            process(f, n);
+    }
+}
+
+static void on_gone(void *arg)
+{
+    struct virtio_fs *f = arg;
+    char words[256];
+
+    lock(f);
+    virtiofsd_words(&f->server, words, sizeof(words));
+    stop_server(f);
+    log_msg(f->virtio.log, LOG_ERROR, "share %s: virtiofsd has ended%s%s; the guest sees I/O errors there until it is reset", f->folder,
+            *words ? ": " : "", words);
+    give_back(f);
+    unlock(f);
+}
+
+/* --- reset --- */
+
+/* A new server for a new session. Under the lock, on the loop's thread. */
+static void renew_server(struct virtio_fs *f)
+{
+    if (f->vhost && !f->used)
+        return;
+    stop_server(f);
+    give_back(f);
+    if (start_server(f) < 0)
+        log_msg(f->virtio.log, LOG_ERROR, "%s", err_last());
+}
+
+static void renew(void *arg)
+{
+    struct virtio_fs *f = arg;
+
+    lock(f);
+    f->posted = false;
+    if (f->virtio.resetting) {
+        renew_server(f);
+        virtio_stopped(&f->virtio);
+    }
+    unlock(f);
+}
+
+static bool on_stop(struct virtio *v)
+{
+    struct virtio_fs *f = container_of(v, struct virtio_fs, virtio);
+
+    if (f->vhost && !f->used)
+        return true;
+    if (!f->posted) {
+        f->posted = true;
+        loop_post(f->loop, renew, f);
+    }
+    return false;
+}
+
+static void fs_reset(struct device *d)
+{
+    struct virtio_fs *f = container_of(d, struct virtio_fs, virtio.device);
+
+    lock(f);
+    f->virtio.resetting = true;
+    renew_server(f);
+    virtio_device_reset(&f->virtio);
+    unlock(f);
+}
+
+/* --- device --- */
+
+/* On the loop's thread, which would see the answers else. */
+static void fs_quiesce(struct device *d)
+{
+    struct virtio_fs *f = container_of(d, struct virtio_fs, virtio.device);
+
+    lock(f);
+    for (int ms = 0; f->vhost && f->in_flight && ms < WAIT_MS; ms += WAIT_STEP_MS) {
+        for (unsigned n = 0; n < QUEUES; n++)
+            take_answers(f, n);
+        if (f->in_flight)
+            vhost_user_wait(f->vhost, WAIT_STEP_MS);
+    }
+    for (unsigned n = 0; n < QUEUES; n++)
+        virtio_interrupt(&f->virtio, n);
+    if (f->in_flight)
+        log_msg(f->virtio.log, LOG_WARN, "share %s: virtiofsd has not answered for %d seconds", f->folder, WAIT_MS / 1000);
+    unlock(f);
+}
+
+static void load_in_flight(struct virtio_fs *f, struct stream *s, unsigned n, u16 count)
+{
+    bool kick = false;
+
+    if (count > QUEUE_SIZE || f->in_flight) {
+        stream_bad(s, "a shared folder has too many requests in flight");
+        return;
+    }
+    while (count-- && !s->error) {
+        struct request *r = f->free[n];
+
+        virtq_chain_state(&f->virtio.queue[n], &r->chain, s);
+        if (s->error || !take(f, n, r, &kick))
+            break;
+    }
+    if (kick)
+        vhost_user_kick(f->vhost, n);
+}
+
+static u16 busy(const struct virtio_fs *f, unsigned n)
+{
+    u16 count = 0;
+
+    for (unsigned i = 0; i < QUEUE_SIZE; i++)
+        count = (u16)(count + f->request[n][i].busy);
+    return count;
+}
+
+static void fs_state(struct device *d, struct stream *s)
+{
+    struct virtio_fs *f = container_of(d, struct virtio_fs, virtio.device);
+
+    if (!stream_section(s, "virtio_fs", 1))
+        return;
+    virtio_state(&f->virtio, s);
+    for (unsigned n = 0; n < QUEUES; n++) {
+        u16 count = f->virtio.resetting || f->virtio.queue[n].broken ? 0 : busy(f, n);
+
+        stream_u16(s, &count);
+        if (s->load && !s->error && count)
+            load_in_flight(f, s, n, count);
+        for (unsigned i = 0; !s->load && count && i < QUEUE_SIZE; i++)
+            if (f->request[n][i].busy)
+                virtq_chain_state(&f->virtio.queue[n], &f->request[n][i].chain, s);
+    }
+}
+
+static void fs_destroy(struct virtio_fs *f)
+{
+    stop_server(f);
+    for (unsigned n = 0; n < QUEUES; n++)
+        for (unsigned i = 0; i < QUEUE_SIZE; i++)
+            virtq_chain_free(&f->request[n][i].chain);
+    free(f->folder);
+    free(f);
+}
+
+static void fs_free(struct device *d)
+{
+    struct virtio_fs *f = container_of(d, struct virtio_fs, virtio.device);
+
+    loop_unpost(f->loop, renew, f);
+    virtio_destroy(&f->virtio);
+    fs_destroy(f);
+}
+
+static const struct device_ops device_ops = { .name = "virtio_fs", .reset = fs_reset, .quiesce = fs_quiesce, .state = fs_state, .free = fs_free };
+static const struct virtio_ops virtio_ops = { .kick = on_kick, .stop = on_stop };
+
+int virtio_fs_new(struct ram *ram, const struct log *log, struct loop *loop, const char *folder, const char *tag, bool readonly, struct virtio_fs **out)
+{
+    static const u16 size[QUEUES] = { QUEUE_SIZE, QUEUE_SIZE };
+    struct virtio_fs *f = calloc(1, sizeof(*f));
+    int r;
+
+    if (!f || !(f->folder = strdup(folder))) {
+        free(f);
+        return err(-ENOMEM, "virtio_fs: out of memory");
+    }
+    f->readonly = readonly;
+    f->loop = loop;
+    memcpy(f->config.tag, tag, strnlen(tag, sizeof(f->config.tag)));
+    f->config.num_request_queues = 1;
+    for (unsigned n = 0; n < QUEUES; n++)
+        for (unsigned i = QUEUE_SIZE; i--;)
+            release(f, n, &f->request[n][i]);
+    r = virtio_init(&f->virtio, &device_ops, &virtio_ops, VIRTIO_ID_FS, ram, log, 0, &f->config, sizeof(f->config), size, QUEUES);
+    if (r == 0 && (r = start_server(f)) < 0)
+        virtio_destroy(&f->virtio);
+    if (r < 0) {
+        fs_destroy(f);
+        return r;
+    }
+    *out = f;
+    return 0;
+}
