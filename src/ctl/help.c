@@ -36,6 +36,8 @@ static const struct help_row file_rows[] = {
     {"guest/", "Beside the program, or in PREFIX/share/doppel: the default guest that came with it."},
     {"~/.cache/doppel", "(or $XDG_CACHE_HOME/doppel) Where the default guest is built if there is none."},
     {"DOPPEL_IMAGES", "(environment) Where images are; else $XDG_DATA_HOME/doppel/images, or ~/.local/share/doppel/images."},
+    {"$XDG_RUNTIME_DIR/doppel", "(or /tmp/doppel-UID) A folder for each VM that runs, by its name, with the sockets control (the monitor's "
+     "commands, as lines) and vsock. For its owner only."},
     {"TERM", "(environment) Passed on to the guest's shell, and to a COMMAND on a terminal."},
 };
 static const struct help_row example_rows[] = {
@@ -46,6 +48,8 @@ static const struct help_row example_rows[] = {
     {"doppel run --kernel bzImage --initrd initrd.img --append 'console=ttyS0 quiet'", "A kernel of your own."},
     {"doppel run --console unix:/tmp/c & socat -,raw,echo=0 UNIX:/tmp/c",
      "A guest in the background, and its console."},
+    {"doppel run --detach --name box; doppel exec -t box -- sh", "A guest in the background, and a shell in it."},
+    {"doppel cp -r results box:/root; doppel kill box", "Files into it; and its end."},
     {"doppel run --trace exits,interrupts,file=trace.txt -- true", "What the guest made its processor do."},
 };
 

@@ -81,6 +81,17 @@ int run_ways_open(struct run *run, bool (*line)(void *arg, char *line, FILE *out
     return r < 0 || (!named(run) && !run->options.vsock) ? r : open_vsock(run);
 }
 
+/* "8080:80,5353:53/udp": what --publish said. */
+static void print_ports(const struct run_options *o, FILE *out)
+{
+    for (unsigned n = 0; n < o->net.publishes; n++) {
+        const struct net_publish *p = &o->net.publish[n];
+        fprintf(out, "%s%u:%u%s", n ? "," : "ports=", p->host, p->guest, p->udp ? "/udp" : "");
+    }
+    if (o->net.publishes)
+        fputc('\n', out);
+}
+
 void run_ways_status(void *arg, FILE *out)
 {
     const struct run *run = arg;
@@ -90,8 +101,7 @@ void run_ways_status(void *arg, FILE *out)
             (unsigned long long)(run->running_ns ? ran / 1000000000 : 0));
     if (run->vsock)
         fprintf(out, "cid=%u\nvsock=%s\n", vsock_host_cid(run->vsock), run->vsock_path);
-    if (run->options.gdb_port)
-        fprintf(out, "ports=gdb:%u\n", run->options.gdb_port);
+    print_ports(&run->options, out);
 }
 
 void run_ways_close(struct run *run)

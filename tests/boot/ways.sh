@@ -31,7 +31,8 @@ start() { d run --engine "$ENGINE" --quiet --detach="$BOOT_SECONDS" --memory 256
 trap 'for n in a b c; do timeout 20 "${user[@]}" "$D" rm $n; done >/dev/null 2>&1; rm -rf "$tmp"' EXIT
 
 # --- names ---
-is "detach: tells the name" "$(start --name a 2>&1)" a
+port=$((20000 + $$ % 12000))
+is "detach: tells the name" "$(start --name a --publish $port:80 2>&1)" a
 is "the directory is private" "$(stat -c %a "$R" "$R/a" | paste -sd ' ')" "700 700"
 is "sockets are private" "$(stat -c '%a %F' "$R/a/control" "$R/a/vsock" | sort -u)" "600 socket"
 run run --quiet --detach --name a; is "a name in use: status" "$status" 1
@@ -41,7 +42,7 @@ b" "a b" "$(printf 'n%.0s' {1..64})" ../x; do
     run run --quiet "--name=$n"; is "bad name $(printf %q "$n"): status" "$status" 64
 done
 run ps; is "ps: status" "$status" 0
-like "ps: the VM" "$out" $'\na +[0-9]+ (bt|kvm|interp) +1 +256M running +[0-9]:[0-9]+:[0-9]+ +3 '
+like "ps: the VM" "$out" $'\na +[0-9]+ (bt|kvm|interp) +1 +256M running +[0-9]:[0-9]+:[0-9]+ +3 +[0-9]+:80'
 is "control socket: a line, and its answer" "$(printf 'status\n' | "${user[@]}" timeout 20 "$tmp/stream" unix "$R/a/control" | grep -E '^(name|state)=')" $'name=a\nstate=running'
 d exec a -- true; is "exec: status 0" $? 0
 pid=$(awk '$1=="a"{print $2}' "$tmp/out")
