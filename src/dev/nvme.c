@@ -730,9 +730,9 @@ static int delete_cq(struct nvme *n, u32 id)
 static int begin_delete_sq(struct request *r, u32 id)
 {
     struct nvme *n = r->nvme;
-    struct sq *q = &n->sq[id];
+    struct sq *q = id <= n->config.queues ? &n->sq[id] : NULL;
 
-    if (!id || id > n->config.queues || !q->exists || q->deleting)
+    if (!id || !q || !q->exists || q->deleting)
         return SC_QUEUE_ID;
     if (!q->outstanding) {
         *q = (struct sq){ 0 };
