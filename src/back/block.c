@@ -378,7 +378,7 @@ int block_open(const struct block_config *c, struct block **out)
     int r;
 
     base.readonly |= c->overlay != NULL;
-    r = block_file_open(&base, &b);
+    r = block_nbd_is(c->path) ? block_nbd_open(&base, &b) : block_file_open(&base, &b);
     if (r < 0)
         return r;
     r = block_refresh(b);
@@ -404,6 +404,11 @@ bool block_close(struct block *b)
     pthread_mutex_unlock(&b->lock);
     block_fail_held(b);
     return b->ops->close(b);
+}
+
+bool block_abandon(struct block *b)
+{
+    return b->ops->abandon && b->ops->abandon(b);
 }
 
 int block_refresh(struct block *b)

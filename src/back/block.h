@@ -61,6 +61,12 @@ int block_open(const struct block_config *c, struct block **out);
  */
 bool block_close(struct block *b);
 
+/*
+ * Gives up what the host has not answered: requests fail, now and ever after. False: this kind of back end cannot do that, since the host's kernel may
+ * still write into the callers' memory.
+ */
+bool block_abandon(struct block *b);
+
 u64 block_size(const struct block *b);                             /* bytes, rounded up to whole sectors; what lies behind the file's end reads as zeroes */
 bool block_readonly(const struct block *b);
 const char *block_path(const struct block *b);

@@ -19,6 +19,7 @@ struct block_ops {
     u64 (*time_ns)(struct block *b);                               /* optional: when the contents changed last */
     int (*size)(struct block *b, u64 *size);                       /* asks the host; err() */
     int (*grow)(struct block *b, u64 size);                        /* optional; err() */
+    bool (*abandon)(struct block *b);                              /* optional: as block_abandon() */
     bool (*close)(struct block *b);                                /* as block_close(), and frees b if true */
 };
 
@@ -43,6 +44,8 @@ void block_destroy(struct block *b);                               /* of the com
 void block_done(struct block *b, struct block_req *r);
 
 int block_file_open(const struct block_config *c, struct block **out);
+bool block_nbd_is(const char *path);
+int block_nbd_open(const struct block_config *c, struct block **out);
 /* What is written to base goes to c->overlay; base is the overlay's from here on, also when an error is returned. */
 int block_overlay_open(const struct block_config *c, struct block *base, struct block **out);
 u64 block_time_ns(struct block *b);                                /* 0: nobody knows */

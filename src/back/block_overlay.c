@@ -663,7 +663,13 @@ static bool overlay_close(struct block *b)
     return true;
 }
 
-static const struct block_ops overlay_ops = { .submit = overlay_submit, .size = overlay_size, .grow = overlay_grow, .close = overlay_close };
+/* Workers wait for the base, if for anything. */
+static bool overlay_abandon(struct block *b)
+{
+    return block_abandon(container_of(b, struct overlay, b)->base);
+}
+
+static const struct block_ops overlay_ops = { .submit = overlay_submit, .size = overlay_size, .grow = overlay_grow, .abandon = overlay_abandon, .close = overlay_close };
 
 /* Of places all over the base: what two images that differ are likely to differ in. */
 static int sample_base(struct overlay *o, u32 *sum)

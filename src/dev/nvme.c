@@ -1124,6 +1124,11 @@ static void nvme_reset(struct device *d)
     pthread_mutex_lock(&d->lock);
     while (n->in_flight && r == 0)
         r = pthread_cond_timedwait(&n->idle, &d->lock, &end);
+    if (n->in_flight && block_abandon(n->block)) {
+        end = quiesce_end();
+        for (r = 0; n->in_flight && r == 0;)
+            r = pthread_cond_timedwait(&n->idle, &d->lock, &end);
+    }
     d->stuck = n->in_flight;
     if (!d->stuck) {
         forget(n);

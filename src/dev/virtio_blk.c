@@ -406,6 +406,11 @@ static void blk_reset(struct device *d)
     pthread_mutex_lock(&d->lock);
     while (b->in_flight && r == 0)
         r = pthread_cond_timedwait(&b->idle, &d->lock, &end);
+    if (b->in_flight && block_abandon(b->block)) {
+        end = quiesce_end();
+        for (r = 0; b->in_flight && r == 0;)
+            r = pthread_cond_timedwait(&b->idle, &d->lock, &end);
+    }
     d->stuck = b->in_flight;
     if (!d->stuck) {
         virtio_device_reset(&b->virtio);
