@@ -351,8 +351,8 @@ static bool run_code(struct icpu *c, struct bt *t, const u8 *code, unsigned key,
     }
 }
 
-/* The translation at c->rip, made if it is worth it. NULL: *b is to be interpreted; both NULL: the fetch has failed. */
-static struct tb *find(struct icpu *c, struct bt *t, bool indirect, struct block **b)
+/* The translation at c->rip, made if it is worth it; everything may be forgotten first, *link too. NULL: *b is to be interpreted; both NULL: the fetch has failed. */
+static struct tb *find(struct icpu *c, struct bt *t, bool indirect, u32 *link, struct block **b)
 {
     u32 page = tb_page(c, t, c->rip, c->cpl == 3);
     struct tb *tb = page ? tb_find(t, c->rip, page, bt_key(c)) : NULL;
@@ -368,6 +368,7 @@ static struct tb *find(struct icpu *c, struct bt *t, bool indirect, struct block
         return NULL;
     if (unlikely(t->flushes != c->code->flushes)) {
         tb_reset(c, t);
+        *link = 0;
         page = tb_page(c, t, c->rip, c->cpl == 3);
     }
     if ((*b)->runs < t->runs && ++(*b)->runs < t->runs)
@@ -400,7 +401,7 @@ static void bt_run(struct icpu *c)
             break;
         if (unlikely(c->bt.expected) && c->cpl == 3)
             shadow_expected(c);
-        struct tb *tb = find(c, t, indirect, &b);
+        struct tb *tb = find(c, t, indirect, &link, &b);
         if (tb) {
             if (link && !c->bt.single)
                 tb_link(c, t, link, tb);

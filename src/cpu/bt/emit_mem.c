@@ -269,29 +269,33 @@ static void to_cold(struct tr *t, u8 *from, unsigned reg, bool rcx_saved)
     k->rcx_saved = rcx_saved;
 }
 
+/* RORX rcx, [base + disp], PAGE_SHIFT: VEX.LZ.F2.0F3A.W1 F0 /r ib */
+static void put_page_of_tag(struct emit *e, unsigned base, s32 disp)
+{
+    PUT(e, 0xc4, 0xc3 | (base & 8 ? 0 : 0x20), 0xfb, 0xf0);
+    put_mem(e, RCX, base, NO_REG, 0, disp);
+    put8(e, PAGE_SHIFT);
+}
+
 /*
- * With BMI2, without touching flags: the entry's place by PEXT and PDEP, tags compared by subtraction and JRCXZ. RCX lies in icpu.bt.tmp[0] meanwhile, so
- * the address is computed while it is still there.
+ * With BMI2, without touching flags: the first byte's entry by PEXT, the last byte's page by another. RORX leaves 0 above the tag's page only if the access may be made
+ * inline; then the two are compared by subtraction and JRCXZ. RCX lies in icpu.bt.tmp[0] meanwhile, so the address is computed while it is still there.
  */
 static void softtlb_bmi2(struct tr *t, const struct ea *m, unsigned n, enum mmu_access access)
 {
     struct emit *e = &t->e;
-    struct ea last = *m;
-    last.disp += n - 1;
-    tr_address(t, &last, S1, true);
-    put_pext_gs(e, S0, S1, OFF(bt.mask_page));                     /* the last byte's page ... */
-    put_pdep_gs(e, S0, S0, OFF(bt.mask_page));
-    PUT(e, 0x49, 0xf7, 0xd0 | (S0 & 7));                           /* not r14 */
-    op_gs(e, true, X_STORE, S0, OFF(bt.tmp[1]));
+    _Static_assert(sizeof(struct tlb_entry) == 4 << 3, "scaled by 4, and by 8");
+    tr_address(t, m, S1, true);
+    put_pext_gs(e, S0, S1, OFF(bt.mask_tlb));
     if (n > 1)
-        lea(e, S1, S1, 1 - (s32)n);
-    put_pext_gs(e, S0, S1, OFF(bt.mask_tlb));                      /* ... and the first byte's entry */
-    put_pdep_gs(e, S0, S0, OFF(bt.mask_entry));
+        lea(e, S1, S1, (s32)n - 1);
+    put_pext_gs(e, S1, S1, OFF(bt.mask_page));
     op_gs(e, true, X_STORE, RCX, OFF(bt.tmp[0]));
     op_gs(e, true, X_LOAD, RCX, OFF(view));
-    op_mem(e, true, X_LEA, S0, S0, RCX, 0, 0);
-    op_gs(e, true, X_LOAD, RCX, OFF(bt.tmp[1]));
-    op_mem(e, true, X_LOAD, S1, S0, NO_REG, 0, (s32)(offsetof(struct tlb_entry, tag) + 8 * access));
+    op_mem(e, true, X_LEA, S0, NO_REG, S0, 2, 0);
+    op_mem(e, true, X_LEA, S0, RCX, S0, 3, 0);
+    put_page_of_tag(e, S0, (s32)(offsetof(struct tlb_entry, tag) + 8 * access));
+    PUT(e, 0x48, 0xf7, 0xd1);                                      /* not rcx */
     op_mem(e, true, X_LEA, RCX, RCX, S1, 0, 1);
     PUT(e, 0xe3, 5);                                               /* jrcxz */
     to_cold(t, jump(e), NO_REG, true);
