@@ -82,7 +82,8 @@ static void flush(struct capture *c)
 static void put(struct capture *c, const void *p, size_t n)
 {
     bug_on(n > BUFFER - c->len);
-    memcpy(c->buf + c->len, p, n);
+    if (n)                                                         /* an option without a value has no bytes to point at */
+        memcpy(c->buf + c->len, p, n);
     c->len += n;
 }
 
