@@ -22,6 +22,7 @@
 #define FRESH_EVERY 16                                             /* programs; then engines begin with empty caches */
 #define ROUNDS 2
 #define FAULTS_MAX 60
+#define SMALLER_SECONDS 15
 
 static struct {
     u64 seed;
@@ -62,6 +63,7 @@ static struct {
 static struct {
     struct guest *guest;                                           /* that runs */
     unsigned number;
+    bool smaller;                                                  /* a program is being made small: what then does not end is no use */
 } now;
 
 static void on_alarm(int sig UNUSED)
@@ -96,6 +98,13 @@ static void close_guest(unsigned k)
     tally[k].interrupts += guest_interrupts(guest[k]);
     guest_close(guest[k]);
     guest[k] = NULL;
+}
+
+static double now_s(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
 }
 
 /* ---- one program ---- */
@@ -145,7 +154,7 @@ static bool run_guest(struct guest *g, const struct prog *p, bool kicked, struct
     static struct icase i;
     icase_of(p, &i);
     now.guest = g;
-    alarm(60);
+    alarm(now.smaller ? 2 : 60);
     if (kicked)
         kick(g);
     int r = guest_run(g, &i, pattern, out);
@@ -175,23 +184,23 @@ static bool same(const struct outcome *a, const struct outcome *b)
     return !*differ_report();
 }
 
-/* What is right: the processor's, or of a kernel the interpreter's. */
-static void run_right(const struct prog *p, struct outcome *out)
+/* What is right: the processor's, or of a kernel the interpreter's. False: the program does not end. */
+static bool run_right(const struct prog *p, struct outcome *out)
 {
     static const struct config interp = {"interp", &interp_engine, MACHINE_MMU_AUTO, false, false, 1};
     static struct guest *g;
     if (!opt.kernel) {
         run_native(p, out);
-        return;
+        return true;
     }
     if (!g)
         g = open_guest(&interp, false, NULL);
     bug_on(!g);
-    if (!run_guest(g, p, false, out)) {
-        printf("Bail out! program %u does not end on interp\n", now.number);
-        fflush(stdout);
-        _exit(1);
-    }
+    if (run_guest(g, p, false, out))
+        return true;
+    guest_close(g);
+    g = NULL;
+    return false;
 }
 
 /* True: no difference in any round. The report tells of the first. */
@@ -212,22 +221,23 @@ static bool agrees(const struct config *c, struct guest **g, const struct prog *
     return true;
 }
 
-/* Takes out what faults, mostly; so programs become long. */
-static void make_program(unsigned number, struct prog *p, struct outcome *native)
+/* Takes out what faults, mostly; so programs become long. False: it does not end, and is no program. */
+static bool make_program(unsigned number, struct prog *p, struct outcome *native)
 {
     struct rng r = {(opt.seed ^ number) * 0x9e3779b97f4a7c15 | 1};
     prog_make(catalogue, &layout, opt.seed, number, p);
     for (unsigned n = 0; n < FAULTS_MAX; n++) {
         while (!prog_assemble(catalogue, p))
             prog_remove(p, p->pieces - 1, 1);
-        run_right(p, native);
+        if (!run_right(p, native))
+            return false;
         int at = native->vector == VEC_BP ? -1 : prog_piece_at(p, native->s.rip - CODE_VA);
         if (at < 0 || p->piece[at].kind == PIECE_FAULT || one_in(&r, 24))
-            return;
+            return true;
         prog_remove(p, (unsigned)at, 1);
     }
     prog_assemble(catalogue, p);
-    run_right(p, native);
+    return run_right(p, native);
 }
 
 /* ---- a program that differs ---- */
@@ -240,8 +250,7 @@ static bool differs_still(const struct config *c, struct prog *p, unsigned first
     q = *p;
     prog_remove(&q, first, n);
     if (g && prog_assemble(catalogue, &q)) {
-        run_right(&q, &native);
-        differs = !agrees(c, &g, &q, &native);
+        differs = run_right(&q, &native) && !agrees(c, &g, &q, &native);
         if (differs)
             *p = q;
     }
@@ -252,10 +261,13 @@ static bool differs_still(const struct config *c, struct prog *p, unsigned first
 
 static void minimize(const struct config *c, struct prog *p)
 {
+    double end = now_s() + SMALLER_SECONDS;
+    now.smaller = true;
     for (unsigned n = p->pieces / 2; n > 0; n /= 2)
-        for (unsigned first = 0; first + n <= p->pieces;)
+        for (unsigned first = 0; first + n <= p->pieces && now_s() < end;)
             if (!differs_still(c, p, first, n))
                 first += n;
+    now.smaller = false;
 }
 
 static void print_check(void *arg UNUSED, enum log_level level UNUSED, const char *msg)
@@ -281,18 +293,20 @@ static void report(const struct config *c, struct prog *p)
     static struct outcome native;
     unsigned pieces = p->pieces;
     printf("# %s: program %u of seed %llu differs:\n%s", c->name, now.number, (unsigned long long)opt.seed, differ_report());
+    fflush(stdout);
     bool again = differs_still(c, p, 0, 0);
     if (again)
         minimize(c, p);
     prog_assemble(catalogue, p);
     run_right(p, &native);
+    printf("# %s; %u of %u pieces are enough:\n", again ? "again from empty caches" : "not from empty caches, or not each time", p->pieces, pieces);
+    prog_print(p);
+    fflush(stdout);
     struct guest *g = open_guest(c, false, NULL);
     if (g) {
         agrees(c, &g, p, &native);
         guest_close(g);
     }
-    printf("# %s; %u of %u pieces are enough:\n", again ? "again from empty caches" : "not from empty caches, or not each time", p->pieces, pieces);
-    prog_print(p);
     fputs(differ_report(), stdout);
     if (c->engine == &bt_engine)
         check_again(c, p);
@@ -305,7 +319,10 @@ static void run_program(unsigned number)
     static struct outcome native;
     now.number = number;
     p.kernel = opt.kernel;
-    make_program(number, &p, &native);
+    if (!make_program(number, &p, &native)) {
+        printf("# program %u does not end\n", number);
+        return;
+    }
     if (opt.show) {
         printf("# program %u ends by %s at %llx\n", number, trap_name(native.vector), (unsigned long long)native.s.rip);
         prog_print(&p);
@@ -356,13 +373,6 @@ static int options(int argc, char **argv)
     return 0;
 }
 
-static double now_s(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
-}
-
 int main(int argc, char **argv)
 {
     const char *why;
@@ -379,7 +389,8 @@ int main(int argc, char **argv)
         printf("1..1\nok 1 - diff # SKIP %s\n", why);
         return 0;
     }
-    signal(SIGALRM, on_alarm);
+    struct sigaction sa = {.sa_handler = on_alarm, .sa_flags = SA_ONSTACK | SA_RESTART}; /* the stack may be a guest's */
+    sigaction(SIGALRM, &sa, NULL);
     catalogue = catalogue_open(1, &layout, pattern);
     bug_on(!catalogue);
     pthread_t thread;

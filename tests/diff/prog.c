@@ -8,6 +8,7 @@ struct entry {
     u8 code[16], len;
     u8 disp_at;                                                    /* RIP-relative: where the displacement is; 0: none */
     bool std, undefined;                                           /* DF as the case has it; flags are undefined afterwards */
+    bool masked;                                                   /* stores by a mask: where that is 0, a page may be dirty or not */
     u16 address, read;                                             /* registers of addresses (and of whatever makes one), and others that are read */
     u64 target;                                                    /* of RIP-relative operands */
     u64 gpr[16];
@@ -82,6 +83,17 @@ static bool addresses(const struct icase *i, struct entry *e)
     return true;
 }
 
+static bool stores_by_mask(const struct icase *i)
+{
+    switch (i->z.mnemonic) {
+    case ZYDIS_MNEMONIC_VMASKMOVPS: case ZYDIS_MNEMONIC_VMASKMOVPD: case ZYDIS_MNEMONIC_VPMASKMOVD: case ZYDIS_MNEMONIC_VPMASKMOVQ:
+    case ZYDIS_MNEMONIC_MASKMOVQ: case ZYDIS_MNEMONIC_MASKMOVDQU: case ZYDIS_MNEMONIC_VMASKMOVDQU:
+        return true;
+    default:
+        return i->z.encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX && i->o[0].type == ZYDIS_OPERAND_TYPE_MEMORY;
+    }
+}
+
 static void catalogue_add(struct catalogue *c, const struct icase *i)
 {
     struct entry e = { .len = (u8)i->len, .std = i->in.rflags & FLAG_DF };
@@ -90,6 +102,7 @@ static void catalogue_add(struct catalogue *c, const struct icase *i)
         return;
     memcpy(e.code, i->code, i->len);
     memcpy(e.gpr, i->in.gpr, sizeof e.gpr);
+    e.masked = stores_by_mask(i);
     e.undefined = i->z.cpu_flags && i->z.cpu_flags->undefined;
     c->e[c->n++] = e;
 }
@@ -131,6 +144,14 @@ static struct piece *add(struct prog *p, unsigned kind, unsigned id, u32 value)
     return q;
 }
 
+static void add_insn(const struct catalogue *c, struct rng *r, struct prog *p)
+{
+    struct piece *q = add(p, PIECE_INSN, 0, one_in(r, 3) ? (u32)rnd(r) : 0);
+    do
+        q->insn = rnd_below(r, c->n);
+    while (p->kernel && c->e[q->insn].masked);                     /* a kernel sees dirty bits */
+}
+
 /* What a kernel does. */
 enum system { SYS_CLI, SYS_STI, SYS_POPF, SYS_SWAPGS, SYS_CR3, SYS_INVLPG, SYS_INVPCID, SYS_WRMSR, SYS_BASES, SYS_CR2, SYS_CR_READ, SYS_CR0_WP, SYS_CR4_PGE, SYS_IRET,
               SYS_INT, SYS_USER_IRET, SYS_USER_SYSRET, SYS_STAC, SYS_PTE_W, SYS_PTE_AD, SYSTEMS };
@@ -150,7 +171,7 @@ static void add_plain(const struct catalogue *c, struct rng *r, struct prog *p, 
         case 4: add(p, PIECE_TABLE, rnd_below(r, 16), (u32)rnd(r)); break;
         case 5: case 6: add(p, PIECE_STACK, rnd_below(r, 16), (u32)rnd(r)); break;
         case 7: add(p, PIECE_PATCH, rnd_below(r, 3), (u32)rnd(r)); break;
-        default: add(p, PIECE_INSN, 0, one_in(r, 3) ? (u32)rnd(r) : 0)->insn = rnd_below(r, c->n); break;
+        default: add_insn(c, r, p); break;
         }
     }
 }
