@@ -63,7 +63,7 @@ static u64 reserved_bits(const struct mmu_ctx *ctx, unsigned level, u64 e)
         rsvd |= PTE_NX;
     if (!(ctx->efer & EFER_LMA))
         rsvd |= 0x7ff0000000000000ull;                             /* PAE: 62..52; 4-level: ignored or a protection key */
-    if (level == 4)
+    if (level == 4 || (level == 3 && ctx->no_1g_pages))
         rsvd |= PTE_PS;
     else if (level > 1 && e & PTE_PS)
         rsvd |= (level == 3 ? BIT(30) : BIT(21)) - BIT(13);

@@ -24,6 +24,7 @@ struct mmu_ctx {
     u64 pdpte[4];                                                  /* PAE: loaded by MOV CR3 (SDM vol. 3A 4.4.1) */
     u32 pkru;
     u8 phys_bits;                                                  /* MAXPHYADDR */
+    bool no_1g_pages;                                              /* the processor has none: PS is reserved where they would be */
     bool user;                                                     /* the access is made with CPL 3 and is not an implicit supervisor access */
     bool ac;                                                       /* RFLAGS.AC, and not an implicit supervisor access: SMAP is open */
 };

@@ -3,7 +3,7 @@
 # instructions pass on bt's other ways, and the default guest boots and computes what it computes otherwise.
 . "$(dirname "$0")/../lib/tap.sh"
 build=${BUILD:-$top/build}
-features="bmi2 avx512f fsgsbase xgetbv1 pku avx xsave"
+features="pdpe1gb bmi2 avx512f fsgsbase xgetbv1 pku avx xsave"
 [ "$(uname -m)" = x86_64 ] || { skip "masked" "not x86-64"; done_testing; }
 
 # One who asks for nonsense is told so.
@@ -19,7 +19,7 @@ boot() { DOPPEL_HOST_MASK=$1 doppel run --engine bt --quiet --cpus 2 -- sh -c "$
 boot ""
 is "a guest with all that the host has" "$status" 0
 have=$(flags "$tmp/out") sums=$(grep '^sum' "$tmp/out")
-for mask in bmi2 avx512f fsgsbase,pku xgetbv1 xsave bmi2,avx,fsgsbase,xgetbv1,pku; do
+for mask in bmi2 avx512f fsgsbase,pku xgetbv1 xsave,pdpe1gb bmi2,avx,fsgsbase,xgetbv1,pku; do
     failed=
     for program in syscall64 xsave64 vectors64 string64 paging64 sensitive64; do
         DOPPEL_HOST_MASK=$mask timeout -k 5 150 "$build/sys/sys_runner" --timeout 120 --engine bt --at-once "$build/sys/$program.bin" >"$tmp/sys" 2>&1 ||
@@ -30,7 +30,7 @@ for mask in bmi2 avx512f fsgsbase,pku xgetbv1 xsave bmi2,avx,fsgsbase,xgetbv1,pk
     gone=$mask
     case $mask in
         *avx,* | avx) gone+=,avx512f ;;
-        xsave) gone+=,avx,avx512f,xgetbv1,pku ;;
+        xsave*) gone+=,avx,avx512f,xgetbv1,pku ;;
     esac
     is "without $mask: the guest's processor" "$(flags "$tmp/out")" "$(tr ' ' '\n' <<<"$have" | grep -vxF "$(tr ',' '\n' <<<"$gone")" | paste -sd ' ')"
     is "without $mask: the guest's work" "$status $(grep '^sum' "$tmp/out")" "0 $sums"

@@ -124,7 +124,7 @@ static void port(void) { outb(0x80, inb(0x80)); }
 static void device(void) { apic_read(APIC_TIMER_NOW); }
 static void user(void) { asm volatile(USER("nop")::); }
 static void identify(void) { cpuid(7, 0); }
-static void msr(void) { wrmsr(MSR_TSC_AUX, rdmsr(MSR_TSC_AUX)); }
+static void msr(void) { wrmsr(MSR_KERNEL_GS_BASE, rdmsr(MSR_KERNEL_GS_BASE)); }
 static void space(void) { write_cr3(read_cr3()); }
 static void page(void) { invlpg(bytes); }
 static void task_switched(void)

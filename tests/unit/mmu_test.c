@@ -116,6 +116,8 @@ static void test_large(void **state UNUSED)
     put(PDPTE, 0x80000000 | P | W | PS);
     assert_int_equal(walk(MMU_READ), 0);
     assert_true(map.gpa == 0x80000000 + (GVA & 0x3fffffff) && map.page_size == GiB);
+    ctx.no_1g_pages = true;
+    assert_int_equal(walk(MMU_READ), MMU_FAULT | PF_P | PF_RSVD);
 }
 
 /* Not-present entries at each level; the error code tells the kind of access. */

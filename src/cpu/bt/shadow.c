@@ -41,6 +41,7 @@ static void look_begin(const struct icpu *c, struct look *k, bool user, bool ope
     k->ctx.efer = x->efer;
     k->ctx.pkru = c->pkru;
     k->ctx.phys_bits = (u8)cpuid_phys_bits(c->v->m->cpuid);
+    k->ctx.no_1g_pages = !cpuid_has(c->v->m->cpuid, CPU_GBPAGES);
     k->ctx.user = user && !open;
     k->ctx.ac = open;
     k->user = user;

@@ -484,7 +484,7 @@ static void walk_context(const struct icpu *c, enum tlb_view_id view, struct mmu
     const struct x86 *x = c->x;
     *ctx = (struct mmu_ctx){
         .cr0 = x->cr0, .cr3 = x->cr3, .cr4 = x->cr4, .efer = x->efer, .pkru = c->pkru,
-        .phys_bits = (u8)cpuid_phys_bits(c->v->m->cpuid),
+        .phys_bits = (u8)cpuid_phys_bits(c->v->m->cpuid), .no_1g_pages = !cpuid_has(c->v->m->cpuid, CPU_GBPAGES),
         .user = view == VIEW_USER, .ac = view == VIEW_SUPER_OPEN,
     };
     memcpy(ctx->pdpte, x->pdpte, sizeof ctx->pdpte);
