@@ -148,7 +148,7 @@ fuzz: $(B)/setup-test
 
 # What several threads do to the same words. (gcc warns of fences, which its sanitizer does not know: none is needed where this looks.)
 TSAN := -fsanitize=thread $(if $(findstring clang,$(CC)),,-Wno-tsan)
-TSAN_TESTS := tests/unit/codepage_test
+TSAN_TESTS := tests/unit/codepage_test tests/dev/virtio_net_test
 SOAK ?= 1
 soak: $(B)/setup-test
 	$(Q)$(MAKE) --no-print-directory test-programs guest-standard
