@@ -507,7 +507,8 @@ static void two_sigterms_at_once(void **state UNUSED)
         waitpid(sender, NULL, 0);
         usleep(1000);
     }
-    assert_int_equal(finish(), 128 + SIGTERM);
+    int end = finish();
+    assert_true(end == 128 + SIGTERM || end == -SIGTERM);          /* a shell says 143 of both: one came when it no longer caught them */
 }
 
 static void other_signals(void **state UNUSED)
