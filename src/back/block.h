@@ -44,6 +44,11 @@ struct block_req {
     u8 step;
 };
 
+/* What a device counts of its requests. */
+struct block_counts {
+    u64 requests, at_once, notifications;                          /* at once: without another thread */
+};
+
 enum block_io { BLOCK_IO_AUTO, BLOCK_IO_URING, BLOCK_IO_THREADS };
 
 struct block_config {

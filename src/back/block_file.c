@@ -7,7 +7,8 @@
  *
  * A file whose size is no multiple of a sector gets a last sector that is filled up with zeroes on reading, and that a write extends the file to.
  * Discard and zeroes are fallocate(2); where the file system has no such thing, the first is nothing at all and the second writes zeroes.
- * The page cache is used: O_DIRECT would have the guest's alignment be the host's affair, and was no faster (bench/results/disk.md).
+ * The page cache is used, not O_DIRECT: so the guest's alignment is no affair of the host's, and much is answered at once. The price is that both memories
+ * may hold the same.
  *
  * Lock of the file: a whole-file open-file-description lock (fcntl(2)), exclusive for writers. It also keeps out the same image given twice in one
  * process, and QEMU. File systems that have no locks go without.

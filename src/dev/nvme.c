@@ -169,6 +169,7 @@ struct nvme {
     unsigned events;
     bool changed, changed_told;                                    /* the namespace: and whether the driver was told since it has looked */
     int logged;
+    struct block_counts counts;
     struct block_req again;
     bool again_sent;
     struct block_req flush;                                        /* of quiesce and shutdown */
@@ -826,8 +827,10 @@ static int admin_command(struct request *r, u32 *dw0)
 
 /* --- queues --- */
 
-static void start(struct request *r, bool at_once)
+/* True: it is done with. */
+static bool start(struct request *r, bool at_once)
 {
+    bool admin = !r->sq;
     u32 dw0 = 0;
     int status;
 
@@ -837,8 +840,9 @@ static void start(struct request *r, bool at_once)
     status = r->sq ? io_command(r, at_once) : admin_command(r, &dw0);
     if (status != LATER)
         complete(r, dw0, status);
-    else if (r->sq)
+    else if (!admin)
         r->nvme->in_flight++;
+    return status != LATER;
 }
 
 static bool fetch(struct nvme *n, unsigned id)
@@ -858,7 +862,8 @@ static bool fetch(struct nvme *n, unsigned id)
     n->free = r->next_free;
     r->busy = true;
     r->sq = (u16)id;
-    start(r, true);
+    n->counts.requests += id != 0;
+    n->counts.at_once += start(r, true) && id;
     return true;
 }
 
@@ -1022,6 +1027,7 @@ static void doorbell(struct nvme *n, unsigned index, u32 val)
 
     if (id > n->config.queues || !running(n))
         return;
+    n->counts.notifications++;
     if (index & 1) {
         struct cq *q = &n->cq[id];
 
@@ -1336,6 +1342,16 @@ int nvme_resize(struct nvme *n, u64 size)
     interrupt(n);
     pthread_mutex_unlock(&n->device.lock);
     return 0;
+}
+
+struct block_counts nvme_counts(struct nvme *n)
+{
+    struct block_counts c;
+
+    pthread_mutex_lock(&n->device.lock);
+    c = n->counts;
+    pthread_mutex_unlock(&n->device.lock);
+    return c;
 }
 
 static int attach(struct nvme *n)

@@ -28,3 +28,4 @@ struct nvme_config {
 int nvme_new(const struct nvme_config *c, struct block *block, struct nvme **out);
 /* As virtio_blk_resize(). */
 int nvme_resize(struct nvme *n, u64 size);
+struct block_counts nvme_counts(struct nvme *n);

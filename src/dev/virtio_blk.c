@@ -61,6 +61,7 @@ struct virtio_blk {
     pthread_cond_t idle;                                           /* in_flight has become 0, or the flush of quiesce has ended */
     bool gone;                                                     /* freed but for what the host may still answer */
     bool dirty;                                                    /* written since the last flush */
+    struct block_counts counts;
     int logged;                                                    /* the last host error that was logged */
     struct block_req flush;                                        /* of quiesce */
     bool flushing;
@@ -258,8 +259,11 @@ static void process(struct virtio_blk *b, unsigned n)
             budget--;
             bq->free = r->next_free;
             r->busy = true;
-            if (!start(r, true))
+            b->counts.requests++;
+            if (!start(r, true)) {
+                b->counts.at_once++;
                 release(r);
+            }
         }
         if (!bq->free || !virtq_listen(q) || !budget)
             break;
@@ -326,7 +330,10 @@ static struct timespec quiesce_end(void)
 
 static void blk_kick(struct virtio *v, unsigned n)
 {
-    process(container_of(v, struct virtio_blk, virtio), n);
+    struct virtio_blk *b = container_of(v, struct virtio_blk, virtio);
+
+    b->counts.notifications++;
+    process(b, n);
 }
 
 /* Only the cache's switch can be written (5.2.5). What was written before it is switched off is flushed with the next write. */
@@ -388,6 +395,16 @@ int virtio_blk_resize(struct virtio_blk *b, u64 size)
     virtio_config_changed(&b->virtio);
     pthread_mutex_unlock(&b->virtio.device.lock);
     return 0;
+}
+
+struct block_counts virtio_blk_counts(struct virtio_blk *b)
+{
+    struct block_counts c;
+
+    pthread_mutex_lock(&b->virtio.device.lock);
+    c = b->counts;
+    pthread_mutex_unlock(&b->virtio.device.lock);
+    return c;
 }
 
 /* --- device --- */

@@ -17,3 +17,4 @@ int virtio_blk_new(struct ram *ram, const struct log *log, struct block *block, 
 /* Makes the disk size bytes large, or (0) takes the size that it has on the host by now; tells the driver. Any thread. 0, or a negative errno with
  * err(). */
 int virtio_blk_resize(struct virtio_blk *b, u64 size);
+struct block_counts virtio_blk_counts(struct virtio_blk *b);       /* any thread */

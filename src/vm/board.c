@@ -653,8 +653,23 @@ void board_info(struct board *b, FILE *f)
     }
 }
 
+static void disk_stats(const struct board *b, unsigned i, struct stats *s)
+{
+    struct block_counts c = b->disk[i].nvme ? nvme_counts(b->disk[i].nvme) : virtio_blk_counts(b->disk[i].virtio);
+    char name[16];
+
+    snprintf(name, sizeof(name), "disk%u", i);
+    stats_group(s, name);
+    stats_u64(s, "requests", c.requests);
+    stats_u64(s, "at-once", c.at_once);
+    stats_u64(s, "notifications", c.notifications);
+    stats_group_end(s);
+}
+
 void board_stats(struct board *b, struct stats *s)
 {
+    for (unsigned i = 0; i < b->config->disks; i++)
+        disk_stats(b, i, s);
     for (unsigned i = 0; i < b->nics; i++)
         nic_stats(b->nic[i], i, s);
 }

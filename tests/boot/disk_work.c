@@ -4,6 +4,7 @@
  *   disk_work verify DEV SECONDS   random writes, reads, zeroes and discards by four threads, compared with a model; then all of it read once more
  *   disk_work journal DEV          records one after another, for ever; prints "flushed N" when what there is up to record N is flushed
  *   disk_work check DEV N          is everything there that a journal had flushed when it said "flushed N"?
+ *   disk_work bench DEV MS         rows of so many milliseconds each: "disk: NAME VALUE", operations or MiB a second; for bench/disk
  *   disk_work fill DEV             writes and flushes the whole disk; prints what the host thinks of it
  */
 #define _GNU_SOURCE
@@ -210,6 +211,73 @@ static int check(const char *last)
     return 0;
 }
 
+/* --- bench --- */
+
+static const struct row {
+    const char *name;
+    size_t len;
+    unsigned depth;
+    char write, random, flush;
+} rows[] = {
+    { "read-4k-1", 4096, 1, 0, 1, 0 }, { "read-4k-32", 4096, 32, 0, 1, 0 }, { "write-4k-1", 4096, 1, 1, 1, 0 }, { "write-4k-32", 4096, 32, 1, 1, 0 },
+    { "read-1m-seq", 1 << 20, 1, 0, 0, 0 }, { "read-1m-random", 1 << 20, 1, 0, 1, 0 }, { "write-1m-seq", 1 << 20, 1, 1, 0, 0 }, { "fsync-4k", 4096, 1, 1, 1, 1 },
+};
+
+struct lane {
+    pthread_t thread;
+    const struct row *row;
+    unsigned seed;
+    off_t size;
+    uint64_t done;
+};
+
+static void *drive(void *arg)
+{
+    struct lane *l = arg;
+    const struct row *w = l->row;
+    uint64_t slots = (uint64_t)l->size / w->len, at = l->seed * slots / 32;
+    char *buf = buffer(w->len);
+
+    memset(buf, 0x33, w->len);
+    while (now() < until) {
+        off_t off = (off_t)(at % slots * w->len);
+        ssize_t n = w->write ? pwrite(fd, buf, w->len, off) : pread(fd, buf, w->len, off);
+
+        if (n != (ssize_t)w->len || (w->flush && fdatasync(fd) < 0))
+            die(w->name);
+        at = w->random ? (uint64_t)rand_r(&l->seed) * 2654435761u >> 7 : at + 1;
+        l->done++;
+    }
+    free(buf);
+    return NULL;
+}
+
+static int bench(const char *ms)
+{
+    off_t size = lseek(fd, 0, SEEK_END);
+
+    for (const struct row *w = rows; w < rows + sizeof(rows) / sizeof(*rows); w++) {
+        struct lane lane[32];
+        uint64_t sum = 0;
+        double from = now(), s;
+
+        until = from + atof(ms) / 1000;
+        for (unsigned i = 0; i < w->depth; i++) {
+            lane[i] = (struct lane){ .row = w, .seed = i + 1, .size = size };
+            if (pthread_create(&lane[i].thread, NULL, drive, &lane[i]))
+                die("thread");
+        }
+        for (unsigned i = 0; i < w->depth; i++) {
+            pthread_join(lane[i].thread, NULL);
+            sum += lane[i].done;
+        }
+        s = now() - from;
+        printf("disk: %s %.1f\n", w->name, (double)sum * (w->len > 4096 ? (double)w->len / (1 << 20) : 1) / s);
+        fflush(stdout);
+    }
+    return 0;
+}
+
 static int fill_disk(void)
 {
     off_t size = lseek(fd, 0, SEEK_END);
@@ -232,13 +300,16 @@ int main(int argc, char **argv)
 {
     if (argc < 3)
         return 64;
-    fd = open(argv[2], (strcmp(argv[1], "check") ? O_RDWR : O_RDONLY) | O_DIRECT);
+    /* A file on the host is measured in the page cache, which is where a guest's disk is, too. */
+    fd = open(argv[2], (strcmp(argv[1], "check") ? O_RDWR : O_RDONLY) | (strcmp(argv[1], "bench") || !strncmp(argv[2], "/dev/", 5) ? O_DIRECT : 0));
     if (fd < 0)
         die(argv[2]);
     if (!strcmp(argv[1], "verify") && argc == 4)
         return verify(argv[3]);
     if (!strcmp(argv[1], "journal"))
         journal();
+    if (!strcmp(argv[1], "bench") && argc == 4)
+        return bench(argv[3]);
     if (!strcmp(argv[1], "check") && argc == 4)
         return check(argv[3]);
     return strcmp(argv[1], "fill") ? 64 : fill_disk();
