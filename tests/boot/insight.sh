@@ -30,7 +30,7 @@ for engine in interp bt; do
             '"blocks-translated":[1-9].*"direct-jump":[1-9].*"exit-time":\{"direct-jump-percent":[0-9.]+.*"cache":\{"translations":[1-9]'
     fi
     # What was counted is in the trace, each time.
-    counted() { sed -E "s/.*\"$1\":([0-9]+).*/\1/" "$tmp/stats"; }
+    counted() { grep -oE "\"$1\":[0-9]+" "$tmp/stats" | head -n 1 | cut -d: -f2; }
     is "$engine: trace: page faults" "$(grep -c ' faults  *#PF' "$tmp/trace")" "$(counted page-faults)"
     is "$engine: trace: interrupts" "$(grep -c ' interrupts *interrupt ' "$tmp/trace")" "$(counted interrupts)"
     [ $engine = interp ] || is "$engine: trace: exits" "$(grep -c ' exits  *look-up, rip 0x' "$tmp/trace")" "$(counted look-up)"
