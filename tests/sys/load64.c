@@ -6,8 +6,8 @@
 #include "smp.h"
 
 #define CPUS 2
-#define DEADLINES 100
-#define VOLLEYS 250
+#define DEADLINES 40
+#define VOLLEYS 60
 #define MSR_TSC_DEADLINE 0x6e0
 enum { V_DEADLINE = 0x60, V_BALL = 0x64, V_BURST = 0x68, V_PERIODIC = 0x6c, V_BEGIN = 0x70 }; /* + number of the processor */
 enum { LOAD_COMPUTE, LOAD_CALLS, LOAD_SPACES, LOAD_EXITS, LOAD_HALT, LOADS };
