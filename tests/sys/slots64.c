@@ -70,6 +70,28 @@ static void round_of(fn *displace, fn *index, fn *step, fn *big, bool user)
     }
 }
 
+/* RCX, which look-ups may borrow, changed between accesses that hit and ones that miss. */
+static void borrowed(void)
+{
+    ulong a = EDGE - 0x2000, rax, rcx, rdx, r8;
+
+    test("slots: RCX is its own between accesses, whatever they come to");
+    for (unsigned k = 0; k < 4 * ROUNDS; k++) {
+        if (k & 1)
+            write_cr3(read_cr3());
+        else if (k & 2)
+            invlpg((void *)(a + 0x1000 * (k >> 2 & 3)));
+        rcx = 0x1111111111110000 + k;
+        asm volatile("movq (%4), %%rax; incq %%rcx; movq 0x1000(%4), %%rdx; addq %%rcx, %%rax; movq 0x2000(%4), %%r8; movb $7, %%cl; pushq %%rcx; addq 0x3000(%4), %%r8\n"
+                     "popq %%rdx; addq %%rcx, %%rax; xchgq %%rcx, %%rdx; addq (%4), %%rcx; addq %%rdx, 0x1008(%4); subq %%rdx, 0x1008(%4)"
+                     : "=&a"(rax), "+c"(rcx), "=&d"(rdx), "=&r"(r8) : "r"(a) : "r8", "memory", "cc");
+        eq("RAX", rax, AT(a) + 0x1111111111110001 + k + 0x1111111111110007);
+        eq("RCX", rcx, 0x1111111111110007 + AT(a));
+        eq("RDX", rdx, 0x1111111111110007);
+        eq("a sum in memory", *(volatile u64 *)(a + 0x1008), AT(a + 0x1008));
+    }
+}
+
 int main(void)
 {
     for (ulong va = EDGE - 0x2000; va < EDGE + 0x2000; va += 0x1000) {
@@ -84,6 +106,7 @@ int main(void)
     test("slots: likewise, CPL 3");
     for (unsigned k = 0; k < ROUNDS; k++)
         round_of(displaced_user, indexed_user, stepped_user, large_user, true);
+    borrowed();
     test("slots: a base in one where nothing is mapped");
     for (unsigned k = 0; k < ROUNDS; k++) {
         ulong rbx = LONELY - 8;

@@ -290,7 +290,9 @@ static void softtlb_bmi2(struct tr *t, const struct ea *m, unsigned n, enum mmu_
     if (n > 1)
         lea(e, S1, S1, (s32)n - 1);
     put_pext_gs(e, S1, S1, OFF(bt.mask_page));
-    op_gs(e, true, X_STORE, RCX, OFF(bt.tmp[0]));
+    if (!t->rcx_saved)                                             /* else each look-up would wait for the one before it */
+        op_gs(e, true, X_STORE, RCX, OFF(bt.tmp[0]));
+    t->rcx_stored = true;
     op_gs(e, true, X_LOAD, RCX, OFF(view));
     op_mem(e, true, X_LEA, S0, NO_REG, S0, 2, 0);
     op_mem(e, true, X_LEA, S0, RCX, S0, 3, 0);

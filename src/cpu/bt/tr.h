@@ -47,6 +47,7 @@ struct tr {
     bool shadow;                                                   /* memory operands go through the windows, else through the software TLB */
     unsigned i;                                                    /* the op that is being translated */
     unsigned kept;                                                 /* S0 holds the delta of this guest register's slot (shadow); NO_REG: it does not */
+    bool rcx_saved, rcx_stored;                                    /* icpu.bt.tmp[0] holds the guest's RCX: before this op; and by it, from its last look-up on */
     u16 small;                                                     /* guest registers whose 64 bits are below 64 Ki here */
     u8 gates;                                                      /* of icpu.live that this block has looked at; a handler may close them */
     unsigned shadowed;                                             /* the op behind an STI, which no interrupt comes before; 0: none */

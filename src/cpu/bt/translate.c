@@ -660,6 +660,19 @@ static void small_follow(struct tr *t, const struct item *it)
         t->small |= (u16)BIT(gpr_of(&it->d.opnd[0]));
 }
 
+/* What an instruction with a gate has stored may not have been: its handler goes on behind it, too. */
+static void rcx_follow(struct tr *t, const struct item *it)
+{
+    if (it->kind != K_PLAIN && it->kind != K_NOTHING && it->kind != K_LEA && it->kind != K_STACK && it->kind != K_BRANCH && it->kind != K_VECTOR)
+        t->rcx_saved = false;
+    else if (t->rcx_stored && (it->kind == K_PLAIN || it->kind == K_STACK))
+        t->rcx_saved = true;
+    unsigned g;
+    for (unsigned i = 0; i < it->d.insn.operand_count; i++)
+        if (writes_gpr(&it->d.opnd[i], &g) && g == RCX)
+            t->rcx_saved = false;
+}
+
 /* A small step of the register whose slot's delta is kept: it stays within the guards, and a fault beyond its window looks again. */
 static bool steps(const struct tr *t, const struct item *it)
 {
@@ -709,6 +722,7 @@ static void put_op(struct tr *t, bool *last)
     u8 *p = t->e.p;
     unsigned colds = t->colds, marks;
     u32 links = t->t->links, relocs = t->t->relocs;
+    t->rcx_stored = false;
     tr_mark(t, t->i, t->shadowed && t->i == t->shadowed ? MARK_SHADOW : 0);
     marks = t->marks;
     bool slow = t->b->slow & BIT(t->i);
@@ -716,9 +730,11 @@ static void put_op(struct tr *t, bool *last)
         if (t->kept != NO_REG && !keeps(t, &t->item[t->i]) && !steps(t, &t->item[t->i]))
             t->kept = NO_REG;
         small_follow(t, &t->item[t->i]);
+        rcx_follow(t, &t->item[t->i]);
         return;
     }
     t->small = 0;
+    t->rcx_saved = false;
     t->kept = NO_REG;
     t->e.p = p;
     t->colds = colds;
@@ -748,6 +764,7 @@ static void begin(struct tr *t, struct icpu *c, struct bt *bt, struct block *b)
     t->i = t->colds = t->marks = 0;
     t->gates = 0;
     t->small = 0;
+    t->rcx_saved = false;
     t->ended = false;
     t->tb = &bt->tb[bt->tbs++];
     *t->tb = (struct tb){ .la = c->rip, .gpa = b->gpa, .start = bt->rw + bt->used, .key = (u8)key, .n = b->n, .b = b, .slow = b->slow,
