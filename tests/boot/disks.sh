@@ -85,6 +85,36 @@ crash()                                             # name, device, whole second
 image "$tmp/a.img"; crash "raw" /dev/vda --disk "$tmp/a.img"
 image "$tmp/a.img"; crash "NVMe, an overlay" /dev/nvme0n1 --disk "$tmp/a.img,overlay=$tmp/crash.over,bus=nvme"
 
+# The same with a file system, which is checked as after any crash; what was synced is in it.
+journalled()                                        # rounds
+{
+    local i bad=
+    image "$tmp/fs.img" 64M
+    mke2fs -q -t ext4 "$tmp/fs.img"
+    for ((i = 0; i < $1; i++)); do
+        "$DOPPEL" "${run[@]}" --disk "$tmp/fs.img" -- sh -c 'mount -t ext4 /dev/vda /mnt && rm -f /mnt/*
+            n=0; while :; do n=$((n + 1)); echo $n >/mnt/$((n % 200)); dd if=/dev/urandom of=/mnt/data$((n % 7)) bs=64k count=$((n % 5)) 2>/dev/null
+            [ $((n % 5)) != 0 ] || { sync; echo "synced $n"; }; done' </dev/null >"$tmp/out" 2>"$tmp/err" &
+        local job=$! n found
+        pids+=("$job")
+        wait_for "$tmp/out" '^synced' "$BOOT_SECONDS" || bad+=" nothing was synced in round $i: $(tail -n 1 "$tmp/err");"
+        sleep "0.$((RANDOM % 9))$((RANDOM % 9))"
+        kill -9 $job
+        wait $job 2>/dev/null
+        n=$(sed -n 's/^synced \([0-9]*\)$/\1/p' "$tmp/out" | tail -n 1)
+        e2fsck -fp "$tmp/fs.img" >"$tmp/fsck" 2>&1
+        [ $? -le 1 ] || bad+=" round $i: $(tail -n 3 "$tmp/fsck");"
+        found=$(debugfs -R "cat /$((${n:-0} % 200))" "$tmp/fs.img" 2>/dev/null)
+        [ "${found:-0}" -ge "${n:-0}" ] || bad+=" round $i: ${n:-?} was synced, ${found:-nothing} is there;"
+    done
+    is "kill -9, $1 times: ext4 is sound, and what was synced is there" "$bad" ""
+}
+if command -v mke2fs >/dev/null && command -v debugfs >/dev/null; then
+    journalled $((kills > 3 ? kills : 1))
+else
+    skip "kill -9: ext4" "mke2fs and debugfs are not installed (package e2fsprogs)"
+fi
+
 # ---- servers that misbehave ----
 if [ -n "$have_nbd" ]; then
     serve bad --filter=error memory 16M error-pread=EIO error-pread-rate=100% error-pread-file="$tmp/fail"

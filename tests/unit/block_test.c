@@ -2,6 +2,8 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <pthread.h>
 #include <sched.h>
 #include <setjmp.h>
@@ -10,8 +12,10 @@
 #include <stddef.h>
 #include <string.h>
 #include <sys/mount.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -194,6 +198,48 @@ static void test_grow(void **state)
     assert_int_equal(open_disk(path("disk"), true, &b), 0);
     assert_int_equal(block_grow(b, 16384), -EROFS);
     block_close(b);
+}
+
+/* A host that does not permit io_uring (here by a filter of system calls): threads do it, unless somebody insists. */
+static void test_no_uring(void **state)
+{
+    struct sock_filter code[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_io_uring_setup, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+    };
+    struct sock_fprog filter = { ARRAY_SIZE(code), code };
+    int status;
+    pid_t pid;
+
+    (void)state;
+    make("disk", 64 * KiB);
+    pid = fork();
+    if (!pid) {
+        struct block_config c = { .path = path("disk") };
+        u8 buf[512] = { 3 };
+        struct block *b;
+        int bad = 0;
+
+        if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0 || prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter) < 0)
+            _exit(77);
+        if (block_open(&c, &b) < 0)
+            _exit(9);
+        bad |= !strstr(block_kind(b), "threads");
+        bad |= (io(b, BLOCK_WRITE, 0, buf, sizeof(buf)) != 0) << 1;
+        block_close(b);
+        c.io = BLOCK_IO_URING;
+        bad |= (block_open(&c, &b) >= 0 || !strstr(err_last(), "does not permit io_uring")) << 2;
+        _exit(bad);
+    }
+    assert_int_equal(waitpid(pid, &status, 0), pid);
+    assert_true(WIFEXITED(status));
+    if (WEXITSTATUS(status) == 77) {
+        puts("# skip: no filters of system calls here");
+        skip();
+    }
+    assert_int_equal(WEXITSTATUS(status), 0);
 }
 
 static atomic_uint told;
@@ -527,7 +573,7 @@ int main(void)
         cmocka_unit_test(test_read_write), cmocka_unit_test(test_bounds), cmocka_unit_test(test_odd_size), cmocka_unit_test(test_size_changes),
         cmocka_unit_test(test_many_pieces), cmocka_unit_test(test_close_waits), cmocka_unit_test(test_lock), cmocka_unit_test(test_no_disks),
         cmocka_unit_test(test_permissions), cmocka_unit_test(test_full), cmocka_unit_test(test_discard_and_zeroes), cmocka_unit_test(test_at_once),
-        cmocka_unit_test(test_grow), cmocka_unit_test(test_hold_full),
+        cmocka_unit_test(test_grow), cmocka_unit_test(test_hold_full), cmocka_unit_test(test_no_uring),
     };
     static const char *const name[] = { [BLOCK_IO_URING] = "io_uring", [BLOCK_IO_THREADS] = "threads" };
     struct block *b;
