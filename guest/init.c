@@ -35,6 +35,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/utsname.h>
 #include <sys/wait.h>
 #include <termios.h>
 #include <time.h>
@@ -51,6 +52,9 @@
 #define PIPE_BYTES (256 << 10)
 #define BUTTONS_MAX 8
 #define AGENT "/sbin/doppel-agent"
+#define ROOT_TAG "doppel-root"
+#define ROOT_PLACE "/run/doppel"
+#define ROOT ROOT_PLACE "/root"
 #define AGENT_AGAIN_MS 1000
 #define NEVER INT64_MAX
 
@@ -104,6 +108,8 @@ struct init {
     int64_t kill_at;                                               /* what still runs then is killed; 0: no haste */
     int kill_with;                                                 /* the command, by this signal */
     bool stopping;                                                 /* all processes were told to end */
+    bool other_root;                                               /* shell and command run below ROOT */
+    int root_error;                                                /* why they cannot, an errno */
     bool port_down;                                             /* the host has not connected a port: look again soon */
     struct ctl ctl;
     struct command cmd;
@@ -221,6 +227,83 @@ static void load_modules(const char *list)
     }
     if (f)
         fclose(f);
+}
+
+/* ---- the host's root ---- */
+
+static void bind_below_root(const char *what)
+{
+    char at[256];
+
+    snprintf(at, sizeof at, ROOT "%s", what);
+    if (mount(what, at, NULL, MS_BIND | MS_REC, NULL))
+        say("%s: %s", at, strerror(errno));
+}
+
+/* The modules of the kernel that runs, which the host's root need not have; and names found as the guest's network has them. */
+static void bind_own_files(void)
+{
+    struct utsname u;
+    char dir[256], at[300];
+    int fd = open("/etc/resolv.conf", O_WRONLY | O_CREAT | O_CLOEXEC, 0644);
+
+    if (fd >= 0)
+        close(fd);
+    if (!access(ROOT "/etc/resolv.conf", F_OK))
+        bind_below_root("/etc/resolv.conf");
+    uname(&u);
+    snprintf(dir, sizeof dir, "/lib/modules/%s", u.release);
+    snprintf(at, sizeof at, ROOT "%s", dir);
+    mkdir(ROOT "/lib/modules", 0755);
+    if (!mkdir(at, 0755) || errno == EEXIST)
+        bind_below_root(dir);
+}
+
+/* The host's folder below a tmpfs, by overlayfs. Returns 0 or an errno. */
+static int mount_root(const char *type)
+{
+    static const char *const dirs[] = { ROOT_PLACE, ROOT_PLACE "/lower", ROOT_PLACE "/rw", ROOT, NULL };
+    const char *data = !strcmp(type, "9p") ? "trans=virtio,version=9p2000.L,msize=262144,cache=loose" : NULL;
+
+    for (const char *const *d = dirs; *d; d++)
+        mkdir(*d, 0755);
+    if (mount(ROOT_TAG, ROOT_PLACE "/lower", type, MS_RDONLY, data) || mount("tmpfs", ROOT_PLACE "/rw", "tmpfs", 0, "mode=0755") ||
+        mkdir(ROOT_PLACE "/rw/upper", 0755) || mkdir(ROOT_PLACE "/rw/work", 0755) ||
+        mount("overlay", ROOT, "overlay", 0,
+              "lowerdir=" ROOT_PLACE "/lower,upperdir=" ROOT_PLACE "/rw/upper,workdir=" ROOT_PLACE "/rw/work"))
+        return errno;
+    for (const char *const *d = (const char *const[]){ "/dev", "/proc", "/sys", NULL }; *d; d++) {
+        char at[64];
+        snprintf(at, sizeof at, ROOT "%s", *d);
+        mkdir(at, 0755);
+        bind_below_root(*d);
+    }
+    mkdir(ROOT "/run", 0755);
+    mount("tmpfs", ROOT "/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755");
+    bind_own_files();
+    return 0;
+}
+
+static void find_root(struct init *s)
+{
+    char type[16];
+
+    if (!parameter("doppel.root", type, sizeof type))
+        return;
+    load_modules("/etc/modules.root");
+    s->other_root = true;
+    s->root_error = mount_root(type);
+    if (s->root_error)
+        say("cannot mount the host's root by %s: %s", type, strerror(s->root_error));
+}
+
+/* In a child. Returns 0 or -1 with errno. */
+static int enter_root(const struct init *s)
+{
+    if (!s->other_root)
+        return 0;
+    errno = s->root_error;
+    return s->root_error || chroot(ROOT) || chdir("/") ? -1 : 0;
 }
 
 static void name_host(void)
@@ -584,7 +667,7 @@ static void shell_start(struct init *s)
         if (fd > 2)
             close(fd);
     }
-    if (chdir("/root"))
+    if (enter_root(s) || chdir("/root"))
         say("/root: %s", strerror(errno));
     execl("/bin/sh", "-sh", NULL);
     say("/bin/sh: %s", strerror(errno));
@@ -694,7 +777,7 @@ static bool open_streams(struct command *c, const struct msg_run *run, int fd[3]
     return true;
 }
 
-static void command_exec(const int fd[3], bool tty, const char *dir, char **argv, char **env, int report)
+static void command_exec(const struct init *s, const int fd[3], bool tty, const char *dir, char **argv, char **env, int report)
 {
     child_defaults();
     for (int i = 0; i < 3; i++)
@@ -708,7 +791,7 @@ static void command_exec(const int fd[3], bool tty, const char *dir, char **argv
     setenv("SHELL", "/bin/sh", 1);
     for (; *env; env++)
         putenv(*env);
-    if (!chdir(*dir ? dir : "/root"))
+    if (!enter_root(s) && !chdir(*dir ? dir : "/root"))
         execvp(argv[0], argv);
     int error = errno;
     (void)!write(report, &error, sizeof error);
@@ -724,7 +807,7 @@ static int command_spawn(struct init *s, const struct msg_run *run, const char *
     if (!open_streams(c, run, fd) || pipe2(report, O_CLOEXEC) || (c->pid = fork()) < 0)
         error = errno;
     else if (c->pid == 0)
-        command_exec(fd, run->flags & RUN_TTY, dir, argv, env, report[1]);
+        command_exec(s, fd, run->flags & RUN_TTY, dir, argv, env, report[1]);
     if (c->slave < 0)
         for (int i = 0; i < 3; i++)
             close_fd(&fd[i]);
@@ -1137,6 +1220,7 @@ int main(void)
         return 1;                                                  /* the kernel panics */
     }
     name_host();
+    find_root(s);
     find_console(s);
     if (parameter("doppel.rows", rows, sizeof rows) && parameter("doppel.cols", cols, sizeof cols))
         set_winsize(s->console, -1, atoi(rows), atoi(cols));

@@ -22,6 +22,7 @@
 #define QUEUE_BYTES (64 * KiB)
 #define AVAIL_OFFSET (16 * KiB)
 #define USED_OFFSET (32 * KiB)
+#define SLOTS_OFFSET (48 * KiB)
 #define RINGS_GPA (1ull << 51)
 #define ANSWER_SECONDS 20
 #define F_PROTOCOL_FEATURES 30
@@ -231,6 +232,18 @@ bool vhost_user_add(struct vhost_user *v, unsigned queue, const struct vhost_par
     g->avail->ring[g->avail->idx % VHOST_USER_RING] = head;
     __atomic_store_n(&g->avail->idx, (u16)(g->avail->idx + 1), __ATOMIC_RELEASE);
     return true;
+}
+
+_Static_assert(USED_OFFSET + sizeof(struct vring_used_elem) * VHOST_USER_RING + 8 <= SLOTS_OFFSET &&
+               SLOTS_OFFSET + VHOST_USER_SLOTS * VHOST_USER_SLOT_BYTES <= QUEUE_BYTES, "a queue's memory");
+
+u8 *vhost_user_slot(struct vhost_user *v, unsigned queue, unsigned slot, u64 *gpa)
+{
+    u64 at = queue * QUEUE_BYTES + SLOTS_OFFSET + slot * (u64)VHOST_USER_SLOT_BYTES;
+
+    bug_on(queue >= v->queues || slot >= VHOST_USER_SLOTS);
+    *gpa = RINGS_GPA + at;
+    return v->mem + at;
 }
 
 void vhost_user_kick(struct vhost_user *v, unsigned queue)

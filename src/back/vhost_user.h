@@ -44,6 +44,10 @@ void vhost_user_free(struct vhost_user *v);                        /* NULL is fi
 
 /* Parts that are to be read stand before those that are to be written. False: no room now, or it is gone. token is not NULL. */
 bool vhost_user_add(struct vhost_user *v, unsigned queue, const struct vhost_part *part, unsigned parts, void *token);
+/* Memory of our own that a part may lie in, in place of the guest's: its address for both sides. slot: 0 to VHOST_USER_SLOTS - 1 of each queue. */
+#define VHOST_USER_SLOTS 256
+#define VHOST_USER_SLOT_BYTES 64
+u8 *vhost_user_slot(struct vhost_user *v, unsigned queue, unsigned slot, u64 *gpa);
 void vhost_user_kick(struct vhost_user *v, unsigned queue);
 /* The next request that was answered, with the bytes written. NULL: none now. */
 void *vhost_user_take(struct vhost_user *v, unsigned queue, u32 *len);

@@ -63,6 +63,11 @@ static const char *find_program(void)
     return NULL;
 }
 
+bool virtiofsd_installed(void)
+{
+    return find_program() != NULL;
+}
+
 static bool kernel_view(const char *type)
 {
     static const char *const kinds[] = { "proc", "sysfs", "debugfs", "tracefs", "securityfs", "selinuxfs", "smackfs", "cgroup", "cgroup2", "bpf", "pstore",

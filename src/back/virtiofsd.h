@@ -15,6 +15,7 @@ struct virtiofsd {
     int log;                                                       /* what it has said */
 };
 
+bool virtiofsd_installed(void);
 /*
  * The socket, or a negative errno with err(): it is not installed, the host permits no user namespaces, the folder cannot be used. That it has started
  * does not mean that it will answer: virtiofsd_words() then says more.

@@ -11,6 +11,7 @@
 #include "ctl/command.h"
 
 #include <errno.h>
+#include <limits.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <string.h>
@@ -140,7 +141,8 @@ static void send_run(struct command *c)
     struct msg_run run = {.rows = g->rows, .cols = g->cols};
     if (g->tty && g->term)
         snprintf(term, sizeof(term), "TERM=%s", g->term);
-    size_t len = sizeof(run) + 1 + (*term ? strlen(term) + 1 : 0);
+    const char *dir = g->dir ? g->dir : "";
+    size_t len = sizeof(run) + strlen(dir) + 1 + (*term ? strlen(term) + 1 : 0);
     for (; g->argv[run.argc]; run.argc++)
         len += strlen(g->argv[run.argc]) + 1;
     run.envc = *term != '\0';
@@ -148,7 +150,7 @@ static void send_run(struct command *c)
     if (g->tty)
         run.flags = RUN_TTY;
     struct msg_head head = {.type = MSG_RUN, .len = (u32)len};
-    bool ok = send_bytes(c, &head, sizeof(head)) && send_bytes(c, &run, sizeof(run)) && send_bytes(c, "", 1);
+    bool ok = send_bytes(c, &head, sizeof(head)) && send_bytes(c, &run, sizeof(run)) && send_bytes(c, dir, strlen(dir) + 1);
     for (u32 i = 0; ok && i < run.argc; i++)
         ok = send_bytes(c, g->argv[i], strlen(g->argv[i]) + 1);
     if (!ok || (*term && !send_bytes(c, term, strlen(term) + 1))) {
@@ -445,7 +447,7 @@ static const struct vport_ops out_port_ops = {.guest_data = out_port_data};
 
 static int check_words(char **argv)
 {
-    u64 len = sizeof(struct msg_run) + 256;
+    u64 len = sizeof(struct msg_run) + 256 + PATH_MAX;
     for (; *argv; argv++)
         len += strlen(*argv) + 1;
     if (len <= MSG_MAX)

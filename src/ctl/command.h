@@ -22,6 +22,7 @@ struct command_config {
     bool tty;
     /* the command's closing of standard output is passed on */
     bool stdout_ends;
+    const char *dir;                                               /* working directory in the guest; NULL: its default */
     const char *term;                                              /* $TERM for a tty; may be NULL */
     u16 cols, rows;                                                /* 0: not known */
     const struct log *log;

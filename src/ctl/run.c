@@ -286,6 +286,8 @@ static int append_for_init(struct run *run)
     int r = 0;
     if (run->options.verbose)
         r = append(&run->cmdline, "loglevel=7");
+    if (r == 0 && run->root_kind)
+        r = append(&run->cmdline, "doppel.root=%s", run->root_kind);
     if (r == 0 && run->options.command && net_options_wait(&run->options.net))
         r = append(&run->cmdline, "doppel.net=wait");
     if (r == 0 && run->options.command)
@@ -342,7 +344,7 @@ static int open_command(struct run *run)
     struct command_config config = {
         .argv = run->options.command,
         .in = console ? console : run->in, .out = console ? console : run->out, .err = run->err,
-        .tty = console != NULL, .stdout_ends = !console, .term = terminal_kind(), .log = &run->log,
+        .tty = console != NULL, .stdout_ends = !console, .dir = run->root_dir, .term = terminal_kind(), .log = &run->log,
         .started = on_command_started, .done = on_command_done, .ready = on_guest_ready,
         .failed = on_command_failed, .arg = run,
     };
@@ -449,6 +451,8 @@ static int prepare(struct run *run)
     if (r == 0)
         r = find_guest(run);
     if (r == 0)
+        r = run_root_open(run);
+    if (r == 0)
         r = open_trace(run);
     if (r == 0)
         r = open_stats(run);
@@ -553,6 +557,7 @@ static void release(struct run *run)
         fclose(run->stderr_stream);
     run_image_close(run);
     free(run->cmdline);
+    free(run->root_dir);
 }
 
 /* A host error before or while the machine ran; ctl/ is where err() becomes a message. */

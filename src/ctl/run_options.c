@@ -225,6 +225,12 @@ static int set_share(void *target, const char *value)
     return r;
 }
 
+static int set_root(void *target, const char *value)
+{
+    ((struct run_options *)target)->root = value;
+    return 0;
+}
+
 static int set_net(void *target, const char *value)
 {
     return net_option(&((struct run_options *)target)->net, (char *)value); /* a word of argv: ours to cut */
@@ -469,6 +475,9 @@ const struct option run_option_table[] = {
      "affair, and devices, FIFOs and sockets of the host are names only. Attributes: ro, nothing can be changed; owner=root|host, whose your files seem to be: the "
      "guest's root's (the default), or of the numbers that they have here; fs=9p|virtiofs, by which protocol. 9p (the default) is built in. virtiofs is for Debian's "
      "cloud kernel, which the default guest has (mount -t virtiofs TAG /mnt), and takes a virtiofsd (Debian: qemu-system-common) and a host that permits user namespaces.", true, set_share},
+    {"root", "FOLDER",
+     "The shell or COMMAND runs in this folder of the host as its root, for example / : any program of this host, under the guest's kernel, as the guest's root and in "
+     "the directory where doppel was started. Nothing is written to the host: what changes lies in the guest's memory, and is gone with it.", false, set_root},
     {"net", "user|tap=NAME|fd=N|passt=SOCKET|none[,...]",
      "A network card and where it is connected; the next one gives the guest another card, up to 8. user (the default without --net): a network of "
      "the guest's own, which reaches what the user of doppel reaches, by doppel's own sockets and without privileges; DHCP gives the guest "
@@ -573,6 +582,10 @@ static int check_together(const struct run_options *o)
     if (o->command && o->kernel && !o->initrd)
         return err(-EINVAL, "--kernel: the default guest's initrd, which runs the command, has no modules for another "
                             "kernel; give --initrd too (guest/build makes one), or leave the command out");
+    if (o->root && (o->kernel || o->firmware) && !o->initrd)
+        return err(-EINVAL, "--root: the default guest's init mounts it; leave --kernel or --firmware out, or give --initrd too (guest/build makes one)");
+    if (o->root && o->shares == VM_SHARES_MAX)
+        return err(-EINVAL, "--root: takes the place of a shared folder, of which a guest has up to %d; leave a --share out", VM_SHARES_MAX);
     if (o->capture && !o->net.nets)
         return err(-EINVAL, "--capture: there is no network card with --net none; leave one out");
     return 0;

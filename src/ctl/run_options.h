@@ -20,6 +20,7 @@ struct run_options {
     unsigned disks;
     struct vm_share share[VM_SHARES_MAX];
     unsigned shares;
+    const char *root;                                              /* folder for the shell or the command; NULL: the default guest's own */
     struct net_options net;
     const char *capture;                                           /* NULL: none */
     enum console_kind console;

@@ -32,6 +32,10 @@ struct run {
     struct command *command;
     struct gdb *gdb;                                               /* NULL without --gdb */
 
+    /* run_root.c; NULL without --root */
+    const char *root_kind;                                         /* of file system, by which the guest mounts it */
+    char *root_dir;                                                /* the command's working directory */
+
     /* run_ways.c: ways in, from other processes */
     struct instance instance;                                      /* name[0] 0: it has no name */
     struct control *control;
@@ -94,6 +98,9 @@ struct run_image {
 };
 int run_image_open(struct run *run);
 void run_image_close(struct run *run);
+
+/* run_root.c: adds the shared folder that --root is, when the guest is known. 0 or a negative errno with err(). */
+int run_root_open(struct run *run);
 
 /* run_end.c: says what has to be said and fills in *s; reason lives as long as the run. */
 void run_end(struct run *run, struct status *s);

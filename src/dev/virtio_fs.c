@@ -14,9 +14,11 @@
  *
  * Locking: the device's lock guards everything; virtiofsd is started and stopped on the loop's thread, which waits some tens of milliseconds for it.
  */
+#define _GNU_SOURCE
 #include "dev/virtio_fs.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/fuse.h>
 #include <linux/virtio_fs.h>
 #include <string.h>
@@ -126,15 +128,60 @@ static u32 refuse(struct virtq_chain *c)
     return (u32)virtq_write(c, &out, sizeof(out));
 }
 
+struct open_request {
+    struct fuse_in_header head;
+    struct fuse_open_in open;
+};
+_Static_assert(sizeof(struct open_request) <= VHOST_USER_SLOT_BYTES && QUEUE_SIZE <= VHOST_USER_SLOTS, "an open request goes into a slot");
+
+/* A look at a request's beginning, of which nothing is consumed. */
+static bool peek(const struct virtq_chain *c, void *buf, size_t len)
+{
+    size_t done = 0;
+
+    for (unsigned i = 0; i < c->outs && done < len; i++) {
+        size_t part = MIN(len - done, c->out[i].iov_len);
+
+        memcpy((u8 *)buf + done, c->out[i].iov_base, part);
+        done += part;
+    }
+    return done == len;
+}
+
+/*
+ * Linux's overlayfs opens what is below it with O_NOATIME, which the host permits to a file's owner alone: an ordinary user's guest could read nothing
+ * but the user's files. So it is left out, in a copy of the request; when atimes change is the host's affair. The number of parts, 0: it is no such request.
+ */
+static unsigned without_noatime(struct virtio_fs *f, unsigned n, struct request *r)
+{
+    const struct virtq_chain *c = &r->chain;
+    struct open_request o;
+    unsigned parts = 1;
+    u64 gpa;
+
+    if (c->out_total != sizeof(o) || !peek(c, &o, sizeof(o)) || (o.head.opcode != FUSE_OPEN && o.head.opcode != FUSE_OPENDIR) ||
+        !(o.open.flags & O_NOATIME))
+        return 0;
+    o.open.flags &= ~(u32)O_NOATIME;
+    memcpy(vhost_user_slot(f->vhost, n, (unsigned)(r - f->request[n]), &gpa), &o, sizeof(o));
+    f->part[0] = (struct vhost_part){ gpa, sizeof(o), false };
+    for (unsigned i = 0; i < c->parts; i++)
+        if (c->part[i].writable)
+            f->part[parts++] = (struct vhost_part){ c->part[i].gpa, c->part[i].len, true };
+    return parts;
+}
+
 /* False: there is no room for it now. */
 static bool send_request(struct virtio_fs *f, unsigned n, struct request *r)
 {
     const struct virtq_chain *c = &r->chain;
+    unsigned parts = without_noatime(f, n, r);
 
-    for (unsigned i = 0; i < c->parts; i++)
-        f->part[i] = (struct vhost_part){ c->part[i].gpa, c->part[i].len, c->part[i].writable };
+    if (!parts)
+        for (; parts < c->parts; parts++)
+            f->part[parts] = (struct vhost_part){ c->part[parts].gpa, c->part[parts].len, c->part[parts].writable };
     f->used = true;
-    if (!vhost_user_add(f->vhost, n, f->part, c->parts, r))
+    if (!vhost_user_add(f->vhost, n, f->part, parts, r))
         return false;
     r->busy = true;
     f->in_flight++;
