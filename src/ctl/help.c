@@ -35,6 +35,7 @@ static const struct help_row file_rows[] = {
      "then."},
     {"guest/", "Beside the program, or in PREFIX/share/doppel: the default guest that came with it."},
     {"~/.cache/doppel", "(or $XDG_CACHE_HOME/doppel) Where the default guest is built if there is none."},
+    {"DOPPEL_VIRTIOFSD", "(environment) The virtiofsd for --share ...,fs=virtiofs and --root; else it is looked for where Debian has it."},
     {"DOPPEL_IMAGES", "(environment) Where images are; else $XDG_DATA_HOME/doppel/images, or ~/.local/share/doppel/images."},
     {"$XDG_RUNTIME_DIR/doppel", "(or /tmp/doppel-UID) A folder for each VM that runs, by its name, with the sockets control (the monitor's "
      "commands, as lines) and vsock. For its owner only."},
@@ -45,6 +46,7 @@ static const struct help_row example_rows[] = {
     {"doppel run -- sh -c 'uname -r; exit 3'", "Prints the guest's kernel version, exits with 3."},
     {"doppel run --cpus 2 --memory 1G --disk disk.img,readonly", "Two processors, and a disk that is only read."},
     {"doppel image build debian; doppel run debian", "A Debian with systemd, from its packages to its login."},
+    {"doppel run --root / -- make check", "A program of this host under the guest's kernel; what it writes is gone with the guest."},
     {"doppel run --kernel bzImage --initrd initrd.img --append 'console=ttyS0 quiet'", "A kernel of your own."},
     {"doppel run --console unix:/tmp/c & socat -,raw,echo=0 UNIX:/tmp/c",
      "A guest in the background, and its console."},
