@@ -4,10 +4,10 @@
  * All of slirp runs on the card's thread. Its descriptors are waited for only while the guest takes what comes: so a guest that does not read
  * makes the host's senders wait.
  *
- * Large segments. To slirp: a TCP segment of up to 64 KiB is an IP packet like any other to it. To the guest: slirp makes segments as large as the guest's MSS option
- * allows, so that option is raised in the guest's SYN, if its driver takes large segments and its MSS is that of its MTU (no tunnel lies behind it). What is then larger
- * than the MTU is passed on with the size of the segments that the guest would have had, as a card does that joins segments (virtio 1.2, 5.1.6.4). Packets that are
- * not TCP and too large are cut into fragments.
+ * Large segments. To slirp: a TCP segment of up to 64 KiB is an IP packet like any other to it. To the guest: slirp believes in an MTU of 64 KiB. Where it heeds the MSS option of the
+ * guest's SYN (connections that come from outside), that is raised, if its driver takes large segments and its MSS is that of its MTU (no tunnel lies behind it). What is then
+ * larger than the MTU is passed on with the size of the segments that the guest would have had, as a card does that joins segments (virtio 1.2, 5.1.6.4), or is cut into them
+ * here, for a driver that does not take that. Packets that are not TCP and too large are cut into fragments.
  *
  * Left out: what slirp has beyond networking (TFTP, SMB, guest commands).
  */
@@ -79,16 +79,18 @@ static void deliver_part(void *arg, const u8 *frame, size_t len)
     net_deliver(arg, &(struct net_frame){ .iov = &iov, .iovs = 1, .len = len, .queue = NET_ANY_QUEUE });
 }
 
-/* A segment that the guest takes as several; false: it does not. */
-static bool deliver_large(struct net_user *u, u8 *head, size_t heads, const u8 *frame, size_t len, const struct net_packet *p)
+/* A segment that is larger than the guest's MTU; false: it is none. */
+static bool deliver_segment(struct net_user *u, u8 *head, size_t heads, const u8 *frame, size_t len, const struct net_packet *p)
 {
     unsigned guest = atomic_load(&u->net.guest);
     struct virtio_net_hdr h = { .flags = VIRTIO_NET_HDR_F_NEEDS_CSUM, .csum_offset = 16, .csum_start = (u16)p->l4 };
     size_t tcp = p->protocol == TCP ? (size_t)(head[p->l4 + 12] >> 4) * 4 : 0, all = p->l4 - p->ip + tcp;
     u16 c;
 
-    if (p->protocol != TCP || !(guest & (p->v6 ? NET_TSO6 : NET_TSO4)) || p->l4 + tcp > heads || all >= u->net.mtu)
+    if (p->protocol != TCP || p->l4 + tcp > heads || all >= u->net.mtu)
         return false;
+    if (!(guest & (p->v6 ? NET_TSO6 : NET_TSO4)))
+        return net_segment(frame, len, u->net.mtu - (unsigned)all, u->part, deliver_part, &u->net);
     h.gso_type = p->v6 ? VIRTIO_NET_HDR_GSO_TCPV6 : VIRTIO_NET_HDR_GSO_TCPV4;
     h.gso_size = (u16)(u->net.mtu - all);
     h.hdr_len = (u16)(p->l4 + tcp);
@@ -110,7 +112,7 @@ static ssize_t from_slirp(const void *buf, size_t len, void *arg)
 
     memcpy(head, frame, heads);
     if (len > (size_t)u->net.mtu + NET_HEADER) {
-        if (ip && !deliver_large(u, head, heads, frame, len, &p))
+        if (ip && !deliver_segment(u, head, heads, frame, len, &p))
             net_fragment(frame, len, u->net.mtu, u->fragment_id++, u->part, deliver_part, &u->net);
         return (ssize_t)len;
     }

@@ -58,6 +58,12 @@ static int set_restrict(struct vm_net *n, const char *value UNUSED)
     return 0;
 }
 
+static int set_offload(struct vm_net *n, const char *value)
+{
+    n->plain = !strcmp(value, "off");
+    return n->plain || !strcmp(value, "on") ? 0 : err(-EINVAL, "--net: offload=%.50s: neither on nor off", value);
+}
+
 #define USER (1u << VM_NET_USER)
 #define ALL (~0u)
 static const struct attribute {
@@ -67,6 +73,7 @@ static const struct attribute {
     int (*set)(struct vm_net *n, const char *value);
 } attributes[] = {
     { "restrict", false, USER, set_restrict }, { "mac", true, ALL, set_mac }, { "mtu", true, ALL, set_mtu }, { "queues", true, ALL, set_queues },
+    { "offload", true, ALL, set_offload },
 };
 
 static int set_attribute(struct vm_net *n, char *word)
@@ -82,7 +89,7 @@ static int set_attribute(struct vm_net *n, char *word)
             return err(-EINVAL, "--net: \"%s\" %s", a->name, a->value ? "needs a value behind \"=\"" : "takes no value");
         return a->set(n, word + len + 1);
     }
-    return err(-EINVAL, "--net: \"%.50s\" is no attribute of this kind of network; there are mac=, mtu=, queues= and, for user, restrict", word);
+    return err(-EINVAL, "--net: \"%.50s\" is no attribute of this kind of network; there are mac=, mtu=, queues=, offload= and, for user, restrict", word);
 }
 
 /* "N[:N...]" */

@@ -37,11 +37,12 @@
 #define CTRL_BATCH 64
 
 #define OFFLOADS_GUEST (BIT(VIRTIO_NET_F_GUEST_CSUM) | BIT(VIRTIO_NET_F_GUEST_TSO4) | BIT(VIRTIO_NET_F_GUEST_TSO6))
+#define OFFLOADS                                                                                                                   \
+    (OFFLOADS_GUEST | BIT(VIRTIO_NET_F_CSUM) | BIT(VIRTIO_NET_F_HOST_TSO4) | BIT(VIRTIO_NET_F_HOST_TSO6) |                          \
+     BIT(VIRTIO_NET_F_MRG_RXBUF) | BIT(VIRTIO_NET_F_CTRL_GUEST_OFFLOADS))
 #define FEATURES                                                                                                                   \
-    (OFFLOADS_GUEST | BIT(VIRTIO_NET_F_CSUM) | BIT(VIRTIO_NET_F_HOST_TSO4) | BIT(VIRTIO_NET_F_HOST_TSO6) | BIT(VIRTIO_NET_F_MAC) |  \
-     BIT(VIRTIO_NET_F_MRG_RXBUF) | BIT(VIRTIO_NET_F_STATUS) | BIT(VIRTIO_NET_F_CTRL_VQ) | BIT(VIRTIO_NET_F_CTRL_RX) |               \
-     BIT(VIRTIO_NET_F_CTRL_RX_EXTRA) | BIT(VIRTIO_NET_F_CTRL_VLAN) | BIT(VIRTIO_NET_F_CTRL_MAC_ADDR) |                              \
-     BIT(VIRTIO_NET_F_CTRL_GUEST_OFFLOADS))
+    (BIT(VIRTIO_NET_F_MAC) | BIT(VIRTIO_NET_F_STATUS) | BIT(VIRTIO_NET_F_CTRL_VQ) | BIT(VIRTIO_NET_F_CTRL_RX) |                     \
+     BIT(VIRTIO_NET_F_CTRL_RX_EXTRA) | BIT(VIRTIO_NET_F_CTRL_VLAN) | BIT(VIRTIO_NET_F_CTRL_MAC_ADDR))
 
 /* Which frames the driver wants (5.1.6.5.1 to 5.1.6.5.3). */
 struct filter {
@@ -679,7 +680,7 @@ static const struct device_ops device_ops = {
 int virtio_net_new(struct ram *ram, const struct log *log, struct clock *clock, struct net *net, const struct virtio_net_settings *s, struct virtio_net **out)
 {
     struct virtio_net *n = calloc(1, sizeof(*n));
-    u64 features = FEATURES | (s->mtu ? BIT(VIRTIO_NET_F_MTU) : 0) | (s->pairs > 1 ? BIT(VIRTIO_NET_F_MQ) : 0);
+    u64 features = FEATURES | (s->plain ? 0 : OFFLOADS) | (s->mtu ? BIT(VIRTIO_NET_F_MTU) : 0) | (s->pairs > 1 ? BIT(VIRTIO_NET_F_MQ) : 0);
     u16 size[2 * NET_QUEUES_MAX + 1];
     int r = -ENOMEM;
 

@@ -13,6 +13,7 @@ struct capture;
 struct virtio_net_settings {
     u8 mac[NET_MAC];
     u16 mtu;                                                       /* told to the guest; 0: nothing is said about it */
+    bool plain;                                                    /* without offloads and merged buffers */
     unsigned pairs;                                                /* of queues; 1 to NET_QUEUES_MAX */
     struct capture *capture;                                       /* borrowed; may be NULL */
     unsigned capture_id;

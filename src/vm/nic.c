@@ -71,7 +71,7 @@ static int open_back_end(const struct vm_config *c, unsigned i, const u8 *mac, s
 int nic_new(const struct vm_config *c, unsigned i, struct ram *ram, struct clock *clock, struct capture *capture, struct virtio_net **out)
 {
     const struct vm_net *n = &c->net[i];
-    struct virtio_net_settings s = { .mtu = n->mtu, .capture = capture };
+    struct virtio_net_settings s = { .mtu = n->mtu, .plain = n->plain, .capture = capture };
     struct net *net;
     char name[16];
     int r;

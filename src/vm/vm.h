@@ -51,6 +51,7 @@ struct vm_net {
     int fd[NET_QUEUES_MAX];                                        /* of a tap device; they stay the caller's */
     unsigned fds;
     bool restricted;                                               /* user: nothing but what is published */
+    bool plain;                                                    /* a card without offloads */
     bool has_mac;
     u8 mac[NET_MAC];                                               /* without has_mac: one is made (vm/nic.c) */
     u16 mtu;                                                       /* 0: nothing is said to the guest */

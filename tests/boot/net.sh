@@ -71,7 +71,7 @@ inside='
     exit 5'
 user_network()                                      # engine, arguments...
 {
-    local engine=$1 name="$1${2:+ $2}"; shift
+    local engine=$1 name="$*"; shift
     host h1 listen 127.0.0.1 "$(port 1)" send $bytes; host h2 listen 127.0.0.1 "$(port 2)" recv $bytes
     host h3 listen ::1 "$(port 3)" send 1048576
     host h4 udp-echo 127.0.0.1 "$(port 4)"; host h5 udp-echo 127.0.0.1 "$(port 5)"
@@ -113,6 +113,7 @@ W
         awk '{ print ($1 > 100 && $2 <= $1) }')" 1
 }
 for engine in $engines; do user_network "$engine"; done
+user_network "${engines##* }" --net user,offload=off
 user_network "${engines##* }" --cpus 2
 
 # ---- the capture of the last one, by a reader that is not ours ----

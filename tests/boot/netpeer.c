@@ -1,8 +1,8 @@
 /*
  * The two ends of what network tests send, on the host and in the guest (static, for that reason).
  *
- *   netpeer listen ADDR PORT send|recv|echo BYTES    serves one TCP connection
- *   netpeer connect ADDR PORT send|recv|rr BYTES     the other end; rr: BYTES requests of one byte, each answered
+ *   netpeer listen ADDR PORT send|recv|flood|drain|echo BYTES    serves one TCP connection
+ *   netpeer connect ADDR PORT send|recv|flood|drain|rr BYTES     the other end; rr: BYTES requests of one byte, each answered
  *   netpeer udp-echo ADDR PORT                       returns datagrams, until one of one byte comes
  *   netpeer udp-ask ADDR PORT COUNT SIZE             sends such, and the byte; counts the right answers
  *   netpeer dns ADDR NAME A AAAA                     answers questions for NAME, at port 53, for ever
@@ -10,7 +10,7 @@
  *   netpeer tap NAME vnet|plain QUEUES -- COMMAND    opens a tap device as descriptors 10, 11, ... and becomes the command
  *   netpeer passt SOCKET MODE                        plays passt: answers nothing ("mute"), hangs up after a frame ("quit"), sends nonsense ("liar")
  *
- * Data are pseudo-random words that the other end knows, so every byte is compared. Who listens prints "listening" when it does. The last line says what came:
+ * Data are pseudo-random words that the other end knows, so every byte is compared; but flood and drain only count, for measurements. Who listens prints "listening" when it does. The last line says what came:
  * "BYTES bytes, SECONDS s", or "wrong at OFFSET". A status other than 0 tells that something was not as it should be.
  */
 #define _GNU_SOURCE
@@ -112,14 +112,15 @@ static int open_socket(const char *addr, const char *port, int type, int listeni
 
 /* --- TCP --- */
 
-static void send_all(int fd, uint64_t bytes)
+static void send_all(int fd, uint64_t bytes, int fresh)
 {
     static uint64_t buf[CHUNK / 8];
 
     for (uint64_t done = 0; done < bytes;) {
         size_t want = bytes - done < CHUNK ? bytes - done : CHUNK, at = 0;
 
-        fill(buf, want, done);
+        if (fresh || !done)
+            fill(buf, want, done);
         while (at < want) {
             ssize_t n = write(fd, (char *)buf + at, want - at);
             if (n < 0)
@@ -131,15 +132,16 @@ static void send_all(int fd, uint64_t bytes)
     shutdown(fd, SHUT_WR);
 }
 
-static void recv_all(int fd, uint64_t bytes, double start)
+static void recv_all(int fd, uint64_t bytes, double start, int compare)
 {
     static uint64_t buf[CHUNK / 8], right[CHUNK / 8 + 2];
     uint64_t done = 0;
     ssize_t n;
 
     while ((n = read(fd, buf, CHUNK)) > 0) {
-        fill(right, n + 16, done & ~7ull);
-        if (memcmp(buf, (char *)right + (done & 7), n)) {
+        if (compare)
+            fill(right, n + 16, done & ~7ull);
+        if (compare && memcmp(buf, (char *)right + (done & 7), n)) {
             printf("wrong at %llu\n", (unsigned long long)done);
             exit(1);
         }
@@ -181,13 +183,13 @@ static int tcp(int fd, const char *what, uint64_t bytes)
     char c;
 
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
-    if (!strcmp(what, "send")) {
-        send_all(fd, bytes);
+    if (!strcmp(what, "send") || !strcmp(what, "flood")) {
+        send_all(fd, bytes, *what == 's');
         if (read(fd, &c, 1) != 0)                                  /* the other end has read all, and closes */
             die("end");
         printf("%llu bytes, %.3f s\n", (unsigned long long)bytes, now() - start);
-    } else if (!strcmp(what, "recv")) {
-        recv_all(fd, bytes, start);
+    } else if (!strcmp(what, "recv") || !strcmp(what, "drain")) {
+        recv_all(fd, bytes, start, *what == 'r');
     } else if (!strcmp(what, "rr")) {
         request_response(fd, bytes, start);
     } else {

@@ -118,11 +118,12 @@ static void networks(void **state UNUSED)
     assert_false(net_options_wait(&o.net));
     accepts(&o, "--net none");
     assert_int_equal(o.net.nets, 0);
-    accepts(&o, "--net user,restrict,mac=02:00:00:aB:cd:ef,mtu=9000,queues=2 --net tap=t0 --net fd=3:4 --net passt=/x");
+    accepts(&o, "--net user,restrict,mac=02:00:00:aB:cd:ef,mtu=9000,queues=2,offload=off --net tap=t0 --net fd=3:4 --net passt=/x");
     assert_int_equal(o.net.nets, 4);
     assert_true(o.net.net[0].restricted && o.net.net[0].has_mac && o.net.net[0].mac[3] == 0xab);
     assert_int_equal(o.net.net[0].mtu, 9000);
     assert_int_equal(o.net.net[0].queues, 2);
+    assert_true(o.net.net[0].plain && !o.net.net[1].plain);
     assert_string_equal(o.net.net[1].name, "t0");
     assert_true(o.net.net[2].fds == 2 && o.net.net[2].fd[1] == 4);
     assert_string_equal(o.net.net[3].name, "/x");
@@ -137,7 +138,7 @@ static void networks(void **state UNUSED)
     assert_true(net_options_wait(&o.net));
     static const char *const bad[] = {
         "--net users", "--net user,mac=1", "--net user,mac=01:00:00:00:00:00", "--net user,mac=02:00:00:00:00:00:", "--net user,mac", "--net user,mtu=67",
-        "--net user,mtu=65521", "--net user,queues=0", "--net user,queues=9", "--net tap=", "--net passt=", "--net fd=", "--net fd=x", "--net fd=-1", "--net ,",
+        "--net user,mtu=65521", "--net user,queues=0", "--net user,offload=no", "--net user,queues=9", "--net tap=", "--net passt=", "--net fd=", "--net fd=x", "--net fd=-1", "--net ,",
         "--net user,restrict=1", "--net tap=t,restrict", "--net user --net none", "--net none --net user", "--publish 80", "--publish 0:80",
         "--publish 80:65536", "--publish 80:80/sctp", "--publish x:80:80", "--publish ::1:80:80", "--publish :80:80", "--publish []:80:80", "--publish 80:80 --net none",
         "--publish 80:80 --net tap=t", "--capture f --net none", "--publish 99999999999999999999:1",
