@@ -12,7 +12,7 @@ endif
 CFLAGS  ?= -O2 -g
 override CFLAGS += -std=gnu17 -Wall -Wextra -Werror -fno-strict-aliasing -fno-common -pthread -Isrc \
 	-DDOPPEL_VERSION='"$(VERSION)"' $(SANITIZE)
-LDLIBS  := -lZydis -lZycore -lslirp -luring -ljansson -lpthread
+LDLIBS  := -lZydis -lZycore -lslirp -luring -ljansson -lyaml -lpthread
 SETUP   := scripts/setup
 # In parallel unless the user says how (-j on the command line wins).
 ifeq ($(MAKELEVEL),0)

@@ -65,11 +65,11 @@ static const char *const rm_text[] = {
     "Ends the VM at once if it runs, as doppel kill --force does, and removes what it left in the directory of running VMs.", NULL,
 };
 static const char *const image_text[] = {
-    "build: makes a bootable Debian of its packages, as an ordinary user, with mmdebstrap and fakechroot: systemd, network by DHCP, a login at the serial "
+    "build debian[:SUITE] [NAME]: makes a bootable Debian of its packages, as an ordinary user, with mmdebstrap and fakechroot: systemd, network by DHCP, a login at the serial "
     "console (root, without password), the agent for doppel exec. NAME is debian if it is left out, SUITE that of this host.",
-    "import: copies FILE, a raw disk: one with a boot sector, which firmware boots (the package seabios), or a bare file system with Linux on it, "
+    "import FILE [NAME]: copies FILE, a raw disk: one with a boot sector, which firmware boots (the package seabios), or a bare file system with Linux on it, "
     "which the default guest's kernel boots.",
-    "list, info: what there is. rm: removes the image NAME, or of it the disk NAME:KEPT that doppel run NAME --keep KEPT kept.",
+    "list; info NAME: what there is. rm NAME: removes the image, or, as NAME:KEPT, the disk that doppel run NAME --keep KEPT kept.",
     "Images are in $XDG_DATA_HOME/doppel/images, or ~/.local/share/doppel/images, or where DOPPEL_IMAGES says. One that was not finished leaves nothing.",
     NULL,
 };
@@ -89,7 +89,7 @@ const struct command_row cli_commands[] = {
     {"ps", "", "list the VMs that run", ps_text, NULL, NULL, ps_main},
     {"kill", "[--force] NAME", "shut a VM down", kill_text, kill_option_table, &kill_option_rows, kill_main},
     {"rm", "NAME", "end a VM, and remove what it left", rm_text, NULL, NULL, rm_main},
-    {"image", "build debian[:SUITE] [NAME] | import FILE [NAME] | list | info NAME | rm NAME", "make, import, list and remove images of disks", image_text,
+    {"image", "build|import|list|info|rm [options] [WORD...]", "images of disks, for doppel run", image_text,
      image_option_table, &image_option_rows, image_main},
     {"doctor", "", "what this host offers and lacks", doctor_text, NULL, NULL, doctor_main},
     {"help", "[COMMAND]", "explain a command", help_text, NULL, NULL, help_main},

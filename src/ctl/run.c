@@ -453,6 +453,8 @@ static int prepare(struct run *run)
     if (r == 0)
         r = run_root_open(run);
     if (r == 0)
+        r = run_seed_open(run);
+    if (r == 0)
         r = open_trace(run);
     if (r == 0)
         r = open_stats(run);
@@ -630,6 +632,7 @@ int run_main(int argc, char **argv)
         return EXIT_HOST_ERROR;
     }
     run->closed_streams = closed;
+    run->seed_fd = -1;
     if (run_options_parse(&run->options, argc, argv) < 0) {
         status = usage_error(&s);
         write_status(run, &s);

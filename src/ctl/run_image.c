@@ -1,6 +1,6 @@
 /*
  * doppel run IMAGE: its disk below an overlay, before the disks of the command line, and its kernel (image_store.h). The image stays locked for as long as
- * it is used.
+ * it is used. And the disk of --cloud-init, behind all others.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "ctl/run_state.h"
+#include "ctl/seed.h"
 
 #define FIRMWARE "/usr/share/seabios/bios-256k.bin"
 
@@ -74,8 +75,31 @@ int run_image_open(struct run *run)
     return r < 0 ? r : add_disk(run, m);
 }
 
+static void warn(void *arg, const char *text)
+{
+    message(arg, LOG_WARN, "%s", text);
+}
+
+int run_seed_open(struct run *run)
+{
+    struct run_options *o = &run->options;
+    if (!o->seed)
+        return 0;
+    if (o->disks == VM_DISKS_MAX)
+        return err(-EINVAL, "--cloud-init: its disk is one too many; a guest has up to %d", VM_DISKS_MAX);
+    run->seed_fd = seed_open(o->seed, run->instance.name[0] ? run->instance.name : "debian", warn, &run->messages);
+    if (run->seed_fd < 0)
+        return run->seed_fd;
+    snprintf(run->seed_path, sizeof(run->seed_path), "/proc/self/fd/%d", run->seed_fd);
+    o->disk[o->disks++] = (struct vm_disk){.block = {.path = run->seed_path, .readonly = true}};
+    return 0;
+}
+
 void run_image_close(struct run *run)
 {
+    if (run->seed_fd >= 0)
+        close(run->seed_fd);
+    run->seed_fd = -1;
     if (run->image)
         image_close(&run->image->image);
     free(run->image);

@@ -405,6 +405,12 @@ static int set_keep(void *target, const char *value)
     return 0;
 }
 
+static int set_seed(void *target, const char *value)
+{
+    ((struct run_options *)target)->seed = value;
+    return 0;
+}
+
 static int set_vsock(void *target, const char *value)
 {
     ((struct run_options *)target)->vsock = value;
@@ -508,6 +514,10 @@ const struct option run_option_table[] = {
     {"keep", "NAME",
      "With an IMAGE: what the guest changes on its disk is kept under NAME, and the next run with it goes on there. Without it, that is "
      "forgotten when the run ends. \"doppel image rm IMAGE:NAME\" forgets it.", false, set_keep},
+    {"cloud-init", "FILE",
+     "Gives the guest a further disk, labelled CIDATA, from which cloud-init configures it by FILE: \"#cloud-config\" and YAML, or a script. In images "
+     "that doppel built, and that have no cloud-init, the keys hostname, users, ssh_authorized_keys, write_files, packages and runcmd work as well.",
+     false, set_seed},
     {"detach", "[=SECONDS]",
      "Runs the VM in the background: prints its name and returns as soon as \"doppel exec\" works in it, or tells why it ended instead. An error "
      "after SECONDS (default: 120), the VM goes on then; 0: does not wait. Its console is that of --console, or none.", false, set_detach},

@@ -24,6 +24,8 @@ struct run {
     struct loop *loop;
     struct guest guest;                                            /* dir is "" when the default guest is not used */
     struct run_image *image;                                       /* NULL: none */
+    int seed_fd;                                                   /* -1: none */
+    char seed_path[32];
     char *cmdline;
     FILE *trace_file, *stderr_stream;                              /* trace_file: NULL without --trace FILE */
     FILE *stats_file, *profile_file;                               /* likewise */
@@ -97,6 +99,7 @@ struct run_image {
     char cmdline[2048];
 };
 int run_image_open(struct run *run);
+int run_seed_open(struct run *run);                                /* --cloud-init: a disk behind the others */
 void run_image_close(struct run *run);
 
 /* run_root.c: adds the shared folder that --root is, when the guest is known. 0 or a negative errno with err(). */

@@ -1,0 +1,224 @@
+#!/bin/bash
+# Images, as an ordinary user: a Debian built from its packages, booted to a running system; address, packages from a repository on this host, ssh through a
+# published port, --cloud-init, exec, poweroff; the image is untouched by all that. Imports, kept disks, and what can go wrong with names, files, room, tools
+# and builds that are killed. The built image is kept in the cache, for the same inputs.
+. "$(dirname "$0")/../lib/tap.sh"
+guest=${DOPPEL_GUEST:-${BUILD:-$top/build}/guest}
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/doppel
+WANTED=openssh-server,sudo
+
+# All in a place where an ordinary user can be, the tree too: the build may be in a home that others cannot enter.
+user=()
+chmod 755 "$tmp"
+mkdir -p "$tmp/tree/build" "$tmp/home/.cache/doppel/packages" "$tmp/store" "$tmp/rt"; chmod 700 "$tmp/rt"
+cp -r "$top/image" "$top/guest" "$top/agent" "$top/src" "$tmp/tree/"
+cp "$DOPPEL" "$tmp/tree/build/doppel"; cp -r "$guest" "$tmp/tree/build/guest"
+cp "$cache"/packages/{cloud,busybox}.deb "$tmp/home/.cache/doppel/packages/" 2>/dev/null
+chmod -R a+rX "$tmp/tree"
+unset DOPPEL_GUEST XDG_CACHE_HOME XDG_DATA_HOME TMPDIR
+export XDG_RUNTIME_DIR=$tmp/rt HOME=$tmp/home DOPPEL_IMAGES=$tmp/store
+own() { :; }
+if [ "$(id -u)" = 0 ]; then
+    user=(setpriv --reuid 65534 --regid 65534 --clear-groups)
+    own() { chown -R 65534:65534 "$@"; }
+    own "$tmp/home" "$tmp/store" "$tmp/rt"
+    "${user[@]}" test -x "$tmp/tree/build/doppel" || { skip "images" "an ordinary user cannot reach $tmp"; done_testing; }
+fi
+D=$tmp/tree/build/doppel
+d() { timeout -k 10 900 "${user[@]}" "$D" "$@"; }
+# The same, leaving $status, $out, $err.
+run() { d "$@" >"$tmp/out" 2>"$tmp/err" </dev/null; status=$?; out=$(cat "$tmp/out"); err=$(cat "$tmp/err"); }
+in_vm() { timeout -k 10 300 "${user[@]}" "$D" exec vm --wait 300 -- "$@" 2>&1 </dev/null; }
+left() { find "$tmp/store" -mindepth 1 -maxdepth 1 -name '.*' | wc -l; }
+until_true() { local i; for i in $(seq 1500); do "$@" && return; sleep 0.2; done; return 1; }
+trap 'timeout 20 "${user[@]}" "$D" rm vm >/dev/null 2>&1; [ -z "${server-}" ] || kill $server; chmod -R u+rwX "$tmp"; rm -rf "$tmp"' EXIT
+
+# --- words and names ---
+for n in "" a/b .x -x ../x "a
+b" "a b" "$(printf 'n%.0s' {1..64})"; do
+    run image rm "--" "$n"; is "bad name $(printf %q "$n"): status" "$status" 64
+    run image info "${n#-}"; is "info, bad name $(printf %q "$n"): no status 0" "$((status != 0))" 1
+done
+run image rm nobody; is "rm of what is not there: status" "$status" 1
+like "rm of what is not there: told" "$err" 'no image "nobody"'
+run run nobody; is "run of what is not there: status" "$status" 1
+like "run of what is not there: told" "$err" 'no image "nobody"'
+run image build fedora; is "another system: status" "$status" 64
+run image build debian:../x y; is "a suite that is none: status" "$status" 64
+run image build debian --packages 'a b' x; is "packages that are none: status" "$status" 64
+run image build debian --size 1M x; is "too small: status" "$status" 64
+run image list --json; is "options of other verbs: status" "$status" 64
+is "an empty store: nothing in it" "$(find "$tmp/store" -mindepth 1 | wc -l)" 0
+
+# --- imports: a file system with busybox, which the default guest's kernel boots ---
+mkdir -p "$tmp/small"/{bin,sbin,dev,proc,sys,run,lib/modules,tmp}
+(cd "$tmp/small" && cpio -id --quiet bin/busybox <"$guest/initrd")
+cat >"$tmp/small/sbin/init" <<'INIT'
+#!/bin/busybox sh
+PATH=/bin; for a in ls cat uname mount sync poweroff sleep echo; do [ -e /bin/$a ] || busybox ln -s busybox /bin/$a; done
+echo "small: modules $(ls /lib/modules), before: $(cat /count 2>/dev/null)"
+echo "$(cat /count 2>/dev/null)+" >/count; sync; mount -o remount,ro /
+poweroff -f
+INIT
+chmod 755 "$tmp/small/sbin/init"
+PATH=$PATH:/usr/sbin:/sbin
+mke2fs -q -F -t ext4 -d "$tmp/small" "$tmp/small.img" 16M >/dev/null
+chmod a+r "$tmp/small.img"
+run image import "$tmp/small.img"; is "import: status" "$status" 0
+like "import: told without a terminal" "$err" 'copying the disk'
+run image import "$tmp/small.img"; is "import of a name that is there: status" "$status" 1
+like "import of a name that is there: told" "$err" 'there is an image "small"'
+run image list; like "list: it is there" "$out" 'small +small.img +16 +'
+release=$(sed -n 's/^kernel=//p' "$guest/manifest")
+run run small --engine "$ENGINE" --quiet --net none; is "import: it boots and ends" "$status" 0
+like "import: modules of its kernel are lent" "$out" "small: modules $release, before: *"
+run run small --engine "$ENGINE" --quiet --net none; like "what a run writes is forgotten" "$out" $'before: *\r?(\n|$)'
+for i in 1 2; do run run small --engine "$ENGINE" --quiet --net none --keep work; done
+like "--keep: the next run goes on" "$out" 'before: \+'
+run image info small; like "info: what is kept" "$out" 'kept +work '
+run image rm small:work; is "rm of what is kept: status" "$status" 0
+run image rm small:work; is "rm of what is not kept: status" "$status" 1
+run image info small --check; is "info --check: untouched by all runs" "$status $out" "0 small: the disk is as it was"
+
+head -c 100000 "$tmp/small.img" >"$tmp/short.img"; printf 'QFI\373' >"$tmp/q.img"; head -c 8192 /dev/zero >>"$tmp/q.img"
+head -c 65536 /dev/zero >"$tmp/zero.img"; : >"$tmp/empty.img"; mkfifo "$tmp/fifo.img"; chmod a+r "$tmp"/*.img
+for f in short:'cut off' q:'qcow2' zero:'neither' empty:'too small' fifo:'neither a file' gone:'No such file'; do
+    run image import "$tmp/${f%%:*}.img"; is "import of ${f%%:*}: no status 0" "$((status != 0))" 1
+    like "import of ${f%%:*}: told" "$err" "${f#*:}"
+done
+run image import "$tmp/small.img" a/b; is "import under a bad name: status" "$status" 64
+(ulimit -f 2000; run image import "$tmp/small.img" full; is x "$status" 1 >"$tmp/full") ; like "import without room: status" "$(cat "$tmp/full")" '^ok'
+is "failed imports leave nothing" "$(ls -A "$tmp/store")" small
+
+chmod u+w "$tmp/store/small/root.img"; run image info small; is "only the mode changed: fine" "$status" 0
+cp -p "$tmp/store/small/root.img" "$tmp/saved.img"
+truncate -s 1M "$tmp/store/small/root.img"; run run small --quiet; is "a truncated disk: status" "$status" 1
+like "a truncated disk: told" "$err" 'has 1048576 bytes instead of 16777216'
+cp "$tmp/saved.img" "$tmp/store/small/root.img"; run run small --quiet; like "a disk that was changed: told" "$err" 'changed by another program'
+printf x | dd of="$tmp/store/small/root.img" bs=1 seek=5000000 conv=notrunc status=none; touch -r "$tmp/saved.img" "$tmp/store/small/root.img"
+run image info small --check; is "a disk with another byte: --check finds it" "$status" 1
+echo '{' >"$tmp/store/small/broken"; mv "$tmp/store/small/broken" "$tmp/store/small/image.json"
+run run small --quiet; is "a damaged image.json: status" "$status" 1
+run image list; like "a damaged image: listed so" "$out" 'small +\(damaged\)'
+run image rm small; is "a damaged image can be removed" "$status $(ls -A "$tmp/store")" "0 "
+
+# --- builds that fail: with an mmdebstrap of our own that is quick to do so ---
+mkdir "$tmp/fake" "$tmp/none"
+printf '#!/bin/sh\nmkdir -p "%s/r"; echo "I: working"; echo $$ >"%s/pid"; exec sleep 600\n' "$tmp/home" "$tmp/home" >"$tmp/fake/mmdebstrap"
+chmod 755 "$tmp/fake/mmdebstrap"
+for tool in bash readlink dirname realpath cat tr sed mkdir grep; do ln -s "$(command -v $tool)" "$tmp/none/$tool"; done
+"${user[@]}" env PATH="$tmp/none" "$D" image build debian x >"$tmp/out" 2>"$tmp/err"; is "no mmdebstrap: status" "$?" 1
+like "no mmdebstrap: told, with the package" "$(cat "$tmp/err")" 'mmdebstrap is missing: install the package mmdebstrap'
+is "no mmdebstrap: nothing is left" "$(ls -A "$tmp/store")" ""
+slow() { timeout -k 10 300 "${user[@]}" env PATH="$tmp/fake:$PATH" "$D" image build debian:bookworm --mirror http://127.0.0.1:9/debian slow >"$tmp/slow" 2>&1; }
+builder() { pgrep -f "$D image build debian:bookworm" | tail -n 1; }
+fake_ends() { ! kill -0 "$(cat "$tmp/home/pid")" 2>/dev/null; }
+slow & started=$!
+until_true test -s "$tmp/home/pid"
+run image build debian slow; is "two builds of one name: the second is refused" "$status" 1
+like "two builds of one name: told" "$err" 'another doppel makes it just now'
+run image list; is "a build under way is no image, and stays" "$out $(left)" " 1"
+kill -TERM "$(builder)"; wait $started; is "a build that is told to end: status" "$?" 143
+is "a build that is told to end leaves nothing" "$(ls -A "$tmp/store")" ""
+until_true fake_ends && ok "and no process" || not_ok "and no process"
+rm "$tmp/home/pid"; slow & started=$!
+until_true test -s "$tmp/home/pid"
+kill -KILL "$(builder)"; wait $started
+until_true fake_ends && ok "a build that is killed: its processes end" || not_ok "a build that is killed: its processes end"
+gone() { d image list >/dev/null 2>&1; [ "$(left)" = 0 ]; }
+until_true gone && ok "a build that was killed leaves nothing behind the next command" || not_ok "a build that was killed leaves nothing" "$(ls -lA "$tmp/store")"
+(ulimit -f 8000; run image build debian full; echo "$status" >"$tmp/full"); is "no room for a build: status" "$(cat "$tmp/full")" 1
+is "no room for a build: nothing is left" "$(ls -A "$tmp/store")" ""
+
+# --- a Debian ---
+key=$( (cat "$0" "$top"/image/* "$top"/guest/* "$top"/agent/* "$top"/src/back/tree.c "$guest/manifest"; sed -n 's/^VERSION_CODENAME=//p' /etc/os-release) | sha256sum |
+    cut -c1-24)
+kept=$cache/test-image/$key
+if [ -f "$kept/image.json" ]; then
+    cp -a --sparse=always --reflink=auto "$kept" "$tmp/store/sid"
+    own "$tmp/store/sid"
+    ok "a Debian is built (it was, before)"
+else
+    run image build debian --packages "$WANTED" --size 2G sid
+    is "a Debian is built" "$status $err" "0 $err"
+    if [ "$status" = 0 ]; then
+        rm -rf "$cache/test-image"; mkdir -p "$cache/test-image"
+        cp -a --sparse=always --reflink=auto "$tmp/store/sid" "$kept.part" && mv "$kept.part" "$kept"
+    else
+        done_testing
+    fi
+fi
+run image info sid --json; like "info --json" "$out" '"kernel": "'"$release"'"'
+run image info sid --check; is "the disk has its digest" "$status $out" "0 sid: the disk is as it was"
+
+# A package, and who serves it.
+mkdir -p "$tmp/hello/DEBIAN" "$tmp/hello/usr/bin" "$tmp/repo"
+printf '#!/bin/sh\necho hello from a package\n' >"$tmp/hello/usr/bin/doppel-hello"; chmod 755 "$tmp/hello/usr/bin/doppel-hello"
+printf 'Package: doppel-hello\nVersion: 1.0\nArchitecture: all\nMaintainer: Nobody <nobody@localhost>\nDescription: a test\n' >"$tmp/hello/DEBIAN/control"
+dpkg-deb -b --root-owner-group "$tmp/hello" "$tmp/repo/doppel-hello.deb" >/dev/null
+{ cat "$tmp/hello/DEBIAN/control"; echo "Filename: ./doppel-hello.deb"; echo "Size: $(stat -c %s "$tmp/repo/doppel-hello.deb")"
+  echo "SHA256: $(sha256sum "$tmp/repo/doppel-hello.deb" | cut -d' ' -f1)"; } >"$tmp/repo/Packages"
+# shellcheck disable=SC2016
+perl -MIO::Socket::INET -e '$| = 1; my $s = IO::Socket::INET->new(Listen => 16, LocalAddr => "127.0.0.1", ReuseAddr => 1) or die; print $s->sockport, "\n";
+    $SIG{PIPE} = "IGNORE";
+    while (1) { my $c = $s->accept or next; my $get = <$c> // ""; while (my $l = <$c>) { last if $l =~ /^\r?\n$/ }
+        my ($name) = $get =~ m#^GET /(?:\./)?([\w.-]+) #; my $f;
+        if (defined $name and open $f, "<", "$ARGV[0]/$name") { local $/; my $d = <$f>; print $c "HTTP/1.0 200 OK\r\nContent-Length: ", length $d, "\r\n\r\n", $d }
+        else { print $c "HTTP/1.0 404 Not Found\r\nContent-Length: 0\r\n\r\n" } close $c }' "$tmp/repo" >"$tmp/http" &
+server=$!
+until_true test -s "$tmp/http"
+
+ssh-keygen -q -t ed25519 -N '' -f "$tmp/key"
+cat >"$tmp/user-data" <<SEED
+#cloud-config
+hostname: seeded
+ssh_authorized_keys: ["$(cat "$tmp/key.pub")"]
+users:
+  - default
+  - name: ann
+    gecos: Ann O'Neill
+    shell: /bin/bash
+    groups: [adm, sudo]
+    sudo: ALL=(ALL) NOPASSWD:ALL
+    ssh_authorized_keys:
+      - $(cat "$tmp/key.pub")
+write_files:
+  - {path: /etc/doppel/it's, content: "two\nlines\n", permissions: '0600'}
+runcmd:
+  - echo "\$((6 * 7))" >/root/ran
+  - [touch, "/root/a word"]
+SEED
+chmod a+r "$tmp/user-data"
+for bad in 'none' '#cloud-config' $'#cloud-config\na: [' $'#cloud-config\nhostname: "a b"' $'#cloud-config\nusers: [{name: "x;y"}]' $'#cloud-config\nruncmd: [{a: b}]'; do
+    printf '%s\n' "$bad" >"$tmp/bad"; chmod a+r "$tmp/bad"
+    run run sid --quiet --cloud-init "$tmp/bad"; is "--cloud-init, $(printf %q "$bad"): status" "$status" 1
+done
+port=$((20000 + $$ % 12000))
+timeout -k 10 900 "${user[@]}" "$D" run sid --engine "$ENGINE" --quiet --name vm --publish $port:22 --cloud-init "$tmp/user-data" --console "$tmp/home/console" \
+    </dev/null >"$tmp/vm.out" 2>&1 &
+vm=$!
+is "systemctl is-system-running" "$(in_vm systemctl is-system-running --wait)" running
+run image rm sid; is "an image in use is not removed: status" "$status" 1
+like "an image in use is not removed: told" "$err" 'a VM uses it'
+is "systemctl --failed" "$(in_vm systemctl --failed --quiet --no-legend)" ""
+login() { grep -aq 'login:' "$tmp/home/console"; }
+until_true login && ok "a login at the serial console" || not_ok "a login at the serial console" "$(tail -n 5 "$tmp/home/console")"
+like "an address by DHCP" "$(in_vm ip -4 -brief address)" '10\.0\.2\.15/24'
+is "owners and modes: a file of a group's" "$(in_vm stat -c '%U:%G %a' /etc/shadow)" "root:shadow 640"
+is "modes: set-user-id" "$(in_vm stat -c '%U %a' /usr/bin/su)" "root 4755"
+like "capabilities" "$(in_vm getcap /usr/bin/ping)" 'cap_net_raw'
+like "modules of its kernel" "$(in_vm sh -c 'modprobe dummy && grep ^dummy /proc/modules')" '^dummy '
+is "seed: the host's name" "$(in_vm hostname)" seeded
+is "seed: a file" "$(in_vm sh -c "cat \"/etc/doppel/it's\"; stat -c %a \"/etc/doppel/it's\"")" $'two\nlines\n600'
+is "seed: commands" "$(in_vm sh -c 'cat /root/ran; ls "/root/a word"')" $'42\n/root/a word'
+is "seed: a user and his groups" "$(in_vm sh -c 'getent passwd ann | cut -d: -f5,7; id -nG ann')" $'Ann O\'Neill:/bin/bash\nann adm sudo'
+in_vm sh -c "echo 'deb [trusted=yes] http://10.0.2.2:$(cat "$tmp/http") ./' >/etc/apt/sources.list; apt-get -qq update && apt-get -qq -y install doppel-hello" >"$tmp/apt"
+is "apt-get install from this host" "$(in_vm doppel-hello)" "hello from a package"
+ssh=(ssh -q -F none -i "$tmp/key" -p $port -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o BatchMode=yes -o ConnectTimeout=60)
+is "ssh through a published port" "$(timeout 120 "${ssh[@]}" root@127.0.0.1 'whoami; cat /etc/hostname' </dev/null)" $'root\nseeded'
+is "ssh as the seed's user, with sudo" "$(timeout 120 "${ssh[@]}" ann@127.0.0.1 'whoami; sudo whoami' </dev/null)" $'ann\nroot'
+in_vm systemctl poweroff >/dev/null
+wait $vm; is "poweroff: status" "$?" 0
+run image info sid --check; is "the image is as it was" "$status $out" "0 sid: the disk is as it was"
+run image rm sid; is "rm: status, and nothing is left" "$status $(ls -A "$tmp/store")" "0 "
+done_testing
