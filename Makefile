@@ -157,10 +157,11 @@ soak: $(B)/setup-test
 		echo "soak: round $$i of $(SOAK)"; SOAK_LONG=1 tests/run --build $(B) --fuzz-seconds $(SECONDS) $(T) || exit 1; \
 	done
 
-bench: $(B)/setup-bench $(B)/doppel $(B)/bench/rows $(B)/tests/latency/latency_test $(B)/boot/netpeer $(B)/boot/disk_work guest
+bench: $(B)/setup-bench $(B)/doppel $(B)/bench/rows $(B)/tests/latency/latency_test $(B)/boot/netpeer $(B)/boot/disk_work $(B)/boot/stream guest
 	$(Q)bench/run $(BENCH) $(B)/doppel
 	$(if $(filter-out --quick,$(BENCH)),,$(Q)bench/net $(BENCH) $(B)/doppel)
 	$(if $(filter-out --quick,$(BENCH)),,$(Q)bench/disk $(BENCH) $(B)/doppel)
+	$(if $(filter-out --quick,$(BENCH)),,$(Q)bench/vsock $(BENCH) $(B)/doppel)
 
 # ---- installation ----
 SHARE := $(DESTDIR)$(PREFIX)/share
