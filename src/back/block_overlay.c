@@ -907,9 +907,17 @@ static int open_temporary(struct overlay *o)
     return create(o, "");
 }
 
+/* As it is made, or as it is when that was interrupted. */
+static bool blank(const struct overlay *o)
+{
+    static const u8 zero[2 * PAGE];
+    u8 head[2 * PAGE];
+
+    return read_all(o->fd, head, sizeof(head), 0) == 0 && !memcmp(head, zero, sizeof(zero));
+}
+
 static int open_named(struct overlay *o, const char *path)
 {
-    struct stat st;
     int r;
 
     if (!o->b.readonly) {
@@ -922,9 +930,7 @@ static int open_named(struct overlay *o, const char *path)
     o->fd = r = block_file_fd(path, o->b.readonly);
     if (r < 0)
         return r;
-    if (fstat(o->fd, &st) < 0)
-        return file_error(o, path, -errno);
-    return st.st_size || o->b.readonly ? load(o, path) : create(o, path);
+    return o->b.readonly || !blank(o) ? load(o, path) : create(o, path);
 }
 
 int block_overlay_open(const struct block_config *c, struct block *base, struct block **out)
