@@ -30,7 +30,7 @@ static int setup(void **state UNUSED)
 
 static int teardown(void **state UNUSED)
 {
-    char command[128];
+    char command[256];
 
     snprintf(command, sizeof(command), "chmod -R u+rwx %s; rm -rf %s", dir, dir);
     assert_int_equal(system(command), 0);
