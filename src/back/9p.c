@@ -9,6 +9,9 @@
  *
  * A message lies in memory that the guest can change: it is copied first, except the data of reads and writes, which nobody interprets.
  *
+ * Descriptors are few: when fids have more than paths_max, those that were not used for long are *parked*: where the file is now is noted, and the
+ * descriptor closed. Whoever uses the fid again looks there, and for nothing but the same file.
+ *
  * Threads: requests are taken in the order of their submission by P9_WORKERS threads. A flush waits until the request that it names has been
  * answered; that was taken before, and waits for an even older one at most, so somebody always goes on. The threads have a umask of their own, 0:
  * modes are the guest's affair.
@@ -30,6 +33,8 @@ enum {
     TYPES = 128
 };
 #define VERSION "9P2000.L"
+#define PARK_BUCKETS 1024                                          /* looked at in one turn */
+#define PARK_AT_ONCE 4
 #define WRITE_HEAD (P9_HEAD + 16)                                  /* of Twrite, before its data */
 
 struct p9_worker {
@@ -242,34 +247,13 @@ static struct p9_fid **fid_place(struct p9 *s, u32 id)
     return p;
 }
 
-int p9_fid_get(struct p9_call *c, u32 id, bool change, struct p9_fid **out)
-{
-    struct p9_fid *f;
-
-    *out = NULL;
-    if (c->bad)
-        return -EINVAL;
-    pthread_mutex_lock(&c->s->lock);
-    f = *fid_place(c->s, id);
-    if (f)
-        f->refs++;
-    pthread_mutex_unlock(&c->s->lock);
-    if (!f)
-        return -EBADF;
-    if (change)
-        pthread_rwlock_wrlock(&f->lock);
-    else
-        pthread_rwlock_rdlock(&f->lock);
-    *out = f;
-    return 0;
-}
-
 static void fid_free(struct p9_fid *f)
 {
     if (f->path >= 0)
         close(f->path);
     if (f->io >= 0)
         close(f->io);
+    free(f->parked);
     free(f->xattr);
     free(f->value);
     pthread_rwlock_destroy(&f->lock);
@@ -282,11 +266,119 @@ static void fid_drop(struct p9 *s, struct p9_fid *f)
 
     pthread_mutex_lock(&s->lock);
     last = !--f->refs;
-    if (last)
+    if (last) {
         p9_locks_drop(s, f);
+        s->paths -= f->path >= 0;
+    }
     pthread_mutex_unlock(&s->lock);
     if (last)
         fid_free(f);
+}
+
+static void count_path(struct p9 *s, int change)
+{
+    pthread_mutex_lock(&s->lock);
+    s->paths += (unsigned)change;
+    pthread_mutex_unlock(&s->lock);
+}
+
+/* The next fid that nobody uses, and nobody has used since the last time round; one reference is the caller's. Under the lock. */
+static struct p9_fid *next_victim(struct p9 *s)
+{
+    for (unsigned tried = 0; tried < PARK_BUCKETS; tried++) {
+        struct p9_fid *f = s->bucket[s->hand % P9_BUCKETS];
+
+        for (; f; f = f->next) {
+            if (f->kind == P9_FID_PATH && f->path >= 0 && f->refs == 1 && !f->recent) {
+                f->refs++;
+                f->recent = true;                                  /* if it cannot be parked, others come first */
+                return f;
+            }
+            f->recent = false;
+        }
+        s->hand++;
+    }
+    return NULL;
+}
+
+/* Too many descriptors: the files of some fids are known by name for a while. */
+static void park_some(struct p9 *s)
+{
+    for (unsigned i = 0; i < PARK_AT_ONCE; i++) {
+        struct p9_fid *f = NULL;
+        int r = -EBUSY;
+
+        pthread_mutex_lock(&s->lock);
+        if (s->paths > s->paths_max)
+            f = next_victim(s);
+        pthread_mutex_unlock(&s->lock);
+        if (!f)
+            return;
+        if (pthread_rwlock_trywrlock(&f->lock) == 0) {
+            if (f->kind == P9_FID_PATH && f->path >= 0)
+                r = p9_park(s, f);
+            pthread_rwlock_unlock(&f->lock);
+        }
+        if (r == 0)
+            count_path(s, -1);
+        fid_drop(s, f);
+    }
+}
+
+/* Locks f, which has its descriptor then. */
+static int fid_lock(struct p9 *s, struct p9_fid *f, bool change)
+{
+    for (;;) {
+        int r;
+
+        if (change)
+            pthread_rwlock_wrlock(&f->lock);
+        else
+            pthread_rwlock_rdlock(&f->lock);
+        if (f->path >= 0)
+            return 0;
+        if (!change) {
+            pthread_rwlock_unlock(&f->lock);
+            pthread_rwlock_wrlock(&f->lock);
+        }
+        r = f->path < 0 ? p9_unpark(s, f) : 1;
+        if (r < 0) {
+            pthread_rwlock_unlock(&f->lock);
+            return r;
+        }
+        if (r == 0)
+            count_path(s, 1);                                      /* else somebody else was faster */
+        park_some(s);                                              /* not f, which we have a reference to */
+        if (change)
+            return 0;
+        pthread_rwlock_unlock(&f->lock);
+    }
+}
+
+int p9_fid_get(struct p9_call *c, u32 id, bool change, struct p9_fid **out)
+{
+    struct p9_fid *f;
+    int r;
+
+    *out = NULL;
+    if (c->bad)
+        return -EINVAL;
+    pthread_mutex_lock(&c->s->lock);
+    f = *fid_place(c->s, id);
+    if (f) {
+        f->refs++;
+        f->recent = true;
+    }
+    pthread_mutex_unlock(&c->s->lock);
+    if (!f)
+        return -EBADF;
+    r = fid_lock(c->s, f, change);
+    if (r < 0) {
+        fid_drop(c->s, f);
+        return r;
+    }
+    *out = f;
+    return 0;
 }
 
 void p9_fid_put(struct p9 *s, struct p9_fid *f)
@@ -326,6 +418,7 @@ int p9_fid_new(struct p9 *s, u32 id, int path, const struct p9_fid *like, struct
     if (r == 0) {
         *place = f;
         s->fids++;
+        s->paths++;
         if (out) {
             *out = f;
             f->refs++;
@@ -335,6 +428,8 @@ int p9_fid_new(struct p9 *s, u32 id, int path, const struct p9_fid *like, struct
     pthread_mutex_unlock(&s->lock);
     if (r < 0)
         fid_free(f);
+    else
+        park_some(s);
     return r;
 }
 
@@ -654,14 +749,18 @@ static int start_workers(struct p9 *s)
 /* --- opening --- */
 
 /* Each file that the guest knows costs a descriptor: what the host permits is used. */
-static void raise_limit(void)
+static void raise_limit(struct p9 *s)
 {
     struct rlimit l;
 
-    if (getrlimit(RLIMIT_NOFILE, &l) == 0 && l.rlim_cur < l.rlim_max) {
+    s->paths_max = P9_PATHS_MIN;
+    if (getrlimit(RLIMIT_NOFILE, &l) < 0)
+        return;
+    if (l.rlim_cur < l.rlim_max) {
         l.rlim_cur = l.rlim_max;
         setrlimit(RLIMIT_NOFILE, &l);
     }
+    s->paths_max = (unsigned)MAX((u64)P9_PATHS_MIN, MIN((u64)l.rlim_cur / 8, (u64)P9_FIDS_MAX)); /* others need some, too */
 }
 
 static int open_root(struct p9 *s)
@@ -702,7 +801,7 @@ int p9_open(const struct p9_config *config, struct p9 **out)
     pthread_cond_init(&s->more, NULL);
     pthread_cond_init(&s->ended, NULL);
     block_end_init(&s->end);
-    raise_limit();
+    raise_limit(s);
     r = open_root(s);
     if (r == 0)
         r = start_workers(s);

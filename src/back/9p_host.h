@@ -12,8 +12,9 @@
 #define P9_MSIZE_MIN 4096
 #define P9_MESSAGE_MAX 16384                                       /* of all but the data of a write */
 #define P9_REPLY_MAX (64 * KiB)                                    /* of all but the data of a read */
-#define P9_FIDS_MAX 65536
-#define P9_BUCKETS 4096
+#define P9_FIDS_MAX 262144
+#define P9_BUCKETS 16384
+#define P9_PATHS_MIN 64                                            /* descriptors that fids may have, whatever the limit says */
 #define P9_WORKERS 4
 #define P9_XATTR_MAX (64 * KiB)                                    /* as Linux's XATTR_SIZE_MAX */
 #define P9_HEAD 7
@@ -37,7 +38,10 @@ struct p9_fid {
     struct p9_fid *next;
     pthread_rwlock_t lock;
     enum p9_fid_kind kind;
-    int path;                                                      /* O_PATH */
+    int path;                                                      /* O_PATH; -1: parked */
+    char *parked;                                                  /* where the file was, from the root on; ino: which it was */
+    ino_t ino;
+    bool recent;                                                   /* used since park() last looked; under the server's lock */
     int io;                                                        /* P9_FID_OPEN: opened */
     mode_t type;                                                   /* S_IFMT */
     dev_t dev;
@@ -61,6 +65,8 @@ struct p9 {
     u32 msize;                                                     /* 0: no session yet */
     struct p9_fid *bucket[P9_BUCKETS];
     unsigned fids;
+    unsigned paths, paths_max;                                     /* descriptors that fids have, and are to have */
+    unsigned hand;                                                 /* the bucket where park() goes on */
     struct p9_owner *owner;                                        /* of locks (9p_files.c) */
     struct p9_request *first, **last;                              /* waiting */
     u64 seq;                                                       /* requests taken */
@@ -118,6 +124,9 @@ void p9_fid_put(struct p9 *s, struct p9_fid *f);
 /* One more, which owns path from here on, also after an error; -EBADF (id in use), -EMFILE, -ENOMEM. */
 int p9_fid_new(struct p9 *s, u32 id, int path, const struct p9_fid *like, struct p9_fid **out);
 int p9_fid_clunk(struct p9 *s, u32 id);
+/* Closes f->path, and finds the same file again; f is locked for writing. -ENOENT: it has no name; -ESTALE: not there any more. */
+int p9_park(struct p9 *s, struct p9_fid *f);
+int p9_unpark(struct p9 *s, struct p9_fid *f);
 void p9_fid_qid(const struct p9 *s, const struct stat *st, struct p9_qid *q);
 
 /* "/proc/self/fd/N", through which an O_PATH descriptor can be used as a name. */

@@ -617,43 +617,101 @@ int p9_op_unlinkat(struct p9_call *c)
     return r;
 }
 
+/* The path from the root on by which the host knows fd now, "" for the root itself. -ENOENT: none. path has PATH_MAX bytes. */
+static int path_of(const struct p9 *s, int fd, char *path)
+{
+    char root[PATH_MAX];
+    struct p9_proc proc;
+    ssize_t len = readlink(p9_proc(&proc, s->root), root, sizeof(root) - 1), n = readlink(p9_proc(&proc, fd), path, PATH_MAX - 1);
+
+    if (len <= 0 || n <= 0)
+        return -ENOENT;
+    root[len] = path[n] = 0;
+    if (len == 1)
+        len = 0;                                                   /* "/" */
+    if (strncmp(path, root, (size_t)len) || (path[len] && path[len] != '/'))
+        return -ENOENT;
+    memmove(path, path + len, (size_t)(n - len) + 1);
+    return 0;
+}
+
+/* Walks such a path. p->fd is -1 after an error. */
+static int walk_path(const struct p9 *s, char *path, struct place *p)
+{
+    char *save = NULL;
+    int r = 0;
+
+    *p = (struct place){ .fd = openat(s->root, ".", O_PATH | O_DIRECTORY | O_CLOEXEC) };
+    if (p->fd < 0 || fstat(p->fd, &p->st) < 0)
+        r = -ENOENT;
+    for (char *w = strtok_r(path, "/", &save); r == 0 && w; w = strtok_r(NULL, "/", &save))
+        r = step(s, p, w, -1);
+    if (r < 0 && p->fd >= 0) {
+        close(p->fd);
+        p->fd = -1;
+    }
+    return r;
+}
+
+int p9_park(struct p9 *s, struct p9_fid *f)
+{
+    char path[PATH_MAX];
+    struct stat st;
+    int r = fstat(f->path, &st) < 0 || !st.st_nlink ? -ENOENT : path_of(s, f->path, path);
+
+    if (r < 0)
+        return r;
+    f->parked = strdup(path);
+    if (!f->parked)
+        return -ENOMEM;
+    f->ino = st.st_ino;
+    close(f->path);
+    f->path = -1;
+    return 0;
+}
+
+int p9_unpark(struct p9 *s, struct p9_fid *f)
+{
+    char path[PATH_MAX];
+    struct place p;
+    int r;
+
+    snprintf(path, sizeof(path), "%s", f->parked);
+    r = walk_path(s, path, &p);
+    if (r == 0 && (p.st.st_dev != f->dev || p.st.st_ino != f->ino)) {
+        close(p.fd);
+        r = -ESTALE;
+    }
+    if (r < 0)
+        return r == -EMFILE || r == -ENFILE ? r : -ESTALE;
+    free(f->parked);
+    f->parked = NULL;
+    f->path = p.fd;
+    return 0;
+}
+
 /*
  * Where f is now, by the host's word: its folder (O_PATH) and its name there, for calls that name a file by its fid alone. The path is walked from
  * the root as any other, and the name has to mean the same file. -ENOENT: it is nowhere any more.
  */
 static int find_name(const struct p9 *s, const struct p9_fid *f, char name[P9_NAME_MAX + 1])
 {
-    char root[PATH_MAX], path[PATH_MAX], *at, *next;
-    struct p9_proc proc;
-    ssize_t len = readlink(p9_proc(&proc, s->root), root, sizeof(root) - 1), n = readlink(p9_proc(&proc, f->path), path, sizeof(path) - 1);
-    struct place p = { .sealed = false };
+    char path[PATH_MAX], *last;
+    struct place p;
     struct stat st, now;
-    int r = 0;
+    int r = fstat(f->path, &st) < 0 ? -ENOENT : path_of(s, f->path, path);
 
-    if (len <= 0 || n <= 0 || fstat(f->path, &st) < 0)
-        return -ENOENT;
-    root[len] = path[n] = 0;
-    if (len == 1)
-        len = 0;                                                   /* "/" */
-    if (strncmp(path, root, (size_t)len) || path[len] != '/')
-        return -ENOENT;
-    p.fd = openat(s->root, ".", O_PATH | O_DIRECTORY | O_CLOEXEC);
-    if (p.fd < 0 || fstat(p.fd, &p.st) < 0)
+    last = r == 0 ? strrchr(path, '/') : NULL;
+    if (!last || strlen(last + 1) > P9_NAME_MAX)
+        return -ENOENT;                                            /* or the root, which cannot go */
+    strcpy(name, last + 1);
+    *last = 0;
+    r = walk_path(s, path, &p);
+    if (r == 0 && (p.sealed || fstatat(p.fd, name, &now, AT_SYMLINK_NOFOLLOW) < 0 || now.st_dev != st.st_dev || now.st_ino != st.st_ino)) {
+        close(p.fd);
         r = -ENOENT;
-    for (at = path + len + 1; r == 0 && (next = strchr(at, '/')); at = next + 1) {
-        *next = 0;
-        r = step(s, &p, at, -1);
     }
-    if (r == 0 && (p.sealed || strlen(at) > P9_NAME_MAX || fstatat(p.fd, at, &now, AT_SYMLINK_NOFOLLOW) < 0 || now.st_dev != st.st_dev ||
-                   now.st_ino != st.st_ino))
-        r = -ENOENT;
-    if (r < 0) {
-        if (p.fd >= 0)
-            close(p.fd);
-        return r;
-    }
-    strcpy(name, at);
-    return p.fd;
+    return r < 0 ? r : p.fd;
 }
 
 int p9_op_rename(struct p9_call *c)

@@ -13,11 +13,13 @@
 #include <fcntl.h>
 #include <grp.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <stdatomic.h>
 #include <sys/xattr.h>
 #include <unistd.h>
 
+#include "back/9p_host.h"
 #include "p9_client.h"
 
 #define NOBODY 65534
@@ -574,6 +576,47 @@ static void test_threads(void **state UNUSED)
         assert_int_equal(wait_[i].answer[4], wait_[i].message[4] + 1);
 }
 
+/* More files than descriptors: each is the same one whenever it is used again. */
+static void test_few_descriptors(void **state UNUSED)
+{
+    enum { FILES = 600 };
+    static u64 ino[FILES];
+    struct rlimit old, few;
+    struct p9_client *other = calloc(1, sizeof(*other));
+    struct p9_attr a;
+    char name[16];
+    struct p9 *s;
+    u32 d;
+
+    assert_int_equal(getrlimit(RLIMIT_NOFILE, &old), 0);
+    few = (struct rlimit){ 256, old.rlim_max };
+    assert_int_equal(mkdirat(dirfd_, "d", 0755), 0);
+    s = open_server(dir, false, false);
+    s->paths_max = 100;
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &few), 0);
+    assert_int_equal(p9_start(other, s), 0);
+    d = need(p9_walk(other, P9_ROOT, "d"));
+    for (u32 i = 0; i < FILES; i++) {
+        snprintf(name, sizeof(name), "d/%u", i);
+        host_file(name, name);
+        assert_int_equal(p9_call(other, TWALK, "wwhs", d, 1000 + i, 1, name + 2), 0);
+        assert_int_equal(p9_getattr(other, 1000 + i, &a), 0);
+        ino[i] = a.ino;
+    }
+    assert_int_equal(renameat(dirfd_, "d/0", dirfd_, "d/x"), 0);
+    host_file("d/0", "another");
+    for (u32 i = 1; i < FILES; i++) {
+        assert_int_equal(p9_getattr(other, 1000 + i, &a), 0);
+        assert_true(a.ino == ino[i]);
+    }
+    assert_int_equal(p9_getattr(other, 1000, &a), -ESTALE);
+    for (u32 i = 0; i < FILES; i++)
+        assert_int_equal(p9_clunk(other, 1000 + i), 0);
+    assert_true(p9_close(s));
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &old), 0);
+    free(other);
+}
+
 /* --- random operations, and the same by system calls --- */
 
 #define NAMES 12
@@ -735,7 +778,7 @@ int main(void)
     static const struct CMUnitTest tests[] = {
         TEST(test_session), TEST(test_files), TEST(test_open_flags), TEST(test_owners), TEST(test_links), TEST(test_old_calls), TEST(test_folder),
         TEST(test_xattr), TEST(test_locks), TEST(test_outside), TEST(test_special_files), TEST(test_kernel_views), TEST(test_readonly),
-        TEST(test_vanished), TEST(test_bad_messages), TEST(test_threads), TEST(test_beside_host),
+        TEST(test_vanished), TEST(test_bad_messages), TEST(test_threads), TEST(test_few_descriptors), TEST(test_beside_host),
     };
 
     if (as_ordinary_user() < 0) {
