@@ -561,6 +561,8 @@ static int check_image(const struct run_options *o)
         return o->keep ? err(-EINVAL, "--keep: for the disk of an image; write doppel run IMAGE --keep NAME") : 0;
     if (o->command)
         return err(-EINVAL, "%.100s: commands are run in images by doppel exec, while they run; start it by doppel run %.100s --detach", o->image, o->image);
+    if (o->root)
+        return err(-EINVAL, "--root: its system is a folder's, and %.100s's is on its disk; leave one out", o->image);
     if (o->kernel || o->initrd || o->firmware)
         return err(-EINVAL, "%.100s: an image brings its kernel; leave --kernel, --initrd and --firmware out, or give --disk instead of the image's name",
                    o->image);

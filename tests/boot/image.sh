@@ -111,7 +111,13 @@ for tool in bash readlink dirname realpath cat tr sed mkdir grep; do ln -s "$(co
 like "no mmdebstrap: told, with the package" "$(cat "$tmp/err")" 'mmdebstrap is missing: install the package mmdebstrap'
 is "no mmdebstrap: nothing is left" "$(ls -A "$tmp/store")" ""
 slow() { timeout -k 10 300 "${user[@]}" env PATH="$tmp/fake:$PATH" "$D" image build debian:bookworm --mirror http://127.0.0.1:9/debian slow >"$tmp/slow" 2>&1; }
-builder() { pgrep -f "$D image build debian:bookworm" | tail -n 1; }
+builder()                                           # the doppel that builds: its process
+{
+    local p
+    for p in /proc/[0-9]*; do
+        [ "$(tr '\0' ' ' 2>/dev/null <"$p/cmdline")" = "$D image build debian:bookworm --mirror http://127.0.0.1:9/debian slow " ] && echo "${p#/proc/}"
+    done 2>/dev/null | head -n 1
+}
 fake_ends() { ! kill -0 "$(cat "$tmp/home/pid")" 2>/dev/null; }
 slow & started=$!
 until_true test -s "$tmp/home/pid"

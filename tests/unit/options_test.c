@@ -292,6 +292,7 @@ static void images(void **state UNUSED)
     rejects("../debian", "not the name of an image");
     rejects("debian -- true", "doppel exec");
     rejects("debian --kernel k", "--kernel");
+    rejects("debian --root /", "--root");
     rejects("debian --keep a/b", "--keep");
     rejects("debian --keep ..", "--keep");
     rejects("--keep work", "image");
