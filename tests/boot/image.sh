@@ -154,7 +154,7 @@ else
         done_testing
     fi
 fi
-run image info sid --json; like "info --json" "$out" '"kernel": "'"$release"'"'
+run image info sid --json; like "info --json" "$out" '"kernel": "[0-9.]+-'
 run image info sid --check; is "the disk has its digest" "$status $out" "0 sid: the disk is as it was"
 
 # A package, and who serves it.
