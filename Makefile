@@ -162,6 +162,7 @@ bench: $(B)/setup-bench $(B)/doppel $(B)/bench/rows $(B)/tests/latency/latency_t
 	$(if $(filter-out --quick,$(BENCH)),,$(Q)bench/net $(BENCH) $(B)/doppel)
 	$(if $(filter-out --quick,$(BENCH)),,$(Q)bench/disk $(BENCH) $(B)/doppel)
 	$(if $(filter-out --quick,$(BENCH)),,$(Q)bench/vsock $(BENCH) $(B)/doppel)
+	$(if $(filter-out --quick,$(BENCH)),,$(Q)bench/share $(BENCH) $(B)/doppel)
 
 # ---- installation ----
 SHARE := $(DESTDIR)$(PREFIX)/share
