@@ -117,7 +117,7 @@ if command -v passt >/dev/null; then
     for ((i = 0; i < 100; i++)); do [ ! -S "$tmp/real" ] && kill -0 $passt 2>/dev/null || break; sleep 0.1; done
     if [ -S "$tmp/real" ]; then
         host h1 listen 127.0.0.1 7000 send $bytes; host h2 listen 127.0.0.1 7001 recv $bytes
-        doppel "${run[@]}" --net passt="$tmp/real" -- sh -c 'ip -o -4 addr show dev eth0 | sed "s/.*inet //;s/ .*//"
+        doppel "${run[@]}" --net passt="$tmp/real" -- sh -c 'n=0; until ip -o -4 addr show dev eth0 | grep -q inet || [ $n = 600 ]; do sleep 0.1; n=$((n + 1)); done; ip -o -4 addr show dev eth0 | sed "s/.*inet //;s/ .*//"
             /netpeer connect 192.168.77.1 7000 recv $0 | sed "s/, .*//"; /netpeer connect 192.168.77.1 7001 send $0 | sed "s/, .*//"' $bytes </dev/null
         is "passt" "$out" "192.168.77.2/24"$'\n'"$bytes bytes"$'\n'"$bytes bytes"
     else

@@ -32,6 +32,7 @@ look='for d in /sys/bus/virtio/devices/virtio*; do
       dd if=/dev/vda of=/dev/vdb bs=64k conv=fsync 2>/dev/null
       dd if=/dev/hwrng bs=512 count=4 2>/dev/null | wc -c
       grep -c "virtio.*-" /proc/interrupts
+      n=0; until ip -o -4 addr show dev eth0 | grep -q inet || [ $n = 600 ]; do sleep 0.1; n=$((n + 1)); done
       ip -o -4 addr show dev eth0 | sed "s/.*inet //;s/ .*//"
       exit 7'
 # name, wanted lines of devices (ID, revision, VERSION_1 accepted, status), interrupts by MSI-X at least, arguments
