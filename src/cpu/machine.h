@@ -26,6 +26,7 @@ enum machine_mmu { MACHINE_MMU_AUTO, MACHINE_MMU_SHADOW, MACHINE_MMU_SOFTTLB };
 struct machine_tools {
     bool insns;                    /* retired instructions are counted, by engines that do so at a cost, too */
     bool handlers;                 /* which instructions of the guest need a handler */
+    bool profile;                  /* vCPUs' threads take the sampler's signal (cpu/sample.h) */
     bool translate_at_once;        /* nothing is interpreted first: tests */
     enum machine_mmu mmu;
     bool check;                    /* engines are compared (cpu/bt/check.h) */

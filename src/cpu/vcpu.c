@@ -220,7 +220,8 @@ int vcpu_start(struct vcpu *v)
     sigdelset(&all, SIGFPE);
     sigdelset(&all, SIGILL);
     sigdelset(&all, SIGABRT);
-    sigdelset(&all, SAMPLE_SIGNAL);
+    if (v->m->tools.profile)
+        sigdelset(&all, SAMPLE_SIGNAL);
     pthread_sigmask(SIG_BLOCK, &all, &old);
     r = pthread_create(&t->thread, NULL, vcpu_main, v);
     pthread_sigmask(SIG_SETMASK, &old, NULL);

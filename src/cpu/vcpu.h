@@ -35,7 +35,7 @@ int vcpu_get(struct vcpu *v, struct x86 *x);
 /* INIT, start-up IPIs and kicks that a held vCPU has not looked at yet become part of its state: before it is saved. */
 void vcpu_settle(struct vcpu *v);
 
-/* Sends the vCPU's thread a signal with a value, for cpu/sample.c; any thread. Nonzero: it has no thread. vCPU threads do not block it. */
+/* Sends the vCPU's thread a signal with a value, for cpu/sample.c; any thread. Nonzero: it has no thread. With machine_tools.profile vCPU threads do not block it. */
 #define SAMPLE_SIGNAL (SIGRTMIN + 2)
 int vcpu_interrupt(struct vcpu *v, int signo, void *value);
 

@@ -399,7 +399,7 @@ static int open_vm(struct run *run, const struct engine *engine)
         .vsock = run->vsock, .virtio_modern = o->virtio_modern, .virtio_split = o->virtio_split, .debug_exit = o->debug_exit, .start_paused = o->gdb_wait,
         .no_reboot = o->no_reboot || o->command,                   /* a command is not run twice */
         .trace = {.mask = o->trace_mask, .file = run->trace_file ? run->trace_file : run->stderr_stream},
-        .tools = {.insns = o->stats || o->verbose, .handlers = o->stats, .check = o->check, .mmu = o->mmu}, .sample = o->stats, .profile = o->profile_file,
+        .tools = {.insns = o->stats || o->verbose, .handlers = o->stats, .check = o->check, .mmu = o->mmu, .profile = o->profile_file}, .sample = o->stats,
         .log = &run->log, .loop = run->loop, .ended = on_vm_ended, .ended_arg = run,
         .resumed = on_vm_resumed,
     };

@@ -543,7 +543,7 @@ const struct option run_option_table[] = {
     {"profile", "FILE[,symbols=MAP]",
      "Looks about 1000 times a second at what each processor does, and when the run has ended writes to FILE which parts "
      "of doppel and which functions of the guest's kernel took how much of the time. Names are found in the guest's "
-     "memory if it is Linux, or taken from MAP, a file like System.map.", false, set_profile},
+     "memory if it is Linux, or taken from MAP, a file like System.map or an ELF file like vmlinux.", false, set_profile},
     {"status-file", "FILE",
      "Writes how the run ended to FILE, when it has ended: lines \"status=N\" (the exit status), \"end=\" (exited, "
      "poweroff, reset, quit, panic, triple-fault, debug-exit, host-error, usage), \"failed=\" (none, command, guest, "

@@ -189,19 +189,19 @@ int profile_print(struct machine *m, const struct sampler *s, const char *map, F
     struct lines guest = { 0 }, monitor = { 0 };
     u64 code = kernel_code(m, s);
     long n = 0;
-    if (map)
+    if (map && symbols_elf(&kernel, map, 0) < 0)
         n = symbols_map(&kernel, map);
-    else if (code)
-        n = kernel_symbols(m, code, &kernel);
-    if (map && n < 0) {
+    else if (!map && code)
+        kernel_symbols(m, code, &kernel);
+    if (n < 0) {
         symbols_free(&kernel);
         return err(-EIO, "--profile: cannot read the symbols in %s: %s", map, strerror((int)-n));
     }
     symbols_self(&self);
     collect(m, s, SAMPLED_GUEST, &kernel, &guest);
     collect(m, s, SAMPLED_MONITOR, &self, &monitor);
-    fprintf(f, "doppel profile: engine %s, %u vCPU%s, %.3f s of guest time, %d samples a second; %ld symbols of the guest's kernel\n", m->engine->name, m->vcpus,
-            m->vcpus == 1 ? "" : "s", (double)clock_ns(m->clock) / 1e9, SAMPLE_HZ, n);
+    fprintf(f, "doppel profile: engine %s, %u vCPU%s, %.3f s of guest time, %d samples a second; %zu symbols of the guest's kernel\n", m->engine->name, m->vcpus,
+            m->vcpus == 1 ? "" : "s", (double)clock_ns(m->clock) / 1e9, SAMPLE_HZ, kernel.n);
     if (sampler_lost(s))
         fprintf(f, "%llu samples had no room\n", (unsigned long long)sampler_lost(s));
     print_where(m, s, f);

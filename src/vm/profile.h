@@ -7,5 +7,5 @@
 
 #include "cpu/sample.h"
 
-/* map: a list like System.map for the guest's kernel, or NULL: its symbols are looked for in its memory. 0, or -EIO with err() when map cannot be read. */
+/* map: the guest's kernel, an ELF file, or a list of its symbols like System.map; or NULL: its symbols are looked for in its memory. 0, or -EIO with err() when map cannot be read. */
 int profile_print(struct machine *m, const struct sampler *s, const char *map, FILE *f);

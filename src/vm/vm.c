@@ -334,8 +334,8 @@ int vm_start(struct vm *vm)
         if (r < 0)
             return r;
     }
-    if (vm->config.sample || vm->config.profile) {
-        int r = sampler_new(&vm->m, vm->config.profile, &vm->sampler);
+    if (vm->config.sample || vm->m.tools.profile) {
+        int r = sampler_new(&vm->m, vm->m.tools.profile, &vm->sampler);
 
         if (r < 0)
             return r;

@@ -114,7 +114,7 @@ struct vm_config {
     /* the board has a debug exit port and a debug console */
     bool debug_exit;
     struct machine_tools tools;
-    bool sample, profile;                                          /* statistics tell where time goes; vm_profile() will be asked */
+    bool sample;                                                   /* statistics tell where time goes */
     struct trace trace;                                            /* clock is filled in by vm_new; mask may be 0 */
     const struct log *log;
     struct loop *loop;
@@ -170,7 +170,7 @@ u64 vm_insns(const struct vm *vm);
 /* The name of what is handled for the guest, and how often it was, by all vCPUs. NULL: what is none. */
 const char *vm_count(const struct vm *vm, unsigned what, u64 *n);
 u64 vm_counted(const struct vm *vm, enum vcpu_counted what);        /* by all vCPUs */
-/* With config.profile, when the VM has ended: what was sampled, with names (vm/profile.h). 0 or a negative errno with err(). */
+/* With machine_tools.profile, when the VM has ended: what was sampled, with names (vm/profile.h). 0 or a negative errno with err(). */
 int vm_profile(struct vm *vm, const char *map, FILE *f);
 /* Card n's link, as if the cable were pulled or put back; -ENOENT with err(). */
 int vm_set_link(struct vm *vm, unsigned n, bool up);

@@ -208,7 +208,7 @@ static u64 met(const struct sampler *s, enum sampled what, u64 from, u64 to)
 
 static void a_profile_has_addresses_of_guest_and_monitor(void **state UNUSED)
 {
-    struct machine m = {.engine = &spinning};
+    struct machine m = {.engine = &spinning, .tools.profile = true};
     struct vcpu_hooks hooks = {0};
     struct vcpu *v;
     struct sampler *s;
