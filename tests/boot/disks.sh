@@ -9,8 +9,7 @@ verify_seconds=3 kills=3
 [ -z "${SOAK_LONG:-}" ] || { verify_seconds=300; kills=50; }
 PATH=$PATH:/usr/sbin:/sbin
 run=(run --engine "$ENGINE" --quiet)
-pids=()
-trap 'kill -9 "${pids[@]}" 2>/dev/null; rm -rf "$tmp"' EXIT
+trap 'kill -9 $(jobs -pr) $(jobs -ps) 2>/dev/null; rm -rf "$tmp"' EXIT
 
 mkdir "$tmp/rd"
 cp "$work" "$tmp/rd/disk_work"
@@ -35,7 +34,6 @@ serve()                                             # name, nbdkit's arguments
     shift
     nbdkit --foreground --unix "$tmp/$name.sock" --pidfile "$tmp/$name.pid" "$@" 2>"$tmp/$name.log" &
     server=$!
-    pids+=("$server")
     local end=$((SECONDS + 60))
     until [ -s "$tmp/$name.pid" ] || [ $SECONDS -ge $end ]; do sleep 0.1; done
 }
@@ -70,7 +68,6 @@ crash()                                             # name, device, whole second
         : >"$tmp/out"
         "$DOPPEL" "${run[@]}" "$@" -- sh -c "modprobe nvme; /disk_work journal $dev" </dev/null >"$tmp/out" 2>"$tmp/err" &
         local job=$!
-        pids+=("$job")
         wait_for "$tmp/out" '^flushed' "$BOOT_SECONDS" || bad+=" nothing was flushed in round $i: $(tail -n 1 "$tmp/err");"
         sleep "0.$((RANDOM % 9))$((RANDOM % 9))"
         kill -9 $job
@@ -96,7 +93,6 @@ journalled()                                        # rounds
             n=0; while :; do n=$((n + 1)); echo $n >/mnt/$((n % 200)); dd if=/dev/urandom of=/mnt/data$((n % 7)) bs=64k count=$((n % 5)) 2>/dev/null
             [ $((n % 5)) != 0 ] || { sync; echo "synced $n"; }; done' </dev/null >"$tmp/out" 2>"$tmp/err" &
         local job=$! n found
-        pids+=("$job")
         wait_for "$tmp/out" '^synced' "$BOOT_SECONDS" || bad+=" nothing was synced in round $i: $(tail -n 1 "$tmp/err");"
         sleep "0.$((RANDOM % 9))$((RANDOM % 9))"
         kill -9 $job
@@ -129,7 +125,6 @@ if [ -n "$have_nbd" ]; then
     mkfifo "$tmp/in"
     "$DOPPEL" "${run[@]}" --disk "$(uri dies)" <"$tmp/in" >"$tmp/out" 2>"$tmp/err" &
     job=$!
-    pids+=("$job")
     exec 9>"$tmp/in"
     wait_for "$tmp/out" '~# ' "$BOOT_SECONDS"
     kill -9 "$server"; wait "$server" 2>/dev/null
@@ -144,7 +139,6 @@ if [ -n "$have_nbd" ]; then
     serve hangs memory 16M
     "$DOPPEL" "${run[@]}" --disk "$(uri hangs)" <"$tmp/in" >"$tmp/out" 2>"$tmp/err" &
     job=$!
-    pids+=("$job")
     exec 9>"$tmp/in"
     wait_for "$tmp/out" '~# ' "$BOOT_SECONDS"
     kill -STOP "$server"
@@ -165,7 +159,6 @@ if [ -n "$have_nbd" ]; then
     touch "$tmp/full"
     "$DOPPEL" "${run[@]}" --disk "$(uri full)" <"$tmp/in" >"$tmp/out" 2>"$tmp/err" &
     job=$!
-    pids+=("$job")
     exec 9>"$tmp/in"
     wait_for "$tmp/out" '~# ' "$BOOT_SECONDS"
     echo '/disk_work fill /dev/vda' >&9
@@ -197,7 +190,6 @@ image "$tmp/a.img"; image "$tmp/b.img"
 [ -p "$tmp/in" ] || mkfifo "$tmp/in"
 "$DOPPEL" "${run[@]}" --disk "$tmp/a.img" --disk "$tmp/b.img,bus=nvme" <"$tmp/in" >"$tmp/out" 2>"$tmp/err" &
 job=$!
-pids+=("$job")
 exec 9>"$tmp/in"
 wait_for "$tmp/out" '~# ' "$BOOT_SECONDS"
 echo 'modprobe nvme; until [ -b /dev/nvme0n1 ]; do sleep 0.1; done; echo there is "nvme"' >&9
