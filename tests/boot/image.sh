@@ -30,6 +30,7 @@ d() { timeout -k 10 900 "${user[@]}" "$D" "$@"; }
 run() { d "$@" >"$tmp/out" 2>"$tmp/err" </dev/null; status=$?; out=$(cat "$tmp/out"); err=$(cat "$tmp/err"); }
 in_vm() { timeout -k 10 300 "${user[@]}" "$D" exec vm --wait 300 -- "$@" 2>&1 </dev/null; }
 left() { find "$tmp/store" -mindepth 1 -maxdepth 1 -name '.*' | wc -l; }
+listed() { d ps 2>/dev/null | grep -q '^vm '; }
 until_true() { local i; for i in $(seq 1500); do "$@" && return; sleep 0.2; done; return 1; }
 trap 'timeout 20 "${user[@]}" "$D" rm vm >/dev/null 2>&1; [ -z "${server-}" ] || kill $server; chmod -R u+rwX "$tmp"; rm -rf "$tmp"' EXIT
 
@@ -203,6 +204,7 @@ port=$((20000 + $$ % 12000))
 timeout -k 10 900 "${user[@]}" "$D" run sid --engine "$ENGINE" --quiet --name vm --publish $port:22 --cloud-init "$tmp/user-data" --console "$tmp/home/console" \
     </dev/null >"$tmp/vm.out" 2>&1 &
 vm=$!
+until_true listed || not_ok "doppel ps lists the VM" "$(cat "$tmp/vm.out")"        # what follows may come before it otherwise
 is "systemctl is-system-running" "$(in_vm systemctl is-system-running --wait)" running
 run image rm sid; is "an image in use is not removed: status" "$status" 1
 like "an image in use is not removed: told" "$err" 'a VM uses it'
