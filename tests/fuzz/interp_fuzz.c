@@ -9,6 +9,8 @@
 #include <string.h>
 #include <sys/time.h>
 
+#include "base/clock.h"
+#include "base/loop.h"
 #include "cpu/cpuid.h"
 #include "cpu/engine.h"
 
@@ -71,11 +73,12 @@ static void out_of_time(int sig)
 static struct fixture *fixture(void)
 {
     struct fixture *f = aligned_alloc(64, ALIGN_UP(sizeof *f, 64));
+    struct loop *loop;
 
     memset(f, 0, sizeof *f);
     f->m = (struct machine){ .ram = &f->ram, .engine = &interp_engine, .vcpus = 1, .split_lock = PTHREAD_MUTEX_INITIALIZER };
     if (ram_init(&f->ram) || ram_add(&f->ram, 0, RAM_SIZE) || bus_new(NULL, &f->m.mmio) || bus_new(NULL, &f->m.pio) ||
-        cpuid_policy_new(1, 1000000, &f->m.cpuid))
+        loop_new(&loop) || clock_new(loop, &f->m.clock) || cpuid_policy_new(1, clock_tsc_khz(f->m.clock), &f->m.cpuid))
         abort();
     f->v.m = &f->m;
     f->v.mmio = f->m.mmio;

@@ -179,7 +179,7 @@ like "standard output is full: the end is told" "$status" '^(5|1|141)$'
 mkdir small
 if unshare -rm true 2>/dev/null; then
     timeout 280 unshare -rm bash -c 'mount -t tmpfs -o size=2m none small && truncate -s 16M small/full.img &&
-        exec "$0" run --engine interp --quiet --disk small/full.img -- \
+        exec "$0" run --engine interp --quiet --disk small/full.img,on-full=error -- \
             sh -c "dd if=/dev/zero of=/dev/vda bs=64k count=128 conv=fsync 2>/dev/null; echo \$?"' "$DOPPEL" </dev/null >out 2>err
     is "full host disk: doppel's status" $? 0
     is "full host disk: the guest's write fails" "$(cat out)" 1
