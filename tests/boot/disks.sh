@@ -1,12 +1,13 @@
 #!/bin/bash
-# Disks at work: every back end and both kinds of device under a verifying load; what the guest flushed is there after kill -9; servers of network disks
-# that are slow, fail, hang or die; a full host; a root disk without an initramfs.
+# Disks at work: every back end and both kinds of device under verifying loads (our own and fio's); what the guest flushed is there after kill -9, and file systems
+# are sound; servers of network disks that are slow, fail, answer wrong, hang or die; a full host; a root disk without an initramfs.
 . "$(dirname "$0")/../lib/tap.sh"
 guest=${DOPPEL_GUEST:-${BUILD:-$top/build}/guest}
 build=${BUILD:-$top/build}
 work=$build/boot/disk_work
-verify_seconds=3 kills=3
-[ -z "${SOAK_LONG:-}" ] || { verify_seconds=300; kills=50; }
+verify_seconds=3 kills=3 fio_mib=4 fio_loops=1
+[ -z "${SOAK_LONG:-}" ] || { verify_seconds=300; kills=50; fio_mib=16; fio_loops=20; }
+kills=${DISK_KILLS:-$kills}
 PATH=$PATH:/usr/sbin:/sbin
 run=(run --engine "$ENGINE" --quiet)
 trap 'kill -9 $(jobs -pr) $(jobs -ps) 2>/dev/null; rm -rf "$tmp"' EXIT
@@ -40,24 +41,72 @@ serve()                                             # name, nbdkit's arguments
 uri() { echo "nbd+unix:///?socket=$tmp/$1.sock"; }
 have_nbd=$(command -v nbdkit)
 
+# A disk of tools, $tmp/tools.img, which the guest mounts at /mnt/t: programs of this host, each with its libraries (some fill 100 MB: too much for an
+# initramfs), and the kernel's modules for XFS, from the package that the guest was built from. /mnt/t/PROGRAM starts one.
+have_fio='' have_xfs=''
+tool()                                              # program
+{
+    local path lib
+    path=$(command -v "$1") && mkdir -p "$tmp/tools/lib" && cp -L "$path" "$tmp/tools/lib/$1.bin" || return 1
+    for lib in $(ldd "$path" | grep -o '/[^ ]*'); do cp -Ln "$lib" "$tmp/tools/lib/" || return 1; done
+    printf '#!/bin/sh\nexec /mnt/t/lib/ld-linux-x86-64.so.2 --library-path /mnt/t/lib /mnt/t/lib/%s.bin "$@"\n' "$1" >"$tmp/tools/$1"
+    chmod 755 "$tmp/tools/$1"
+}
+xfs_modules()
+{
+    local release deb=${XDG_CACHE_HOME:-$HOME/.cache}/doppel/packages/cloud.deb
+    release=$(sed -n 's/^kernel=//p' "$guest/manifest")
+    mkdir -p "$tmp/tools"
+    dpkg-deb --fsys-tarfile "$deb" 2>/dev/null | tar -x -C "$tmp/tools" --wildcards --transform 's,.*/,,' "*/$release/kernel/*/xfs.ko" "*/$release/kernel/*/libcrc32c.ko" 2>/dev/null
+    [ -f "$tmp/tools/xfs.ko" ]
+}
+if command -v mke2fs >/dev/null; then
+    tool fio && have_fio=1
+    command -v mkfs.xfs >/dev/null && tool xfs_repair && xfs_modules && have_xfs=1
+    [ -z "$have_fio$have_xfs" ] || { mke2fs -q -t ext4 -O ^has_journal -m 0 -d "$tmp/tools" "$tmp/tools.img" 300M >/dev/null || have_fio='' have_xfs=''; }
+    rm -rf "$tmp/tools"
+fi
+tools="mkdir -p /mnt/t; mount -t ext4 -o ro /dev/vda /mnt/t"
+
 # ---- all back ends, at the same time ----
 for i in a b c d f; do image "$tmp/$i.img"; done
-disks=(--disk "$tmp/a.img,io=uring" --disk "$tmp/b.img,io=threads" --disk "$tmp/c.img,overlay=$tmp/c.over" --disk "$tmp/d.img,overlay" --disk "$tmp/f.img,bus=nvme")
-names="vda vdb vdc vdd nvme0n1"
-"$DOPPEL" run --disk "$tmp/a.img,io=uring" --kernel /nowhere 2>&1 | grep -q 'does not permit io_uring' && disks[1]=$tmp/a.img,io=threads
+[ -f "$tmp/tools.img" ] || image "$tmp/tools.img"
+disks=(--disk "$tmp/tools.img,readonly" --disk "$tmp/a.img,io=uring" --disk "$tmp/b.img,io=threads" --disk "$tmp/c.img,overlay=$tmp/c.over" --disk "$tmp/d.img,overlay"
+    --disk "$tmp/f.img,bus=nvme")
+names="vdb vdc vdd vde nvme0n1"
+"$DOPPEL" run --disk "$tmp/a.img,io=uring" --kernel /nowhere 2>&1 | grep -q 'does not permit io_uring' && disks[3]=$tmp/a.img,io=threads
 if [ -n "$have_nbd" ]; then
     serve slow --filter=delay memory 16M delay-read=1ms delay-write=2ms
-    disks+=(--disk "$(uri slow)") names+=" vde"
+    disks+=(--disk "$(uri slow)") names+=" vdf"
+fi
+qemu_nbd=''
+if command -v qemu-nbd >/dev/null; then
+    image "$tmp/q.img"
+    qemu-nbd --socket="$tmp/qemu.sock" --format=raw --persistent "$tmp/q.img" 2>"$tmp/qemu.log" &
+    qemu_nbd=$!
+    end=$((SECONDS + 60))
+    until [ -S "$tmp/qemu.sock" ] || [ $SECONDS -ge $end ]; do sleep 0.1; done
+    disks+=(--disk "$(uri qemu)") names+=" vd$([ -n "$have_nbd" ] && echo g || echo f)"
 fi
 sum=$(sha256sum <"$tmp/c.img")
+fio="/mnt/t/fio --name=verify --thread --direct=1 --ioengine=io_uring --iodepth=16 --rw=randwrite --bsrange=1k-128k --size=${fio_mib}M --verify=crc32c --verify_fatal=1
+    --verify_state_save=0 --do_verify=1 --end_fsync=1 --loops=$fio_loops"
 in_guest="modprobe nvme; for d in $names; do /disk_work verify /dev/\$d $verify_seconds >/tmp/\$d & done; wait; for d in $names; do echo \"\$d: \$(cat /tmp/\$d)\"; done"
-BOOT_SECONDS=$((BOOT_SECONDS + 4 * verify_seconds)) doppel "${run[@]}" --cpus 2 "${disks[@]}" -- sh -c "$in_guest" </dev/null
+[ -z "$have_fio" ] || in_guest+="; $tools; for d in $names; do { ${fio//$'\n'/ } --filename=/dev/\$d >/tmp/\$d 2>&1 && echo verified >>/tmp/\$d; } & done; wait
+    for d in $names; do echo \"fio \$d: \$(tail -n 1 /tmp/\$d)\"; done"
+BOOT_SECONDS=$((BOOT_SECONDS + 4 * verify_seconds + (fio_loops - 1) * 300)) doppel "${run[@]}" --cpus 2 "${disks[@]}" -- sh -c "$in_guest" </dev/null
 for d in $names; do is "verified: $d" "$(grep "^$d:" <<<"$out")" "$d: verified"; done
+if [ -n "$have_fio" ]; then
+    for d in $names; do is "verified by fio: $d" "$(grep "^fio $d:" <<<"$out")" "fio $d: verified"; done
+else
+    skip "verified by fio" "fio or mke2fs is not installed"
+fi
 is "verified: the base of an overlay is untouched" "$(sha256sum <"$tmp/c.img")" "$sum"
 image "$tmp/a.img"
 doppel "${run[@]}" --virtio modern,split --disk "$tmp/a.img" -- /disk_work verify /dev/vda 1 </dev/null
 is "verified: split rings" "$out" "verified"
 [ -n "$have_nbd" ] && kill "$server"
+[ -z "$qemu_nbd" ] || { kill "$qemu_nbd"; wait "$qemu_nbd" 2>/dev/null; }
 
 # ---- what was flushed is there after kill -9 ----
 crash()                                             # name, device, whole seconds at most, disk options
@@ -82,33 +131,63 @@ crash()                                             # name, device, whole second
 image "$tmp/a.img"; crash "raw" /dev/vda --disk "$tmp/a.img"
 image "$tmp/a.img"; crash "NVMe, an overlay" /dev/nvme0n1 --disk "$tmp/a.img,overlay=$tmp/crash.over,bus=nvme"
 
-# The same with a file system, which is checked as after any crash; what was synced is in it.
+# The same with file systems, ext4 on virtio and XFS on NVMe, which are checked as after any crash: ext4 on the host, XFS, whose log only its driver replays, in
+# the next guest. What was synced is in them.
+at_work='modprobe nvme; mkdir -p /mnt/0; mount -t ext4 /dev/vdb /mnt/0 && rm -f /mnt/0/* && where=/mnt/0
+    if [ -n "$xfs" ]; then
+        '$tools' && insmod /mnt/t/libcrc32c.ko; insmod /mnt/t/xfs.ko && mkdir -p /mnt/1
+        until [ -b /dev/nvme0n1 ]; do sleep 0.1; done
+        mount -t xfs /dev/nvme0n1 /mnt/1 && echo "xfs has $(cat /mnt/1/$((last % 200)) 2>/dev/null)" && umount /mnt/1 && /mnt/t/xfs_repair -n /dev/nvme0n1 >/tmp/repair 2>&1 && echo "xfs sound"
+        [ -z "$once" ] || exit 0
+        mount -t xfs /dev/nvme0n1 /mnt/1 && rm -f /mnt/1/* && where="/mnt/0 /mnt/1"
+    fi
+    n=0; while :; do n=$((n + 1)); for d in $where; do echo $n >$d/$((n % 200)); dd if=/dev/urandom of=$d/data$((n % 7)) bs=64k count=$((n % 5)) 2>/dev/null; done
+    [ $((n % 5)) != 0 ] || { sync; echo "synced $n"; }; done'
 journalled()                                        # rounds
 {
-    local i bad=
+    local i bad='' xbad='' n=0 found more=()
     image "$tmp/fs.img" 64M
     mke2fs -q -t ext4 "$tmp/fs.img"
+    if [ -n "$have_xfs" ]; then
+        image "$tmp/xfs.img" 320M
+        mkfs.xfs -q -f "$tmp/xfs.img"
+        more=(--disk "$tmp/xfs.img,bus=nvme")
+    fi
+    xfs_was()
+    {
+        grep -q '^xfs sound' "$tmp/out" || xbad+=" round $i: $(head -n 3 "$tmp/out") $(tail -n 1 "$tmp/err");"
+        found=$(tr -d '\r' <"$tmp/out" | sed -n 's/^xfs has //p')
+        [ "${found:-0}" -ge "$n" ] || xbad+=" round $i: $n was synced, ${found:-nothing} is there;"
+    }
     for ((i = 0; i < $1; i++)); do
-        "$DOPPEL" "${run[@]}" --disk "$tmp/fs.img" -- sh -c 'mount -t ext4 /dev/vda /mnt && rm -f /mnt/*
-            n=0; while :; do n=$((n + 1)); echo $n >/mnt/$((n % 200)); dd if=/dev/urandom of=/mnt/data$((n % 7)) bs=64k count=$((n % 5)) 2>/dev/null
-            [ $((n % 5)) != 0 ] || { sync; echo "synced $n"; }; done' </dev/null >"$tmp/out" 2>"$tmp/err" &
-        local job=$! n found
+        : >"$tmp/out"
+        "$DOPPEL" "${run[@]}" --disk "$tmp/tools.img,readonly" --disk "$tmp/fs.img" "${more[@]}" -- sh -c "xfs=$have_xfs; last=$n; once=; $at_work" </dev/null >"$tmp/out" 2>"$tmp/err" &
+        local job=$!
         wait_for "$tmp/out" '^synced' "$BOOT_SECONDS" || bad+=" nothing was synced in round $i: $(tail -n 1 "$tmp/err");"
         sleep "0.$((RANDOM % 9))$((RANDOM % 9))"
         kill -9 $job
         wait $job 2>/dev/null
+        [ -z "$have_xfs" ] || xfs_was
         n=$(sed -n 's/^synced \([0-9]*\)$/\1/p' "$tmp/out" | tail -n 1)
+        n=${n:-0}
         e2fsck -fp "$tmp/fs.img" >"$tmp/fsck" 2>&1
         [ $? -le 1 ] || bad+=" round $i: $(tail -n 3 "$tmp/fsck");"
-        found=$(debugfs -R "cat /$((${n:-0} % 200))" "$tmp/fs.img" 2>/dev/null)
-        [ "${found:-0}" -ge "${n:-0}" ] || bad+=" round $i: ${n:-?} was synced, ${found:-nothing} is there;"
+        found=$(debugfs -R "cat /$((n % 200))" "$tmp/fs.img" 2>/dev/null)
+        [ "${found:-0}" -ge "$n" ] || bad+=" round $i: $n was synced, ${found:-nothing} is there;"
     done
-    is "kill -9, $1 times: ext4 is sound, and what was synced is there" "$bad" ""
+    is "kill -9, $1 times: ext4 is sound, and what was synced is there (the last time $n)" "$bad" ""
+    if [ -n "$have_xfs" ]; then
+        doppel "${run[@]}" --disk "$tmp/tools.img,readonly" --disk "$tmp/fs.img" "${more[@]}" -- sh -c "xfs=1; last=$n; once=1; $at_work" </dev/null
+        xfs_was
+        is "kill -9, $1 times: XFS is sound, and what was synced is there" "$xbad" ""
+    else
+        skip "kill -9: XFS" "xfsprogs or the guest's kernel package is missing"
+    fi
 }
 if command -v mke2fs >/dev/null && command -v debugfs >/dev/null; then
-    journalled $((kills > 3 ? kills : 1))
+    journalled "$kills"
 else
-    skip "kill -9: ext4" "mke2fs and debugfs are not installed (package e2fsprogs)"
+    skip "kill -9: ext4 and XFS" "mke2fs and debugfs are not installed (package e2fsprogs)"
 fi
 
 # ---- servers that misbehave ----
