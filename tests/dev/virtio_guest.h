@@ -234,30 +234,46 @@ static inline u16 gq_used_idx(struct gq *q)
     return __atomic_load_n((u16 *)(void *)ram_hva(&q->g->ram, q->used + 2), __ATOMIC_ACQUIRE);
 }
 
+/* Is there a used element? */
+static inline bool gq_any_used(struct gq *q)
+{
+    u16 flags;
+
+    if (!q->packed)
+        return q->used_seen != gq_used_idx(q);
+    flags = __atomic_load_n((u16 *)(void *)ram_hva(&q->g->ram, q->desc + 16ull * q->used_seen + 14), __ATOMIC_ACQUIRE);
+    return !(flags >> VRING_PACKED_DESC_F_AVAIL & 1) == !q->used_wrap && !(flags >> VRING_PACKED_DESC_F_USED & 1) == !q->used_wrap;
+}
+
 /* The next used element, or false. */
 static inline bool gq_used(struct gq *q, u32 *id, u32 *len)
 {
     struct vring_used_elem e;
     struct gq_packed p;
 
+    if (!gq_any_used(q))
+        return false;
     if (q->packed) {
-        u16 flags = __atomic_load_n((u16 *)(void *)ram_hva(&q->g->ram, q->desc + 16ull * q->used_seen + 14), __ATOMIC_ACQUIRE);
-
-        if (!(flags >> VRING_PACKED_DESC_F_AVAIL & 1) != !q->used_wrap || !(flags >> VRING_PACKED_DESC_F_USED & 1) != !q->used_wrap)
-            return false;
         get(q->g, q->desc + 16ull * q->used_seen, &p, sizeof(p));
         *id = p.id;
         *len = p.len;
         gq_step(q, &q->used_seen, &q->used_wrap, q->entries[p.id % ARRAY_SIZE(q->entries)]);
         return true;
     }
-    if (q->used_seen == gq_used_idx(q))
-        return false;
     get(q->g, q->used + 4 + 8ull * (q->used_seen % q->size), &e, sizeof(e));
     q->used_seen++;
     *id = e.id;
     *len = e.len;
     return true;
+}
+
+/* Does the device want to be told of what was added since avail_idx was old? With event index; packed: as long as it asks for none, or for all. */
+static inline bool gq_wants_kick(struct gq *q, u16 old)
+{
+    u16 event[2];
+
+    get(q->g, q->packed ? q->used : q->used + 4 + 8ull * q->size, event, q->packed ? 4 : 2);
+    return q->packed ? event[1] != VRING_PACKED_EVENT_FLAG_DISABLE : vring_need_event(event[0], q->avail_idx, old);
 }
 
 static inline void gq_set_used_event(struct gq *q, u16 event)

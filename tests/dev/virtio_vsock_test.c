@@ -35,6 +35,7 @@ static struct vsock_host *host;
 static struct virtio_vsock *vsock;
 static struct vdev d;
 static char dir[64], path[80];
+static u64 packed;                                                 /* the feature, for the second round */
 
 /* A packet that the guest got. */
 static struct virtio_vsock_hdr hdr;
@@ -103,7 +104,7 @@ static void buffers(unsigned n, u32 len)
 
 static void start_with(unsigned n)
 {
-    assert_true(vdev_start(&d, &g, DEV, BASE, QUEUE));
+    assert_true(vdev_start(&d, &g, DEV, BASE | packed, QUEUE));
     buffers(n, BUFFER);
 }
 
@@ -123,8 +124,12 @@ static bool got_packet(void)
     get(&g, at + sizeof(hdr), data, hdr.len);
     assert_int_equal(hdr.dst_cid, CID);
     assert_int_equal(hdr.type, VIRTIO_VSOCK_TYPE_STREAM);
-    gq_desc(&d.q[RX], (u16)id, at, BUFFER, VRING_DESC_F_WRITE, 0);
-    gq_offer(&d.q[RX], (u16)id);
+    if (packed) {
+        gq_add(&d.q[RX], (struct buf[]){ { BUFFERS + (d.q[RX].next_desc % QUEUE) * (u64)BUFFER, BUFFER, true } }, 1);
+    } else {
+        gq_desc(&d.q[RX], (u16)id, at, BUFFER, VRING_DESC_F_WRITE, 0);
+        gq_offer(&d.q[RX], (u16)id);
+    }
     vdev_kick(&d, RX);
     return true;
 }
@@ -598,7 +603,7 @@ static void test_answers_wait(void **state UNUSED)
     unsigned answers = 0, taken = 0;
     u32 id, len;
 
-    assert_true(vdev_start(&d, &g, DEV, BASE, QUEUE));
+    assert_true(vdev_start(&d, &g, DEV, BASE | packed, QUEUE));
     for (u32 i = 0; i < 200; i++) {
         struct virtio_vsock_hdr h = to(VSOCK_CID_HOST, i, VIRTIO_VSOCK_OP_RW);
 
@@ -628,7 +633,7 @@ static void test_small_buffer(void **state UNUSED)
 {
     int fd;
 
-    assert_true(vdev_start(&d, &g, DEV, BASE, QUEUE));
+    assert_true(vdev_start(&d, &g, DEV, BASE | packed, QUEUE));
     buffers(1, 40);
     fd = client("CONNECT 1\n");
     turn();
@@ -766,5 +771,9 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_save_and_load, setup, teardown),
         cmocka_unit_test_setup_teardown(test_many, setup, teardown),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    /* All of it with split rings, and with packed ones. */
+    int r = cmocka_run_group_tests_name("split", tests, NULL, NULL);
+
+    packed = BIT(VIRTIO_F_RING_PACKED);
+    return r + cmocka_run_group_tests_name("packed", tests, NULL, NULL);
 }
