@@ -233,13 +233,16 @@ void net_deliver(struct net *n, const struct net_frame *f)
     add(&t->counts.received_bytes, f->len);
 }
 
-void net_lost(struct net *n, int e)
+void net_lost(struct net *n)
 {
-    struct net_thread *t = n->thread;
+    if (n->thread)
+        n->thread->front_ops->present(n->thread->front, false);
+}
 
-    log_msg(n->log, LOG_ERROR, "network %s: it has gone%s%s; the guest's card has no link any more", n->name, e ? ": " : "", e ? strerror(e) : "");
-    if (t)
-        t->front_ops->lost(t->front);
+void net_found(struct net *n)
+{
+    if (n->thread)
+        n->thread->front_ops->present(n->thread->front, true);
 }
 
 static void drop_first(struct net_thread *t)

@@ -48,7 +48,7 @@ struct net_front_ops {
     void (*transmit)(void *front);                                 /* net_send() for all that waits, until there is no more or it returns false */
     bool (*receive)(void *front, const struct net_frame *f);       /* false: there is no room for it now */
     void (*received)(void *front);                                 /* after one or more frames: the guest may be told */
-    void (*lost)(void *front);                                     /* the host's end has gone: no link any more */
+    void (*present)(void *front, bool there);                      /* the host's end has gone: no link any more; or is back */
 };
 
 struct net;
@@ -123,8 +123,9 @@ void net_init(struct net *n, const struct net_ops *ops, const struct net_config 
 void net_deliver(struct net *n, const struct net_frame *f);
 bool net_full(const struct net *n);                                /* some wait: read no more */
 
-/* The host's end has gone; e: why, an errno, or 0 if it ended. */
-void net_lost(struct net *n, int e);
+/* The host's end has gone: no frame passes until net_found(), if that ever comes. What the user is told is the back end's affair. On the card's thread. */
+void net_lost(struct net *n);
+void net_found(struct net *n);
 
 /* Bytes of a frame from off on; less than len at its end. */
 size_t net_copy(const struct net_frame *f, size_t off, void *buf, size_t len);

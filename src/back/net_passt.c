@@ -2,8 +2,11 @@
  * The stream protocol of passt (see net_passt.h; also that of QEMU's `-netdev stream`). It has no offloads, but frames of up to 64 KiB, so large segments go to passt whole, with
  * their checksums done.
  *
- * What the socket takes only in part is kept and goes first when there is room; until then nothing more is sent. When the other side goes away, or says what is no
- * frame, the card's link goes down, for good.
+ * What the socket takes only in part is kept and goes first when there is room; until then nothing more is sent.
+ *
+ * When the other side goes away, or says what is no frame, the card's link goes down, and passt is called again and again, at growing intervals: RETRY_FIRST_MS, doubled up to
+ * RETRY_MAX_MS, until somebody listens at the socket. Then the link is up again. Intervals start anew when a frame comes over a connection that is RETRY_MAX_MS old; then the
+ * next loss is worth a message, too: who takes calls and hangs up soon is told of once. A call does not wait (connect(2): a Unix socket is connected at once, or its backlog is full: EAGAIN).
  */
 #define _GNU_SOURCE
 #include "back/net_passt.h"
@@ -13,17 +16,22 @@
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/un.h>
+#include <time.h>
 #include <unistd.h>
 
 #define LENGTH 4
 #define FRAME_MAX 65535u                                           /* passt drops longer ones */
 #define PIECES_MAX 62
 #define READ_SIZE (256 * KiB)
+#define RETRY_FIRST_MS 100
+#define RETRY_MAX_MS 5000
 
 struct net_passt {
     struct net net;
-    int fd;
-    bool dead;
+    struct sockaddr_un address;
+    int fd;                                                        /* -1: nobody is there */
+    u64 called_at;                                                 /* these are the host's monotonic clock, milliseconds */
+    u64 retry_at, retry_ms;                                        /* when to call again, and the wait before the call after the next loss */
     unsigned poll;                                                 /* index of the round; 0: not asked for */
     size_t unsent, sent;                                           /* out[sent, unsent) is to go first */
     size_t have;                                                   /* in[0, have) is read, and no whole frame yet */
@@ -35,11 +43,55 @@ static struct net_passt *passt_of(struct net *n)
     return container_of(n, struct net_passt, net);
 }
 
+static u64 now_ms(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (u64)t.tv_sec * 1000 + (u64)t.tv_nsec / 1000000;
+}
+
+static void call_later(struct net_passt *p)
+{
+    p->retry_at = now_ms() + p->retry_ms;
+    p->retry_ms = MIN(2 * p->retry_ms, (u64)RETRY_MAX_MS);
+}
+
 static void died(struct net_passt *p, int e)
 {
-    p->dead = true;
-    p->unsent = p->sent = 0;
-    net_lost(&p->net, e);
+    if (p->retry_ms == RETRY_FIRST_MS)
+        log_msg(p->net.log, LOG_ERROR, "network %s: it has gone%s%s; the guest's card has no link until it is back", p->net.name, e ? ": " : "", e ? strerror(e) : "");
+    close(p->fd);
+    p->fd = -1;
+    p->unsent = p->sent = p->have = 0;
+    call_later(p);
+    net_lost(&p->net);
+}
+
+/* 0, or a negative errno. */
+static int call(struct net_passt *p)
+{
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), e;
+
+    if (fd >= 0 && connect(fd, (struct sockaddr *)&p->address, sizeof(p->address)) == 0) {
+        p->fd = fd;
+        p->called_at = now_ms();
+        return 0;
+    }
+    e = errno;
+    if (fd >= 0)
+        close(fd);
+    return -e;
+}
+
+static void call_again(struct net_passt *p)
+{
+    if (call(p) < 0) {
+        call_later(p);
+        return;
+    }
+    log_msg(p->net.log, LOG_INFO, "network %s: it is back", p->net.name);
+    net_found(&p->net);
 }
 
 /* True: nothing is left over. */
@@ -53,7 +105,7 @@ static bool send_rest(struct net_passt *p)
         if (n < 0 && errno != EAGAIN)
             died(p, errno);
         if (n < 0)
-            return p->dead;
+            return p->fd < 0;
         p->sent += (size_t)n;
     }
     p->sent = p->unsent = 0;
@@ -65,11 +117,11 @@ static bool passt_send(struct net *n, const struct net_frame *f)
     struct net_passt *p = passt_of(n);
     u32 len;
 
-    if (p->dead || f->len > FRAME_MAX)
+    if (p->fd < 0 || f->len > FRAME_MAX)
         return true;
     if (!send_rest(p))
         return false;
-    if (p->dead)
+    if (p->fd < 0)
         return true;
     len = htonl((u32)f->len);
     memcpy(p->out, &len, LENGTH);
@@ -84,7 +136,7 @@ static void take_frames(struct net_passt *p)
 {
     size_t at = 0;
 
-    while (p->have - at >= LENGTH && !p->dead) {
+    while (p->have - at >= LENGTH) {
         struct iovec iov;
         u32 len;
 
@@ -110,6 +162,8 @@ static void read_frames(struct net_passt *p)
 
     if (n > 0) {
         p->have += (size_t)n;
+        if (p->retry_ms != RETRY_FIRST_MS && now_ms() - p->called_at >= RETRY_MAX_MS)
+            p->retry_ms = RETRY_FIRST_MS;
         take_frames(p);
     } else if (n == 0 || (errno != EAGAIN && errno != EINTR)) {
         died(p, n ? errno : 0);
@@ -120,8 +174,13 @@ static void passt_prepare(struct net *n, struct net_poll *w)
 {
     struct net_passt *p = passt_of(n);
     short events = (short)((net_full(n) ? 0 : POLLIN) | (p->unsent ? POLLOUT : 0));
+    u64 now;
 
-    p->poll = events && !p->dead ? net_poll_add(w, p->fd, events) : 0;
+    p->poll = events && p->fd >= 0 ? net_poll_add(w, p->fd, events) : 0;
+    if (p->fd >= 0)
+        return;
+    now = now_ms();
+    net_poll_timeout(w, p->retry_at > now ? (int)(p->retry_at - now) : 0);
 }
 
 static void passt_serve(struct net *n, struct net_poll *w)
@@ -131,8 +190,10 @@ static void passt_serve(struct net *n, struct net_poll *w)
 
     if ((got & POLLOUT) && send_rest(p))
         net_kick(n);
-    if ((got & ~POLLOUT) && !p->dead)
+    if ((got & ~POLLOUT) && p->fd >= 0)
         read_frames(p);
+    else if (!got && p->fd < 0 && now_ms() >= p->retry_at)
+        call_again(p);
 }
 
 static void passt_close(struct net *n)
@@ -164,24 +225,25 @@ static int connect_failed(const char *path, int e)
 
 int net_passt_new(const struct net_config *c, const char *path, struct net **out)
 {
-    struct sockaddr_un a = { .sun_family = AF_UNIX };
     struct net_passt *p;
     char label[80];
+    int r;
 
-    if (strlen(path) >= sizeof(a.sun_path))
-        return err(-ENAMETOOLONG, "network passt %.200s: a socket's path has at most %zu characters", path, sizeof(a.sun_path) - 1);
+    if (strlen(path) >= sizeof(p->address.sun_path))
+        return err(-ENAMETOOLONG, "network passt %.200s: a socket's path has at most %zu characters", path, sizeof(p->address.sun_path) - 1);
     p = calloc(1, sizeof(*p));
     if (!p)
         return err(-ENOMEM, "network passt %s: out of memory", path);
     snprintf(label, sizeof(label), "passt %.70s", path);
     net_init(&p->net, &passt_ops, c, label);
-    strcpy(a.sun_path, path);
-    p->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (p->fd < 0 || connect(p->fd, (struct sockaddr *)&a, sizeof(a)) < 0) {
-        int r = connect_failed(path, errno);
-
+    p->fd = -1;
+    p->retry_ms = RETRY_FIRST_MS;
+    p->address.sun_family = AF_UNIX;
+    strcpy(p->address.sun_path, path);
+    r = call(p);
+    if (r < 0) {
         passt_close(&p->net);
-        return r;
+        return connect_failed(path, -r);
     }
     *out = &p->net;
     return 0;

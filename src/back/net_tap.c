@@ -41,7 +41,8 @@ static struct net_tap *tap_of(struct net *n)
 static void died(struct net_tap *t, int e)
 {
     t->dead = true;
-    net_lost(&t->net, e);
+    log_msg(t->net.log, LOG_ERROR, "network %s: it has gone: %s; the guest's card has no link any more", t->net.name, strerror(e));
+    net_lost(&t->net);
 }
 
 /* --- frames --- */

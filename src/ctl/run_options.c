@@ -489,7 +489,7 @@ const struct option run_option_table[] = {
      "the guest's own, which reaches what the user of doppel reaches, by doppel's own sockets and without privileges; DHCP gives the guest "
      "10.0.2.15, the host (its loopback) is 10.0.2.2, DNS is at 10.0.2.3, and by IPv6 they are in fec0::/64; the next card has 10.0.3.0/24 and so on. "
      "user,restrict: the guest reaches nothing, and is reached by what is published only. tap=NAME: a tap device of the host, which must be yours (or you may make one); "
-     "fd=N[:N...]: open descriptors of one. passt=SOCKET: a passt that listens at this Unix socket. none: no card. Behind each but none: ,mac=ADDRESS of the card; ,mtu=N is told to the "
+     "fd=N[:N...]: open descriptors of one. passt=SOCKET: a passt that listens at this Unix socket (while it is gone the card has no link). none: no card. Behind each but none: ,mac=ADDRESS of the card; ,mtu=N is told to the "
      "guest; ,queues=N pairs of queues (one for each processor, up to 8, if it is not given; tap: with more than 1 it must be a multi_queue device); ,offload=off: a card that does not compute checksums or cut segments. The default guest asks for its address in the background; a COMMAND waits for it "
      "(6 s at most) if --publish, --net user or --net passt is given.", true, set_net},
     {"publish", "HOST:GUEST[/udp]",

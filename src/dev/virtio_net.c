@@ -75,6 +75,7 @@ struct virtio_net {
     struct timer go_on;
     struct sending tx[TX_BATCH];
     struct virtq_chain rx[RX_CHAINS], ctrl;
+    bool plugged, present;                                         /* the cable, as the user has it; the host's end is there. Both: the link is up */
     u64 notifications, interrupts, filtered;
 };
 
@@ -357,12 +358,27 @@ static void received(void *front)
     pthread_mutex_unlock(&n->virtio.device.lock);
 }
 
-static void lost(void *front)
+/* With the lock held. */
+static void tell_link(struct virtio_net *n)
 {
-    virtio_net_set_link(front, false);
+    bool up = n->plugged && n->present;
+
+    n->config.status = up ? VIRTIO_NET_S_LINK_UP : 0;
+    net_set_link(n->net, up);
+    virtio_config_changed(&n->virtio);
 }
 
-static const struct net_front_ops front_ops = { .transmit = transmit, .receive = receive, .received = received, .lost = lost };
+static void present(void *front, bool there)
+{
+    struct virtio_net *n = front;
+
+    pthread_mutex_lock(&n->virtio.device.lock);
+    n->present = there;
+    tell_link(n);
+    pthread_mutex_unlock(&n->virtio.device.lock);
+}
+
+static const struct net_front_ops front_ops = { .transmit = transmit, .receive = receive, .received = received, .present = present };
 
 /* --- control queue (5.1.6.5) --- */
 
@@ -697,6 +713,7 @@ int virtio_net_new(struct ram *ram, const struct log *log, struct clock *clock, 
     }
     n->net = net;
     n->pairs_max = s->pairs;
+    n->plugged = n->present = true;
     memcpy(n->mac, s->mac, NET_MAC);
     n->config = (struct virtio_net_config){ .status = VIRTIO_NET_S_LINK_UP, .max_virtqueue_pairs = (u16)s->pairs, .mtu = s->mtu };
     pthread_cond_init(&n->idle, NULL);
@@ -714,9 +731,8 @@ int virtio_net_new(struct ram *ram, const struct log *log, struct clock *clock, 
 void virtio_net_set_link(struct virtio_net *n, bool up)
 {
     pthread_mutex_lock(&n->virtio.device.lock);
-    n->config.status = up ? VIRTIO_NET_S_LINK_UP : 0;
-    net_set_link(n->net, up);
-    virtio_config_changed(&n->virtio);
+    n->plugged = up;
+    tell_link(n);
     pthread_mutex_unlock(&n->virtio.device.lock);
 }
 

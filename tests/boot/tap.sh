@@ -112,14 +112,33 @@ is "passt that answers nothing" "$out" alive
 if command -v passt >/dev/null; then
     # What passt takes for the way out: any interface with a default route.
     ip tuntap add dev up0 mode tap && ip addr add 192.168.77.2/24 dev up0 && ip link set up0 up && ip route add default via 192.168.77.1
-    timeout 300 passt -f -q --socket "$tmp/real" >"$tmp/passt.log" 2>&1 &
-    passt=$!; pids+=($passt)
-    for ((i = 0; i < 100; i++)); do [ ! -S "$tmp/real" ] && kill -0 $passt 2>/dev/null || break; sleep 0.1; done
+    passt()
+    {
+        timeout 300 passt -f -q --socket "$tmp/real" >"$tmp/passt.log" 2>&1 &
+        passt=$!; pids+=($passt)
+        for ((i = 0; i < 100; i++)); do [ ! -S "$tmp/real" ] && kill -0 $passt 2>/dev/null || break; sleep 0.1; done
+    }
+    passt
     if [ -S "$tmp/real" ]; then
         host h1 listen 127.0.0.1 7000 send $bytes; host h2 listen 127.0.0.1 7001 recv $bytes
         doppel "${run[@]}" --net passt="$tmp/real" -- sh -c 'n=0; until ip -o -4 addr show dev eth0 | grep -q inet || [ $n = 600 ]; do sleep 0.1; n=$((n + 1)); done; ip -o -4 addr show dev eth0 | sed "s/.*inet //;s/ .*//"
             /netpeer connect 192.168.77.1 7000 recv $0 | sed "s/, .*//"; /netpeer connect 192.168.77.1 7001 send $0 | sed "s/, .*//"' $bytes </dev/null
         is "passt" "$out" "192.168.77.2/24"$'\n'"$bytes bytes"$'\n'"$bytes bytes"
+        # It dies and comes back while the guest runs: no link, then one again, over which streams go as before.
+        kill $passt; wait $passt 2>/dev/null; rm -f "$tmp/real"; passt
+        host h1 listen 127.0.0.1 7000 send $bytes; host h2 listen 127.0.0.1 7001 recv $bytes
+        : >"$tmp/out"
+        timeout -k 10 "$BOOT_SECONDS" "$DOPPEL" "${run[@]}" --net passt="$tmp/real" -- sh -c 'n=0; until ip -o -4 addr show dev eth0 | grep -q inet || [ $n = 600 ]; do sleep 0.1; n=$((n + 1)); done
+            carrier() { n=0; until [ "$(cat /sys/class/net/eth0/carrier)" = $1 ] || [ $n = 600 ]; do sleep 0.1; n=$((n + 1)); done; cat /sys/class/net/eth0/carrier; }
+            /netpeer connect 192.168.77.1 7000 recv $0 | sed "s/, .*//"; echo ready; carrier 0; carrier 1; /netpeer connect 192.168.77.1 7001 send $0 | sed "s/, .*//"' $bytes \
+            >"$tmp/out" 2>"$tmp/err" </dev/null &
+        doppel=$!
+        until_says() { local i; for ((i = 0; i < BOOT_SECONDS * 10; i++)); do grep -qx "$1" "$tmp/out" && return; kill -0 $doppel 2>/dev/null || return; sleep 0.1; done; }
+        until_says ready; kill $passt; wait $passt 2>/dev/null; rm -f "$tmp/real"
+        until_says 0; passt
+        wait $doppel
+        is "passt that dies and comes back" "$(cat "$tmp/out")" "$bytes bytes"$'\n'ready$'\n'0$'\n'1$'\n'"$bytes bytes"
+        like "passt that dies and comes back: the user is told" "$(cat "$tmp/err")" 'passt .*it has gone.*no link until it is back'
     else
         skip passt "it does not run here: $(grep . "$tmp/passt.log" | head -n 1)"
     fi
