@@ -98,7 +98,7 @@ guest-standard: | $(B)/setup-build
 	$(Q)guest/build --kernel standard $(B)/guest-standard
 
 # Process 1 of the guest and the agent, compiled: an installed doppel makes guests without a compiler.
-$(B)/init: guest/build guest/init.c guest/root.c guest/root.h guest/protocol.h | $(B)/setup-build
+$(B)/init: guest/build guest/init.c guest/init.h guest/command.c guest/root.c guest/root.h guest/protocol.h | $(B)/setup-build
 	$(Q)guest/build --compile-init $@
 $(B)/agent: guest/build agent/agent.c agent/protocol.h guest/protocol.h src/back/tree.c src/back/tree.h | $(B)/setup-build
 	$(Q)guest/build --compile-agent $@

@@ -6,10 +6,9 @@
  * the virtio console (protocol.h). It reaps orphans, obeys the power button and the signals of busybox's poweroff, halt
  * and reboot, and ends the machine in order: processes stopped, disks synced and unmounted.
  *
- * With root=DEVICE it only loads the modules, and hands over to the system on that disk (root.h).
+ * With root=DEVICE it only loads the modules, and hands over to the system on that disk (root.h); or, when there is a command, runs it there.
  *
- * One thread, one poll() loop, nothing that blocks: every descriptor of a port or a pipe is non-blocking, so that a
- * stalled stream stalls only itself. Left out: services, users, getty. The network is left to a script (/etc/network).
+ * One thread, one poll() loop, nothing that blocks. Left out: services, users, getty. The network is left to a script (/etc/network).
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -20,7 +19,6 @@
 #include <mntent.h>
 #include <net/if.h>
 #include <poll.h>
-#include <pty.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -35,88 +33,22 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
-#include <sys/utsname.h>
 #include <sys/wait.h>
-#include <termios.h>
 #include <time.h>
 #include <unistd.h>
 
-#include "protocol.h"
+#include "init.h"
 #include "root.h"
 
-#define CHUNK 65536
 #define STOP_MS 2000                                               /* between SIGTERM and SIGKILL at shutdown */
 #define OWN_END_MS 200                                          /* the command called poweroff: until it gets SIGTERM */
 #define COMMAND_STOP_MS 5000                            /* the same for the command, when the power button is pressed */
 #define PORT_RETRY_MS 20
-#define PIPE_BYTES (256 << 10)
-#define BUTTONS_MAX 8
 #define AGENT "/sbin/doppel-agent"
-#define ROOT_TAG "doppel-root"
-#define ROOT_PLACE "/run/doppel"
-#define ROOT ROOT_PLACE "/root"
 #define AGENT_AGAIN_MS 1000
 #define NEVER INT64_MAX
 
-/* One direction of a stream: what came from src waits in buf until dst takes it. */
-struct pump {
-    int src, dst;                                                  /* -1: closed */
-    bool port_src;                                      /* a port gives 0 while the host has not connected it: no end */
-    bool until_empty;                                              /* src ends where nothing is left in it */
-    bool eof;                                                     /* src has ended; buf may still hold its last bytes */
-    bool broken;                                                   /* nobody reads dst: discard */
-    uint64_t limit;                                                /* src ends after so many bytes */
-    uint64_t taken, given;                                         /* bytes from src, to dst */
-    size_t have, done;                                             /* buf[done, have) waits */
-    uint8_t buf[CHUNK];
-};
-
-struct ctl {
-    int fd;                                                        /* port doppel.ctl, -1: none (yet) */
-    uint8_t *in, *out;
-    size_t in_len, in_cap, out_len, out_cap;
-};
-
-enum command_state { CMD_NONE, CMD_WAITING, CMD_RUNNING, CMD_DRAINING, CMD_SENT };
-enum { OUT, ERR };
-
-struct command {
-    enum command_state state;
-    pid_t pid;
-    bool told_ready;                                               /* READY is sent */
-    int port[3];                                                   /* stdin, stdout, stderr */
-    int master, slave;                                             /* of the terminal, with RUN_TTY; else -1 */
-    struct pump in, out[2];
-    bool stdin_ended;                                              /* the command was given the end of its input */
-    bool stdin_told, eof_told[2];                                  /* STDIN_CLOSED, STDOUT_EOF, STDERR_EOF are sent */
-    struct msg_exited exited;
-};
-
-struct init {
-    int signals, uevents;
-    int button[BUTTONS_MAX];
-    char button_name[BUTTONS_MAX][32];
-    unsigned buttons;
-    char console[64];                                              /* "/dev/ttyS0" */
-    pid_t network;                                                 /* brings network cards up; 0: has done so */
-    bool wait_network;                                             /* the command is not run before */
-    pid_t shell;                                                   /* 0: none */
-    int64_t shell_at;                                              /* not before, in now_ms() */
-    pid_t agent;                                                   /* 0: none */
-    int64_t agent_at;                                              /* as shell_at */
-    int how;                                                       /* RB_*: the machine is to end so; 0: not */
-    int64_t kill_at;                                               /* what still runs then is killed; 0: no haste */
-    int kill_with;                                                 /* the command, by this signal */
-    bool stopping;                                                 /* all processes were told to end */
-    bool other_root;                                               /* shell and command run below ROOT */
-    int root_error;                                                /* why they cannot, an errno */
-    bool port_down;                                             /* the host has not connected a port: look again soon */
-    struct ctl ctl;
-    struct command cmd;
-};
-
-static void say(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
-static void say(const char *fmt, ...)
+void say(const char *fmt, ...)
 {
     va_list ap;
     va_start(ap, fmt);
@@ -126,14 +58,14 @@ static void say(const char *fmt, ...)
     va_end(ap);
 }
 
-static int64_t now_ms(void)
+int64_t now_ms(void)
 {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return t.tv_sec * 1000ll + t.tv_nsec / 1000000;
 }
 
-static void close_fd(int *fd)
+void close_fd(int *fd)
 {
     if (*fd >= 0)
         close(*fd);
@@ -177,7 +109,7 @@ static void open_stdio(void)
 }
 
 /* The first line of a small file, without its newline; "" if there is none. */
-static void read_line(const char *path, char *buf, size_t size)
+void read_line(const char *path, char *buf, size_t size)
 {
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     ssize_t n = fd < 0 ? 0 : read(fd, buf, size - 1);
@@ -187,8 +119,7 @@ static void read_line(const char *path, char *buf, size_t size)
     buf[strcspn(buf, "\n")] = 0;
 }
 
-/* The value of NAME=VALUE on the kernel's command line. */
-static bool parameter(const char *name, char *value, size_t size)
+bool parameter(const char *name, char *value, size_t size)
 {
     char line[65536], *save, *word;
     size_t len = strlen(name);
@@ -202,7 +133,7 @@ static bool parameter(const char *name, char *value, size_t size)
     return false;
 }
 
-static bool has_word(const char *wanted)
+bool has_word(const char *wanted)
 {
     char line[65536], *save, *word;
 
@@ -212,7 +143,7 @@ static bool has_word(const char *wanted)
     return word;
 }
 
-static void load_modules(const char *list)
+void load_modules(const char *list)
 {
     char path[512];
     FILE *f = fopen(list, "re");
@@ -227,83 +158,6 @@ static void load_modules(const char *list)
     }
     if (f)
         fclose(f);
-}
-
-/* ---- the host's root ---- */
-
-static void bind_below_root(const char *what)
-{
-    char at[256];
-
-    snprintf(at, sizeof at, ROOT "%s", what);
-    if (mount(what, at, NULL, MS_BIND | MS_REC, NULL))
-        say("%s: %s", at, strerror(errno));
-}
-
-/* The modules of the kernel that runs, which the host's root need not have; and names found as the guest's network has them. */
-static void bind_own_files(void)
-{
-    struct utsname u;
-    char dir[256], at[300];
-    int fd = open("/etc/resolv.conf", O_WRONLY | O_CREAT | O_CLOEXEC, 0644);
-
-    if (fd >= 0)
-        close(fd);
-    if (!access(ROOT "/etc/resolv.conf", F_OK))
-        bind_below_root("/etc/resolv.conf");
-    uname(&u);
-    snprintf(dir, sizeof dir, "/lib/modules/%s", u.release);
-    snprintf(at, sizeof at, ROOT "%s", dir);
-    mkdir(ROOT "/lib/modules", 0755);
-    if (!mkdir(at, 0755) || errno == EEXIST)
-        bind_below_root(dir);
-}
-
-/* The host's folder below a tmpfs, by overlayfs. Returns 0 or an errno. */
-static int mount_root(const char *type)
-{
-    static const char *const dirs[] = { ROOT_PLACE, ROOT_PLACE "/lower", ROOT_PLACE "/rw", ROOT, NULL };
-    const char *data = !strcmp(type, "9p") ? "trans=virtio,version=9p2000.L,msize=262144,cache=loose" : NULL;
-
-    for (const char *const *d = dirs; *d; d++)
-        mkdir(*d, 0755);
-    if (mount(ROOT_TAG, ROOT_PLACE "/lower", type, MS_RDONLY, data) || mount("tmpfs", ROOT_PLACE "/rw", "tmpfs", 0, "mode=0755") ||
-        mkdir(ROOT_PLACE "/rw/upper", 0755) || mkdir(ROOT_PLACE "/rw/work", 0755) ||
-        mount("overlay", ROOT, "overlay", 0,
-              "lowerdir=" ROOT_PLACE "/lower,upperdir=" ROOT_PLACE "/rw/upper,workdir=" ROOT_PLACE "/rw/work"))
-        return errno;
-    for (const char *const *d = (const char *const[]){ "/dev", "/proc", "/sys", NULL }; *d; d++) {
-        char at[64];
-        snprintf(at, sizeof at, ROOT "%s", *d);
-        mkdir(at, 0755);
-        bind_below_root(*d);
-    }
-    mkdir(ROOT "/run", 0755);
-    mount("tmpfs", ROOT "/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755");
-    bind_own_files();
-    return 0;
-}
-
-static void find_root(struct init *s)
-{
-    char type[16];
-
-    if (!parameter("doppel.root", type, sizeof type))
-        return;
-    load_modules("/etc/modules.root");
-    s->other_root = true;
-    s->root_error = mount_root(type);
-    if (s->root_error)
-        say("cannot mount the host's root by %s: %s", type, strerror(s->root_error));
-}
-
-/* In a child. Returns 0 or -1 with errno. */
-static int enter_root(const struct init *s)
-{
-    if (!s->other_root)
-        return 0;
-    errno = s->root_error;
-    return s->root_error || chroot(ROOT) || chdir("/") ? -1 : 0;
 }
 
 static void name_host(void)
@@ -385,129 +239,6 @@ static void find_buttons(struct init *s)
         closedir(d);
 }
 
-/* Opens the port of that name if the host offers it. */
-static int open_port(const char *name)
-{
-    char path[300], found[64];
-    DIR *d = opendir("/sys/class/virtio-ports");
-    struct dirent *e;
-    int fd = -1;
-
-    while (d && fd < 0 && (e = readdir(d))) {
-        snprintf(path, sizeof path, "/sys/class/virtio-ports/%s/name", e->d_name);
-        read_line(path, found, sizeof found);
-        if (strcmp(found, name))
-            continue;
-        snprintf(path, sizeof path, "/dev/%s", e->d_name);
-        fd = open(path, O_RDWR | O_NONBLOCK | O_CLOEXEC);
-    }
-    if (d)
-        closedir(d);
-    return fd;
-}
-
-/* ---- streams ---- */
-
-static bool pump_idle(const struct pump *p)
-{
-    return p->done == p->have;
-}
-
-static void pump_init(struct pump *p, int src, int dst)
-{
-    p->src = src;
-    p->dst = dst;
-    p->limit = UINT64_MAX;
-    p->eof = src < 0;
-    p->broken = dst < 0;
-}
-
-static bool pump_fill(struct pump *p)
-{
-    uint64_t left = p->limit - p->taken;
-    ssize_t n = left ? read(p->src, p->buf, left < CHUNK ? left : CHUNK) : 0;
-
-    if (n > 0) {
-        p->done = 0;
-        p->have = n;
-        p->taken += n;
-        p->eof = p->taken == p->limit;                       /* now: nothing that still comes would wake us up for it */
-        return true;
-    }
-    if (n < 0 && (errno == EAGAIN || errno == EINTR))
-        p->eof = p->until_empty;
-    else
-        p->eof = !left || n < 0 || !p->port_src;
-    return false;
-}
-
-static bool pump_drain(struct pump *p)
-{
-    ssize_t n = p->broken ? -1 : write(p->dst, p->buf + p->done, p->have - p->done);
-
-    if (n >= 0) {
-        p->done += n;
-        p->given += n;
-        return n > 0;
-    }
-    if (!p->broken && (errno == EAGAIN || errno == EINTR))
-        return false;
-    p->broken = true;
-    p->done = p->have;
-    return true;
-}
-
-/* Moves what can be moved now; not for ever, others want their turn. */
-static void pump_run(struct pump *p)
-{
-    for (int round = 0; round < 32; round++) {
-        bool moved = false;
-        if (pump_idle(p) && !p->eof)
-            moved |= pump_fill(p);
-        if (!pump_idle(p))
-            moved |= pump_drain(p);
-        if (!moved)
-            return;
-    }
-}
-
-/* ---- messages ---- */
-
-static bool grow(uint8_t **buf, size_t *cap, size_t need)
-{
-    if (need <= *cap)
-        return true;
-    uint8_t *p = realloc(*buf, need);
-    if (!p)
-        return false;
-    *buf = p;
-    *cap = need;
-    return true;
-}
-
-static void ctl_send(struct ctl *c, uint32_t type, const void *payload, uint32_t len)
-{
-    struct msg_head head = { type, len };
-
-    if (c->fd < 0 || !grow(&c->out, &c->out_cap, c->out_len + sizeof head + len))
-        return;
-    memcpy(c->out + c->out_len, &head, sizeof head);
-    if (len)
-        memcpy(c->out + c->out_len + sizeof head, payload, len);
-    c->out_len += sizeof head + len;
-}
-
-static void ctl_flush(struct ctl *c)
-{
-    while (c->fd >= 0 && c->out_len) {
-        ssize_t n = write(c->fd, c->out, c->out_len);
-        if (n <= 0)
-            return;
-        c->out_len -= n;
-        memmove(c->out, c->out + n, c->out_len);
-    }
-}
-
 /* ---- the end of the system ---- */
 
 /* Block devices are left clean: mounts are undone in the opposite order; what is still in use becomes read-only. */
@@ -548,7 +279,7 @@ static void finish(struct init *s)
 }
 
 /* Tells every process to end; finish() follows when none is left, or when they had their time. */
-static void stop_all(struct init *s)
+void stop_all(struct init *s)
 {
     s->stopping = true;
     kill(-1, SIGTERM);
@@ -597,7 +328,7 @@ static void kill_rest(struct init *s)
 
 /* ---- the shell ---- */
 
-static void set_winsize(const char *tty, int fd, unsigned rows, unsigned cols)
+void set_winsize(const char *tty, int fd, unsigned rows, unsigned cols)
 {
     struct winsize w = { .ws_row = rows, .ws_col = cols };
     int own = fd < 0 ? open(tty, O_RDWR | O_NOCTTY | O_NONBLOCK | O_CLOEXEC) : -1;
@@ -606,7 +337,7 @@ static void set_winsize(const char *tty, int fd, unsigned rows, unsigned cols)
     close_fd(&own);
 }
 
-static void child_defaults(void)
+void child_defaults(void)
 {
     sigset_t none;
     sigemptyset(&none);
@@ -667,7 +398,7 @@ static void shell_start(struct init *s)
         if (fd > 2)
             close(fd);
     }
-    if (enter_root(s) || chdir("/root"))
+    if (root_enter(s) || chdir("/root"))
         say("/root: %s", strerror(errno));
     execl("/bin/sh", "-sh", NULL);
     say("/bin/sh: %s", strerror(errno));
@@ -690,346 +421,15 @@ static void agent_start(struct init *s)
         dup2(fd, i);
     load_modules("/etc/modules.late");
     sched_setscheduler(0, SCHED_OTHER, &(struct sched_param){ 0 });
-    execl(AGENT, AGENT, NULL);
+    fd = open(AGENT, O_RDONLY | O_CLOEXEC);                        /* linked statically: it runs in any root */
+    if (fd >= 0 && !root_enter(s))
+        fexecve(fd, (char *[]){ AGENT, NULL }, environ);
     _exit(1);
 }
 
 static bool agent_wanted(const struct init *s)
 {
     return !s->agent && !s->stopping && (s->cmd.state == CMD_NONE ? s->shell != 0 : s->cmd.state == CMD_RUNNING);
-}
-
-/* ---- the command ---- */
-
-static void command_ended(struct init *s, enum exit_how how, uint32_t code)
-{
-    struct command *c = &s->cmd;
-
-    if (c->state != CMD_WAITING && c->state != CMD_RUNNING)
-        return;
-    c->exited = (struct msg_exited){ .how = how, .code = code };
-    c->state = CMD_DRAINING;
-    c->in.eof = c->in.broken = true;
-    /* What the command wrote is in the pipes now. Others may hold them open and write on: that is not waited for. */
-    for (int i = OUT; i <= ERR; i++) {
-        struct pump *p = &c->out[i];
-        int left = 0;
-        if (p->eof)
-            continue;
-        p->until_empty = true;
-        if (c->master >= 0)
-            p->limit = p->taken + (1 << 20);                       /* a terminal does not tell how much it holds */
-        else if (ioctl(p->src, FIONREAD, &left) == 0)
-            p->limit = p->taken + left;
-    }
-}
-
-static void output_closed(struct init *s, int which)
-{
-    struct command *c = &s->cmd;
-    struct pump *p = &c->out[which];
-
-    p->eof = p->broken = true;
-    p->done = p->have;
-    if (c->master < 0)
-        close_fd(&p->src);                                         /* SIGPIPE for who writes */
-    else if (c->state == CMD_RUNNING)
-        kill(-c->pid, SIGHUP);                                     /* the terminal is gone */
-}
-
-/* The command's side of its streams. fd[i] -1: none. Returns false with errno. */
-static bool open_streams(struct command *c, const struct msg_run *run, int fd[3])
-{
-    int p[2];
-
-    if (run->flags & RUN_TTY) {
-        struct winsize w = { .ws_row = run->rows, .ws_col = run->cols };
-        if (openpty(&c->master, &c->slave, NULL, NULL, run->rows && run->cols ? &w : NULL))
-            return false;
-        fcntl(c->master, F_SETFD, FD_CLOEXEC);
-        fcntl(c->slave, F_SETFD, FD_CLOEXEC);                  /* kept open: no hang-up while nobody else has it open */
-        fcntl(c->master, F_SETFL, O_RDWR | O_NONBLOCK);
-        fd[0] = fd[1] = fd[2] = c->slave;
-        pump_init(&c->in, c->port[0], fcntl(c->master, F_DUPFD_CLOEXEC, 3));
-        c->in.port_src = true;
-        pump_init(&c->out[OUT], c->master, c->port[1]);
-        pump_init(&c->out[ERR], -1, c->port[2]);
-        return true;
-    }
-    if (pipe2(p, O_CLOEXEC))
-        return false;
-    fcntl(p[1], F_SETFL, O_WRONLY | O_NONBLOCK);
-    fd[0] = p[0];
-    pump_init(&c->in, c->port[0], p[1]);
-    c->in.port_src = true;
-    if (run->flags & RUN_STDIN_CLOSED)
-        c->in.limit = 0;
-    for (int i = OUT; i <= ERR; i++) {
-        if (pipe2(p, O_CLOEXEC))
-            return false;
-        fcntl(p[0], F_SETFL, O_RDONLY | O_NONBLOCK);
-        fcntl(p[0], F_SETPIPE_SZ, PIPE_BYTES);
-        fd[1 + i] = p[1];
-        if (run->flags & (i == OUT ? RUN_STDOUT_CLOSED : RUN_STDERR_CLOSED))
-            close_fd(&p[0]);
-        pump_init(&c->out[i], p[0], c->port[1 + i]);
-    }
-    return true;
-}
-
-static void command_exec(const struct init *s, const int fd[3], bool tty, const char *dir, char **argv, char **env, int report)
-{
-    child_defaults();
-    for (int i = 0; i < 3; i++)
-        dup2(fd[i], i);
-    if (tty)
-        ioctl(0, TIOCSCTTY, 1);
-    clearenv();
-    setenv("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", 1);
-    setenv("HOME", "/root", 1);
-    setenv("USER", "root", 1);
-    setenv("SHELL", "/bin/sh", 1);
-    for (; *env; env++)
-        putenv(*env);
-    if (!enter_root(s) && !chdir(*dir ? dir : "/root"))
-        execvp(argv[0], argv);
-    int error = errno;
-    (void)!write(report, &error, sizeof error);
-    _exit(126);
-}
-
-/* Starts the command; returns 0 or an errno. */
-static int command_spawn(struct init *s, const struct msg_run *run, const char *dir, char **argv, char **env)
-{
-    struct command *c = &s->cmd;
-    int fd[3] = { -1, -1, -1 }, report[2] = { -1, -1 }, error = 0;
-
-    if (!open_streams(c, run, fd) || pipe2(report, O_CLOEXEC) || (c->pid = fork()) < 0)
-        error = errno;
-    else if (c->pid == 0)
-        command_exec(s, fd, run->flags & RUN_TTY, dir, argv, env, report[1]);
-    if (c->slave < 0)
-        for (int i = 0; i < 3; i++)
-            close_fd(&fd[i]);
-    close_fd(&report[1]);
-    if (!error && read(report[0], &error, sizeof error) <= 0)      /* closed by a successful exec */
-        error = 0;
-    close_fd(&report[0]);
-    if (!error)
-        c->state = CMD_RUNNING;
-    return error;
-}
-
-static void command_run(struct init *s, const char *payload, uint32_t len)
-{
-    struct msg_run run;
-    int error = EPROTO;
-
-    if (s->cmd.state != CMD_WAITING)
-        return;
-    if (len < sizeof run)
-        return command_ended(s, EXIT_PROTOCOL, EPROTO);
-    memcpy(&run, payload, sizeof run);
-    const char *p = payload + sizeof run, *end = payload + len;
-    uint64_t strings = 1ull + run.argc + run.envc, n;
-
-    if (!run.argc || strings > len - sizeof run)
-        return command_ended(s, EXIT_PROTOCOL, EPROTO);
-    char **list = calloc(strings + 2, sizeof *list), **slot = list;
-    for (n = 0; list && n < strings && p < end; n++) {
-        size_t max = end - p, size = strnlen(p, max) + 1;
-        if (size > max)
-            break;
-        *slot++ = (char *)p;
-        if (n == run.argc)
-            slot++;                                                /* the NULL that ends argv */
-        p += size;
-    }
-    if (list && n == strings && p == end) {
-        error = command_spawn(s, &run, list[0], list + 1, list + run.argc + 2);
-        if (error)
-            command_ended(s, EXIT_EXEC, error);
-    } else {
-        command_ended(s, EXIT_PROTOCOL, list ? EPROTO : ENOMEM);
-    }
-    free(list);
-}
-
-/* Never back: what is a little late on its way here is not worth a clock that jumps. */
-static void clock_forward(uint64_t ns)
-{
-    struct timespec now, t = { .tv_sec = ns / 1000000000, .tv_nsec = ns % 1000000000 };
-
-    clock_gettime(CLOCK_REALTIME, &now);
-    if (t.tv_sec > now.tv_sec || (t.tv_sec == now.tv_sec && t.tv_nsec > now.tv_nsec))
-        clock_settime(CLOCK_REALTIME, &t);
-}
-
-static void ctl_message(struct init *s, uint32_t type, const uint8_t *payload, uint32_t len)
-{
-    struct command *c = &s->cmd;
-    struct msg_count count;
-    struct msg_winsize w;
-    struct msg_signal sig;
-    struct msg_time now;
-
-    switch (type) {
-    case MSG_RUN:
-        command_run(s, (const char *)payload, len);
-        break;
-    case MSG_STDIN_EOF:
-        if (len >= sizeof count) {
-            memcpy(&count, payload, sizeof count);
-            c->in.limit = count.bytes > c->in.taken ? count.bytes : c->in.taken;
-        }
-        break;
-    case MSG_STDOUT_CLOSED:
-        output_closed(s, OUT);
-        break;
-    case MSG_STDERR_CLOSED:
-        output_closed(s, ERR);
-        break;
-    case MSG_WINSIZE:
-        if (len >= sizeof w) {
-            memcpy(&w, payload, sizeof w);
-            if (c->state == CMD_NONE || c->master >= 0)
-                set_winsize(s->console, c->master, w.rows, w.cols);
-        }
-        break;
-    case MSG_SIGNAL:
-        if (len >= sizeof sig && c->state == CMD_RUNNING) {
-            memcpy(&sig, payload, sizeof sig);
-            if (sig.signal >= 1 && sig.signal <= 64)
-                kill(-c->pid, sig.signal);
-        }
-        break;
-    case MSG_TIME:
-        if (len >= sizeof now) {
-            memcpy(&now, payload, sizeof now);
-            clock_forward(now.ns);
-        }
-        break;
-    case MSG_DONE:
-        if (c->state == CMD_SENT && !s->stopping) {
-            s->how = s->how ? s->how : RB_POWER_OFF;
-            stop_all(s);
-        }
-        break;
-    }
-}
-
-static void ctl_read(struct init *s)
-{
-    struct ctl *c = &s->ctl;
-    struct msg_head head;
-
-    for (;;) {
-        if (!grow(&c->in, &c->in_cap, c->in_len + 4096))
-            return;
-        ssize_t n = read(c->fd, c->in + c->in_len, c->in_cap - c->in_len);
-        if (n <= 0)
-            return;
-        c->in_len += n;
-
-        size_t used = 0;
-        while (c->in_len - used >= sizeof head) {
-            memcpy(&head, c->in + used, sizeof head);
-            if (head.len > MSG_MAX) {
-                command_ended(s, EXIT_PROTOCOL, EMSGSIZE);
-                c->in_len = 0;
-                return;
-            }
-            if (c->in_len - used - sizeof head < head.len)
-                break;
-            ctl_message(s, head.type, c->in + used + sizeof head, head.len);
-            used += sizeof head + head.len;
-        }
-        memmove(c->in, c->in + used, c->in_len - used);
-        c->in_len -= used;
-    }
-}
-
-static void command_input(struct init *s)
-{
-    struct command *c = &s->cmd;
-    struct pump *p = &c->in;
-
-    pump_run(p);
-    if (p->broken && !c->stdin_told) {
-        c->stdin_told = c->stdin_ended = true;
-        close_fd(&p->dst);
-        ctl_send(&s->ctl, MSG_STDIN_CLOSED, NULL, 0);
-    }
-    if (!p->eof || !pump_idle(p) || c->stdin_ended)
-        return;
-    c->stdin_ended = true;
-    if (c->master >= 0) {                                          /* a terminal's end of file is a character */
-        p->buf[0] = CEOF;
-        p->done = 0;
-        p->have = 1;
-    } else {
-        close_fd(&p->dst);
-    }
-}
-
-/* Moves the command's streams, and tells the host where they end. */
-static void command_step(struct init *s)
-{
-    static const uint32_t eof_type[] = { MSG_STDOUT_EOF, MSG_STDERR_EOF };
-    struct command *c = &s->cmd;
-    bool drained = true;
-
-    if (c->state != CMD_RUNNING && c->state != CMD_DRAINING)
-        return;
-    if (c->state == CMD_RUNNING)
-        command_input(s);
-    for (int i = OUT; i <= ERR; i++) {
-        struct pump *p = &c->out[i];
-        if (p->src >= 0)
-            pump_run(p);
-        bool ended = p->eof && pump_idle(p);
-        drained &= ended;
-        if (ended && c->state == CMD_RUNNING && !c->eof_told[i] && !p->broken && c->master < 0) {
-            c->eof_told[i] = true;
-            ctl_send(&s->ctl, eof_type[i], &(struct msg_count){ p->given }, sizeof(struct msg_count));
-        }
-        if (ended && c->master < 0)
-            close_fd(&p->src);
-    }
-    if (c->state == CMD_DRAINING && drained) {
-        c->exited.stdout_bytes = c->out[OUT].given;
-        c->exited.stderr_bytes = c->out[ERR].given;
-        ctl_send(&s->ctl, MSG_EXITED, &c->exited, sizeof c->exited);
-        c->state = CMD_SENT;
-    }
-}
-
-/* Opens the ports that are there by now; READY goes out with the last one. */
-/* The host says then what to run. */
-static void tell_ready(struct init *s)
-{
-    struct command *c = &s->cmd;
-
-    if (c->state != CMD_WAITING || c->told_ready || s->ctl.fd < 0 || c->port[0] < 0 || c->port[1] < 0 || c->port[2] < 0 ||
-        (s->wait_network && s->network))
-        return;
-    c->told_ready = true;
-    ctl_send(&s->ctl, MSG_READY, &(struct msg_ready){ PROTOCOL_VERSION }, sizeof(struct msg_ready));
-}
-
-static void find_ports(struct init *s)
-{
-    static const char *const name[] = { PORT_STDIN, PORT_STDOUT, PORT_STDERR };
-    struct command *c = &s->cmd;
-
-    if (s->ctl.fd < 0)
-        s->ctl.fd = open_port(PORT_CTL);
-    if (c->state != CMD_WAITING || c->port[2] >= 0)
-        return;
-    for (int i = 0; i < 3; i++)
-        if (c->port[i] < 0)
-            c->port[i] = open_port(name[i]);
-    tell_ready(s);
 }
 
 /* ---- the loop ---- */
@@ -1044,7 +444,7 @@ static void reap(struct init *s)
             s->shell = 0;
         if (pid == s->network) {
             s->network = 0;
-            tell_ready(s);
+            command_ready(s);
         }
         if (pid == s->agent) {
             s->agent = 0;
@@ -1093,7 +493,7 @@ static void on_uevents(struct init *s)
     if (input)
         find_buttons(s);
     if (port)
-        find_ports(s);
+        command_find_ports(s);
 }
 
 static void on_buttons(struct init *s)
@@ -1180,7 +580,7 @@ static void run(struct init *s)
         on_uevents(s);
         on_buttons(s);
         if (s->ctl.fd >= 0)
-            ctl_read(s);
+            command_read(s);
         command_step(s);
         ctl_flush(&s->ctl);
         if (s->kill_at && now_ms() >= s->kill_at)
@@ -1207,28 +607,25 @@ int main(void)
     mount_all();
     open_stdio();
     reboot(RB_DISABLE_CAD);
-    s->ctl.fd = s->cmd.port[0] = s->cmd.port[1] = s->cmd.port[2] = s->cmd.master = s->cmd.slave = -1;
-    pump_init(&s->cmd.in, -1, -1);
-    pump_init(&s->cmd.out[OUT], -1, -1);
-    pump_init(&s->cmd.out[ERR], -1, -1);
+    command_init(s);
     open_events(s);
     load_modules("/etc/modules");
-    if (parameter("root", root, sizeof root)) {
+    if (parameter("doppel.run", mode, sizeof mode) && !strcmp(mode, "1"))
+        s->cmd.state = CMD_WAITING;
+    if (parameter("root", root, sizeof root) && s->cmd.state == CMD_NONE) {
         if (!parameter("init", program, sizeof program))
             strcpy(program, "/sbin/init");
         root_boot(root, has_word("rw"), program);
         return 1;                                                  /* the kernel panics */
     }
     name_host();
-    find_root(s);
+    root_find(s);
     find_console(s);
     if (parameter("doppel.rows", rows, sizeof rows) && parameter("doppel.cols", cols, sizeof cols))
         set_winsize(s->console, -1, atoi(rows), atoi(cols));
-    if (parameter("doppel.run", mode, sizeof mode) && !strcmp(mode, "1"))
-        s->cmd.state = CMD_WAITING;
     s->wait_network = s->cmd.state == CMD_WAITING && parameter("doppel.net", mode, sizeof mode) && !strcmp(mode, "wait");
     network_start(s);
     find_buttons(s);                                               /* first: the host may press once a port is open */
-    find_ports(s);
+    command_find_ports(s);
     run(s);
 }

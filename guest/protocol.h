@@ -6,6 +6,8 @@
  *   doppel.run=1             command mode: wait for the port doppel.ctl and run what it says; else a shell
  *   doppel.root=TYPE         the shell or command runs in the file system of TYPE (virtiofs, 9p) with tag doppel-root, below an overlay
  *                            that takes what is written; by default in the command's working directory there, else /root
+ *   root=DEVICE              without doppel.run=1: the system on that disk takes over (its init=, else /sbin/init); with it, the command
+ *                            runs there
  *   doppel.net=wait          a command is run when the network cards have their addresses, or after 6 s without
  *   doppel.net=off           drivers of network cards are loaded, and no more is done about them
  *   doppel.rows=N, .cols=N   size of the terminal behind the serial console, where known

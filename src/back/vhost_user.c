@@ -273,7 +273,8 @@ void *vhost_user_take(struct vhost_user *v, unsigned queue, u32 *len)
 
     if (v->gone || __atomic_load_n(&g->used->idx, __ATOMIC_ACQUIRE) == g->used_seen)
         return NULL;
-    e = g->used->ring[g->used_seen % VHOST_USER_RING];
+    e.id = __atomic_load_n(&g->used->ring[g->used_seen % VHOST_USER_RING].id, __ATOMIC_RELAXED);    /* once: the process may write there at any time */
+    e.len = __atomic_load_n(&g->used->ring[g->used_seen % VHOST_USER_RING].len, __ATOMIC_RELAXED);
     if (e.id >= VHOST_USER_RING || !g->token[e.id]) {
         loop_post(v->loop, is_gone, v);                            /* nonsense; the caller holds its lock */
         return NULL;

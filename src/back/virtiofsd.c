@@ -45,7 +45,7 @@ struct failure {
 struct plan {
     const char *program;
     char folder[PATH_MAX];                                         /* real path */
-    bool readonly;
+    bool readonly, probe;                                          /* probe: all but the program */
     char covered[COVERED_MAX][PATH_MAX];                           /* below SHARED */
     unsigned covereds;
     char uid_map[64], gid_map[64], fd_option[32];
@@ -63,11 +63,6 @@ static const char *find_program(void)
         if (access(places[i], X_OK) == 0)
             return places[i];
     return NULL;
-}
-
-bool virtiofsd_installed(void)
-{
-    return find_program() != NULL;
 }
 
 static bool kernel_view(const char *type)
@@ -175,6 +170,12 @@ static bool many_descriptors(void)
         return false;
     l.rlim_cur = l.rlim_max;
     setrlimit(RLIMIT_NOFILE, &l);
+    if (l.rlim_max < MANY_DESCRIPTORS) {                           /* root's process may have more */
+        struct rlimit more = { MANY_DESCRIPTORS, MANY_DESCRIPTORS };
+
+        if (setrlimit(RLIMIT_NOFILE, &more) == 0)
+            l = more;
+    }
     return l.rlim_max >= MANY_DESCRIPTORS;
 }
 
@@ -191,6 +192,8 @@ static void child(const struct plan *p)
     signal(SIGPIPE, SIG_DFL);
     enter_namespaces(p);
     prepare_folder(p);
+    if (p->probe)
+        _exit(0);
     prctl(PR_SET_PDEATHSIG, SIGKILL);                              /* behind what changes credentials, which would take it back */
     dup2(null, 0);
     dup2(p->log, 1);
@@ -222,6 +225,17 @@ static int explain(const struct failure *f, const char *folder)
     }
 }
 
+static int explain_probe(const struct failure *f)
+{
+    static const char *const steps[] = {
+        [STEP_USER] = "virtiofsd needs a user namespace, which this host does not permit", [STEP_MOUNTS] = "virtiofsd needs mounts of its own, which this host does not permit",
+        [STEP_FOLDER] = "virtiofsd cannot have the folder", [STEP_READONLY] = "virtiofsd cannot have the folder read-only",
+        [STEP_COVER] = "virtiofsd needs mounts of its own, which this host does not permit", [STEP_EXEC] = "virtiofsd cannot be started",
+    };
+
+    return err(-f->error, "%s (%s)", steps[f->step], strerror(f->error));
+}
+
 /* A socket that listens at an address nobody knows, and one that is connected to it already: whoever comes later is not accepted. */
 static int make_sockets(int *listener)
 {
@@ -245,9 +259,15 @@ static int make_sockets(int *listener)
     return fd;
 }
 
-static int run(struct virtiofsd *d, struct plan *p)
+static void identify(struct plan *p)
 {
-    struct failure f = { 0 };
+    snprintf(p->uid_map, sizeof(p->uid_map), "0 %u 1", geteuid());
+    snprintf(p->gid_map, sizeof(p->gid_map), "0 %u 1", getegid());
+}
+
+/* Until the program runs, or has failed: then *f says how. */
+static int launch(struct virtiofsd *d, struct plan *p, struct failure *f)
+{
     int report[2];
     ssize_t n;
 
@@ -265,14 +285,47 @@ static int run(struct virtiofsd *d, struct plan *p)
         return err(-errno, "virtiofsd: cannot start a process: %s; raise the limit on processes (ulimit -u)", strerror(errno));
     }
     do
-        n = read(report[0], &f, sizeof(f));
+        n = read(report[0], f, sizeof(*f));
     while (n < 0 && errno == EINTR);
     close(report[0]);
-    if (n != sizeof(f))
-        return 0;
-    waitpid(d->pid, NULL, 0);
-    d->pid = 0;
-    return explain(&f, p->folder);
+    if (n == sizeof(*f) || p->probe) {
+        waitpid(d->pid, NULL, 0);
+        d->pid = 0;
+    }
+    return n == sizeof(*f) ? 1 : 0;
+}
+
+static int run(struct virtiofsd *d, struct plan *p)
+{
+    struct failure f = { 0 };
+    int r = launch(d, p, &f);
+
+    return r > 0 ? explain(&f, p->folder) : r;
+}
+
+int virtiofsd_usable(const char *folder, bool readonly)
+{
+    struct plan *p = calloc(1, sizeof(*p));
+    struct virtiofsd d = { .log = -1 };
+    struct failure f = { 0 };
+    int r;
+
+    if (!p)
+        return err(-ENOMEM, "no memory");
+    p->program = find_program();
+    p->readonly = readonly;
+    p->probe = true;
+    if (!p->program)
+        r = err(-ENOENT, "virtiofsd is not installed");
+    else if (!realpath(folder, p->folder))
+        r = err(-errno, "%s: %s", folder, strerror(errno));
+    else {
+        identify(p);
+        find_covered(p);
+        r = launch(&d, p, &f);
+    }
+    free(p);
+    return r > 0 ? explain_probe(&f) : r;
 }
 
 int virtiofsd_start(struct virtiofsd *d, const char *folder, bool readonly)
@@ -294,8 +347,7 @@ int virtiofsd_start(struct virtiofsd *d, const char *folder, bool readonly)
     else
         r = sock = make_sockets(&p->listener);
     if (r >= 0) {
-        snprintf(p->uid_map, sizeof(p->uid_map), "0 %u 1", geteuid());
-        snprintf(p->gid_map, sizeof(p->gid_map), "0 %u 1", getegid());
+        identify(p);
         snprintf(p->fd_option, sizeof(p->fd_option), "--fd=%d", p->listener);
         find_covered(p);
         d->log = memfd_create("virtiofsd-log", MFD_CLOEXEC);

@@ -15,7 +15,11 @@ struct virtiofsd {
     int log;                                                       /* what it has said */
 };
 
-bool virtiofsd_installed(void);
+/*
+ * Whether it could serve this folder: it is installed, and this host permits its namespaces, which is tried. 0, or a negative errno with err(), which says
+ * why and gives no advice.
+ */
+int virtiofsd_usable(const char *folder, bool readonly);
 /*
  * The socket, or a negative errno with err(): it is not installed, the host permits no user namespaces, the folder cannot be used. That it has started
  * does not mean that it will answer: virtiofsd_words() then says more.

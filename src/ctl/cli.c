@@ -36,6 +36,8 @@ static const char *const run_text[] = {
     "With a COMMAND the guest runs it instead of a shell. Standard input, output and error are doppel's own, separate "
     "and unchanged; the command has a terminal if doppel's input and output are one. doppel exits with the command's "
     "status (128+N after signal N) when the guest has shut down and its disks are flushed.",
+    "With both, the COMMAND runs in the image, as its root user, as soon as its disk is mounted and the network is there: without the image's own services, which begin only with its own "
+    "init (doppel run IMAGE --detach, then doppel exec).",
     "SIGTERM presses the guest's power button; a second one ends at once. The end of standard input does not end the "
     "guest.",
     NULL,
@@ -69,6 +71,8 @@ static const char *const image_text[] = {
     "console (root, without password), the agent for doppel exec. NAME is debian if it is left out, SUITE that of this host.",
     "import FILE [NAME]: copies FILE, a raw disk: one with a boot sector, which firmware boots (the package seabios), or a bare file system with Linux on it, "
     "which the default guest's kernel boots.",
+    "A Debian that is built boots the kernel that was put beside it (--kernel), not one that is installed in it; an imported disk with a boot sector boots its own. doppel run IMAGE --kernel FILE "
+    "--initrd FILE boots another one.",
     "list; info NAME: what there is. rm NAME: removes the image, or, as NAME:KEPT, the disk that doppel run NAME --keep KEPT kept.",
     "Images are in $XDG_DATA_HOME/doppel/images, or ~/.local/share/doppel/images, or where DOPPEL_IMAGES says. One that was not finished leaves nothing.",
     NULL,

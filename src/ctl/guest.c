@@ -12,6 +12,8 @@
 #include "base/err.h"
 
 #define PLACES 4
+#define GUEST "guest"
+#define GUEST_STANDARD "guest-standard"
 
 /* The folder of the program's real file, symbolic links followed. */
 static int program_dir(char dir[PATH_MAX])
@@ -35,23 +37,29 @@ static bool join(char out[PATH_MAX], const char *dir, const char *name)
     return n > 0 && n < PATH_MAX;
 }
 
-static bool cache_dir(char out[PATH_MAX])
+static bool cache_dir(char out[PATH_MAX], const char *kind)
 {
     const char *cache = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
     if (cache && *cache == '/')
-        return join(out, cache, "doppel/guest");
-    return home && *home == '/' && join(out, home, ".cache/doppel/guest");
+        return snprintf(out, PATH_MAX, "%s/doppel/%s", cache, kind) < PATH_MAX;
+    return home && *home == '/' && snprintf(out, PATH_MAX, "%s/.cache/doppel/%s", home, kind) < PATH_MAX;
 }
 
-static unsigned places(char out[PLACES][PATH_MAX])
+/* "guest", which an installation has in share/doppel itself, or "guest-standard". */
+static unsigned places(char out[PLACES][PATH_MAX], const char *kind)
 {
-    static const char *const beside[] = {"guest", "../share/doppel/guest", "../share/doppel"};
-    char program[PATH_MAX];
+    static const char *const beside[] = {"", "../share/doppel/"};
+    char program[PATH_MAX], name[64];
     unsigned n = 0;
-    if (program_dir(program) == 0)
-        for (unsigned i = 0; i < ARRAY_SIZE(beside); i++)
-            n += join(out[n], program, beside[i]);
-    return n + cache_dir(out[n]);
+    if (program_dir(program) == 0) {
+        for (unsigned i = 0; i < ARRAY_SIZE(beside); i++) {
+            snprintf(name, sizeof(name), "%s%s", beside[i], kind);
+            n += join(out[n], program, name);
+        }
+        if (!strcmp(kind, GUEST))
+            n += join(out[n], program, "../share/doppel");
+    }
+    return n + cache_dir(out[n], kind);
 }
 
 static int read_cmdline(struct guest *g)
@@ -82,17 +90,10 @@ static int guest_open(struct guest *g, const char *dir)
     return read_cmdline(g);
 }
 
-int guest_find(struct guest *g)
+static int find_kind(struct guest *g, const char *kind)
 {
     char place[PLACES][PATH_MAX];
-    const char *chosen = getenv("DOPPEL_GUEST");
-    if (chosen && *chosen) {
-        int r = guest_open(g, chosen);
-        if (r < 0)
-            err(-EINVAL, "DOPPEL_GUEST: %s; make one with guest/build DIR, or unset DOPPEL_GUEST", err_last());
-        return r < 0 ? -EINVAL : 0;
-    }
-    unsigned n = places(place);
+    unsigned n = places(place, kind);
     for (unsigned i = 0; i < n; i++) {
         int r = guest_open(g, place[i]);
         if (r != -ENOENT)
@@ -101,23 +102,54 @@ int guest_find(struct guest *g)
     return err(-ENOENT, "the default guest is not built yet");
 }
 
-int guest_build_paths(char script[PATH_MAX], char dir[PATH_MAX])
+int guest_find(struct guest *g)
+{
+    const char *chosen = getenv("DOPPEL_GUEST");
+    if (chosen && *chosen) {
+        int r = guest_open(g, chosen);
+        if (r < 0)
+            err(-EINVAL, "DOPPEL_GUEST: %s; make one with guest/build DIR, or unset DOPPEL_GUEST", err_last());
+        return r < 0 ? -EINVAL : 0;
+    }
+    return find_kind(g, GUEST);
+}
+
+bool guest_mounts(const struct guest *g, const char *kind)
+{
+    char path[PATH_MAX + 16], line[256];
+    bool found = !strcmp(kind, "virtiofs");
+    snprintf(path, sizeof(path), "%s/manifest", g->dir);
+    FILE *f = fopen(path, "re");
+    while (f && fgets(line, sizeof(line), f))
+        if (!strncmp(line, "shares=", 7))
+            found = strstr(line, kind) != NULL;
+    if (f)
+        fclose(f);
+    return found;
+}
+
+static int build_paths(const char *kind, char script[PATH_MAX], char dir[PATH_MAX])
 {
     char program[PATH_MAX];
     int r = program_dir(program);
     if (r < 0)
         return r;
     if (join(script, program, "../guest/build") && access(script, X_OK) == 0 && access(program, W_OK) == 0 &&
-        join(dir, program, "guest"))
+        join(dir, program, kind))
         return 0;
     if (!join(script, program, "../share/doppel/guest-build") || access(script, X_OK) < 0)
         return err(-ENOENT, "the default guest is not built, and neither is its build script to be found "
                             "(../guest/build, ../share/doppel/guest-build, "
                    "seen from %s); install doppel whole, set DOPPEL_GUEST, or give --kernel", program);
-    if (!cache_dir(dir))
+    if (!cache_dir(dir, kind))
         return err(-ENOENT, "the default guest is not built, and there is no place for it; set HOME, XDG_CACHE_HOME or "
                             "DOPPEL_GUEST, or give --kernel");
     return 0;
+}
+
+int guest_build_paths(char script[PATH_MAX], char dir[PATH_MAX])
+{
+    return build_paths(GUEST, script, dir);
 }
 
 int guest_program_path(char out[PATH_MAX], const char *name)
@@ -130,36 +162,56 @@ int guest_program_path(char out[PATH_MAX], const char *name)
 }
 
 /* In the child: nothing to read, and what it says is not the guest's output. */
-static _Noreturn void run_script(const char *script, const char *dir, bool quiet)
+static _Noreturn void run_script(const char *script, const char *kind, const char *dir, bool quiet)
 {
+    char *argv[8] = {(char *)script};
+    unsigned n = 1;
     int null = open("/dev/null", O_RDONLY);
     dup2(null, STDIN_FILENO);
     dup2(STDERR_FILENO, STDOUT_FILENO);
     if (quiet)
-        execl(script, script, "--quiet", dir, (char *)NULL);
-    else
-        execl(script, script, dir, (char *)NULL);
+        argv[n++] = "--quiet";
+    if (!strcmp(kind, GUEST_STANDARD)) {
+        argv[n++] = "--kernel";
+        argv[n++] = "standard";
+    }
+    argv[n] = (char *)dir;
+    execv(script, argv);
     _exit(127);
 }
 
-int guest_find_or_build(struct guest *g, bool quiet)
+static int build(struct guest *g, const char *kind, bool quiet)
 {
     char script[PATH_MAX], dir[PATH_MAX];
-    int status, r = guest_find(g);
-    if (r != -ENOENT)
-        return r;
-    r = guest_build_paths(script, dir);
+    int status, r = build_paths(kind, script, dir);
     if (r < 0)
         return r;
     pid_t child = fork();
     if (child < 0)
         return err(-errno, "cannot start %s: %s", script, strerror(errno));
     if (child == 0)
-        run_script(script, dir, quiet);
+        run_script(script, kind, dir, quiet);
     while (waitpid(child, &status, 0) < 0)
         if (errno != EINTR)
             return err(-errno, "cannot wait for %s: %s", script, strerror(errno));
     if (!WIFEXITED(status) || WEXITSTATUS(status))
         return err(-EIO, "the default guest could not be built; run %s %s to see why, or give --kernel", script, dir);
     return guest_open(g, dir);
+}
+
+int guest_find_or_build(struct guest *g, bool quiet)
+{
+    int r = guest_find(g);
+    return r == -ENOENT ? build(g, GUEST, quiet) : r;
+}
+
+int guest_find_or_build_standard(struct guest *g, bool quiet)
+{
+    const char *chosen = getenv("DOPPEL_GUEST");
+    if (chosen && *chosen)
+        return err(-EINVAL, "DOPPEL_GUEST names a guest whose kernel has no 9p; make one that has (guest/build --kernel standard DIR), or unset DOPPEL_GUEST");
+    int r = find_kind(g, GUEST_STANDARD);
+    if (r == 0 && !guest_mounts(g, "9p"))
+        r = -ENOENT;                                               /* of an older doppel */
+    return r == -ENOENT ? build(g, GUEST_STANDARD, quiet) : r;
 }

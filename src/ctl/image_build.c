@@ -206,6 +206,7 @@ static int make(struct image *i, const char *suite, const struct image_options *
     if (r == 0)
         r = read_meta(i);
     snprintf(i->info.wanted, sizeof(i->info.wanted), "%s", o->packages ? o->packages : "");
+    i->info.commands = true;
     if (r == 0)
         r = image_commit(i);
     progress_end(&b.progress);

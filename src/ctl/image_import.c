@@ -208,6 +208,7 @@ static int fill(struct import *m, struct image *i)
     if (m->out >= 0)
         close(m->out);
     i->info.firmware = m->firmware;
+    i->info.commands = !m->firmware;
     const char *slash = strrchr(m->file, '/');
     snprintf(i->info.from, sizeof(i->info.from), "%s", slash ? slash + 1 : m->file);
     if (r == 0 && !m->firmware)

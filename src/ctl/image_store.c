@@ -146,8 +146,8 @@ static void put_string(json_t *o, const char *key, const char *value)
 static int write_info(const struct image *i)
 {
     const struct image_info *n = &i->info;
-    json_t *o = json_pack("{s:i, s:s, s:s, s:I, s:I, s:I}", "version", 1, "name", i->name, "boot", n->firmware ? "firmware" : "kernel", "size",
-                          (json_int_t)n->size, "changed_ns", (json_int_t)n->changed_ns, "packages", (json_int_t)n->packages);
+    json_t *o = json_pack("{s:i, s:s, s:s, s:b, s:I, s:I, s:I}", "version", 1, "name", i->name, "boot", n->firmware ? "firmware" : "kernel", "commands", n->commands,
+                          "size", (json_int_t)n->size, "changed_ns", (json_int_t)n->changed_ns, "packages", (json_int_t)n->packages);
     if (!o)
         return err(-ENOMEM, "no memory");
     put_string(o, "suite", n->suite);
@@ -206,6 +206,7 @@ static int read_info(struct image *i)
     get_string(o, "wanted", n->wanted, sizeof(n->wanted));
     const char *boot = json_string_value(json_object_get(o, "boot"));
     n->firmware = boot && !strcmp(boot, "firmware");
+    n->commands = json_is_true(json_object_get(o, "commands"));
     n->size = (u64)get_integer(o, "size");
     n->changed_ns = get_integer(o, "changed_ns");
     n->packages = (u64)MAX(get_integer(o, "packages"), 0);

@@ -26,6 +26,7 @@ struct image_info {
     char from[256];                                                /* of an imported one: the file's name */
     char wanted[1024];                                             /* --packages */
     bool firmware;                                                 /* boots from its boot sector; else by our kernel */
+    bool commands;                                                 /* its initrd runs commands in it */
     u64 size;                                                      /* of the disk, bytes */
     s64 changed_ns;                                                /* root.img's time of last change */
     u64 packages;

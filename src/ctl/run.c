@@ -110,12 +110,18 @@ static void on_command_failed(void *arg)
 
 /* --- signals and keys --- */
 
+/* Process 1 is ours: the default guest's, also when it runs a command in an image. */
+static bool own_init(const struct run *run)
+{
+    return run->guest.dir[0] || (run->image && run->options.command);
+}
+
 static void press_power_button(struct run *run)
 {
     vm_resume(run->vm);                                            /* a paused guest could not see it */
     vm_power_button(run->vm);
     run->pressed = true;
-    if (!run->guest.dir[0])
+    if (!own_init(run))
         timer_arm(&run->press_again, clock_ns(vm_clock(run->vm)) + PRESS_SECONDS * 1000000000ull);
 }
 
@@ -288,7 +294,7 @@ static int append_for_init(struct run *run)
         r = append(&run->cmdline, "loglevel=7");
     if (r == 0 && run->root_kind)
         r = append(&run->cmdline, "doppel.root=%s", run->root_kind);
-    if (r == 0 && run->options.command && net_options_wait(&run->options.net))
+    if (r == 0 && run->options.command && (net_options_wait(&run->options.net) || (run->image && run->options.net.nets)))
         r = append(&run->cmdline, "doppel.net=wait");
     if (r == 0 && run->options.command)
         return append(&run->cmdline, "doppel.run=1");
@@ -302,9 +308,9 @@ static int append_for_init(struct run *run)
 static int make_cmdline(struct run *run)
 {
     const struct run_options *o = &run->options;
-    bool own = !run->guest.dir[0];
-    int r = append(&run->cmdline, "%s", run->image ? run->image->cmdline : !own ? run->guest.cmdline : o->append ? "" : "console=ttyS0");
-    if (r == 0 && !own)
+    const char *first = run->image ? run->image->cmdline : run->guest.dir[0] ? run->guest.cmdline : "";
+    int r = append(&run->cmdline, "%s", *first || o->append ? first : "console=ttyS0");
+    if (r == 0 && own_init(run))
         r = append_for_init(run);
     if (r == 0 && o->append)
         r = append(&run->cmdline, "%s", o->append);

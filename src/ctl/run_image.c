@@ -1,6 +1,7 @@
 /*
- * doppel run IMAGE: its disk below an overlay, before the disks of the command line, and its kernel (image_store.h). The image stays locked for as long as
- * it is used. And the disk of --cloud-init, behind all others.
+ * doppel run IMAGE: its disk below an overlay, before the disks of the command line, and its kernel (image_store.h), or another one. The image stays locked
+ * for as long as it is used. With a command, the initrd's init stays process 1 and runs that in the image's root (guest/root.c). And the disk of
+ * --cloud-init, behind all others.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -29,8 +30,31 @@ static int read_cmdline(struct run_image *m)
     return 0;
 }
 
-static int find_boot(struct run_image *m)
+static int check_command(const struct run_image *m)
 {
+    if (m->image.info.firmware)
+        return err(-EINVAL, "image %s: boots by firmware, and its own system starts programs; run it without a command and log in, or, if it "
+                            "has doppel's agent, start it by doppel run %s --detach and use doppel exec", m->image.name, m->image.name);
+    return m->image.info.commands ? 0 : err(-EINVAL, "image %s: was made by a doppel that could not run commands in images; make it again", m->image.name);
+}
+
+/* The one of the command line. */
+static int other_kernel(struct run_image *m, const struct run_options *o)
+{
+    int r = 0;
+    snprintf(m->kernel, sizeof(m->kernel), "%s", o->kernel);
+    if (o->initrd)
+        snprintf(m->initrd, sizeof(m->initrd), "%s", o->initrd);
+    else if (!m->image.info.firmware)
+        r = image_path(&m->image, "initrd", m->initrd);
+    return r < 0 || m->image.info.firmware ? r : read_cmdline(m);
+}
+
+static int find_boot(struct run_image *m, const struct run_options *o)
+{
+    int r = o->command ? check_command(m) : 0;
+    if (r < 0 || o->kernel)
+        return r < 0 ? r : other_kernel(m, o);
     if (m->image.info.firmware) {
         if (access(FIRMWARE, R_OK) < 0)
             return err(-ENOENT, "image %s: boots by firmware, and there is no " FIRMWARE "; install the package seabios, or say doppel run --firmware FILE "
@@ -38,7 +62,7 @@ static int find_boot(struct run_image *m)
         snprintf(m->firmware, sizeof(m->firmware), FIRMWARE);
         return 0;
     }
-    int r = image_path(&m->image, "vmlinuz", m->kernel);
+    r = image_path(&m->image, "vmlinuz", m->kernel);
     if (r == 0)
         r = image_path(&m->image, "initrd", m->initrd);
     return r < 0 ? r : read_cmdline(m);
@@ -71,7 +95,7 @@ int run_image_open(struct run *run)
         return err(r, "there is no image \"%s\" (\"doppel image list\" lists yours, \"doppel image build debian %s\" makes one; a command for the guest "
                       "stands behind \"--\")", run->options.image, run->options.image);
     if (r == 0)
-        r = find_boot(m);
+        r = find_boot(m, &run->options);
     return r < 0 ? r : add_disk(run, m);
 }
 

@@ -559,13 +559,11 @@ static int check_image(const struct run_options *o)
 {
     if (!o->image)
         return o->keep ? err(-EINVAL, "--keep: for the disk of an image; write doppel run IMAGE --keep NAME") : 0;
-    if (o->command)
-        return err(-EINVAL, "%.100s: commands are run in images by doppel exec, while they run; start it by doppel run %.100s --detach", o->image, o->image);
     if (o->root)
         return err(-EINVAL, "--root: its system is a folder's, and %.100s's is on its disk; leave one out", o->image);
-    if (o->kernel || o->initrd || o->firmware)
-        return err(-EINVAL, "%.100s: an image brings its kernel; leave --kernel, --initrd and --firmware out, or give --disk instead of the image's name",
-                   o->image);
+    if (o->firmware || (o->initrd && !o->kernel))
+        return err(-EINVAL, "%.100s: an image brings what boots it; leave %s, or give --disk instead of the image's name", o->image,
+                   o->firmware ? "--firmware out" : "--initrd out or give --kernel, too");
     return 0;
 }
 
@@ -591,7 +589,7 @@ static int check_together(const struct run_options *o)
     if (o->command && o->firmware)
         return err(-EINVAL, "--firmware: the command runs in the default guest, which boots without firmware; leave "
                             "one out");
-    if (o->command && o->kernel && !o->initrd)
+    if (o->command && o->kernel && !o->initrd && !o->image)
         return err(-EINVAL, "--kernel: the default guest's initrd, which runs the command, has no modules for another "
                             "kernel; give --initrd too (guest/build makes one), or leave the command out");
     if (o->root && (o->kernel || o->firmware) && !o->initrd)

@@ -1,6 +1,6 @@
 /*
  * `doppel run --root FOLDER`: the folder is shared read-only under a tag that the default guest's init knows (guest/protocol.h), by what this host and
- * the guest's kernel have.
+ * the guest's kernel have: virtio-fs where virtiofsd can run, else 9p, for which the guest may have to be the one with Debian's standard kernel.
  */
 #include <errno.h>
 #include <limits.h>
@@ -11,21 +11,6 @@
 #include "ctl/run_state.h"
 
 #define TAG "doppel-root"
-
-/* Whether the guest's manifest says that it can mount that kind. One without a manifest is taken to have virtiofs. */
-static bool guest_mounts(const struct guest *g, const char *kind)
-{
-    char path[PATH_MAX + 16], line[256];
-    bool found = !strcmp(kind, "virtiofs");
-    snprintf(path, sizeof(path), "%s/manifest", g->dir);
-    FILE *f = fopen(path, "re");
-    while (f && fgets(line, sizeof(line), f))
-        if (!strncmp(line, "shares=", 7))
-            found = strstr(line, kind) != NULL;
-    if (f)
-        fclose(f);
-    return found;
-}
 
 /* Where we are, as the guest's command sees it. */
 static int find_directory(struct run *run, const char *folder)
@@ -42,15 +27,38 @@ static int find_directory(struct run *run, const char *folder)
     return run->root_dir ? 0 : err(-ENOMEM, "no memory");
 }
 
+/* virtiofsd cannot run here, which why says. A kernel and an initrd of the user's are taken to have 9p. */
+static int choose_9p(struct run *run, const char *why)
+{
+    const struct run_options *o = &run->options;
+    char reason[400];
+    run->root_kind = "9p";
+    if (o->kernel || o->initrd || guest_mounts(&run->guest, "9p"))
+        return 0;
+    snprintf(reason, sizeof(reason), "%s", why);
+    message(&run->messages, LOG_INFO, "--root: %s; so it is shared by 9p, with Debian's standard kernel", reason);
+    int r = guest_find_or_build_standard(&run->guest, o->quiet);
+    return r < 0 ? err(r, "--root: by virtio-fs: %s; by 9p: %.400s", reason, err_last()) : 0;
+}
+
+static int choose_kind(struct run *run)
+{
+    if (virtiofsd_usable(run->options.root, true) < 0)
+        return choose_9p(run, err_last());
+    run->root_kind = "virtiofs";
+    if (!run->options.initrd && !guest_mounts(&run->guest, "virtiofs"))
+        return err(-ENOENT, "--root: the default guest in %s was built before there was this option; build it again: guest/build %s", run->guest.dir, run->guest.dir);
+    return 0;
+}
+
 int run_root_open(struct run *run)
 {
     struct run_options *o = &run->options;
     if (!o->root)
         return 0;
-    struct vm_share *s = &o->share[o->shares++];
-    *s = (struct vm_share){.path = o->root, .tag = TAG, .readonly = true, .virtiofs = virtiofsd_installed() || !guest_mounts(&run->guest, "9p")};
-    run->root_kind = s->virtiofs ? "virtiofs" : "9p";
-    if (!guest_mounts(&run->guest, run->root_kind))
-        return err(-ENOENT, "--root: the default guest in %s was built before there was this option; build it again: guest/build %s", run->guest.dir, run->guest.dir);
+    int r = choose_kind(run);
+    if (r < 0)
+        return r;
+    o->share[o->shares++] = (struct vm_share){.path = o->root, .tag = TAG, .readonly = true, .virtiofs = !strcmp(run->root_kind, "virtiofs")};
     return find_directory(run, o->root);
 }

@@ -47,6 +47,7 @@ struct virtio_fs {
     struct vhost_user *vhost;                                      /* NULL: it has gone */
     bool used;                                                     /* it has had requests */
     bool posted;                                                   /* renew() is */
+    bool told_files;                                               /* that virtiofsd has no descriptors left */
     struct request request[QUEUES][QUEUE_SIZE];
     struct request *free[QUEUES];
     unsigned in_flight;
@@ -134,18 +135,30 @@ struct open_request {
 };
 _Static_assert(sizeof(struct open_request) <= VHOST_USER_SLOT_BYTES && QUEUE_SIZE <= VHOST_USER_SLOTS, "an open request goes into a slot");
 
-/* A look at a request's beginning, of which nothing is consumed. */
-static bool peek(const struct virtq_chain *c, void *buf, size_t len)
+/* A look at the beginning of a request, or of its answer, of which nothing is consumed. */
+static bool peek(const struct iovec *piece, unsigned pieces, void *buf, size_t len)
 {
     size_t done = 0;
 
-    for (unsigned i = 0; i < c->outs && done < len; i++) {
-        size_t part = MIN(len - done, c->out[i].iov_len);
+    for (unsigned i = 0; i < pieces && done < len; i++) {
+        size_t part = MIN(len - done, piece[i].iov_len);
 
-        memcpy((u8 *)buf + done, c->out[i].iov_base, part);
+        memcpy((u8 *)buf + done, piece[i].iov_base, part);
         done += part;
     }
     return done == len;
+}
+
+/* What the guest sees only as an error of its own. */
+static void look_at_answer(struct virtio_fs *f, const struct virtq_chain *c)
+{
+    struct fuse_out_header out;
+
+    if (f->told_files || !peek(c->in, c->ins, &out, sizeof(out)) || out.len != sizeof(out) || (out.error != -EMFILE && out.error != -ENFILE))
+        return;
+    f->told_files = true;
+    log_msg(f->virtio.log, LOG_WARN, "share %s: the guest knows as many files as virtiofsd may have descriptors; raise the limit (ulimit -Hn), or share the folder by 9p: "
+            "leave fs=virtiofs out", f->folder);
 }
 
 /*
@@ -159,7 +172,7 @@ static unsigned without_noatime(struct virtio_fs *f, unsigned n, struct request 
     unsigned parts = 1;
     u64 gpa;
 
-    if (c->out_total != sizeof(o) || !peek(c, &o, sizeof(o)) || (o.head.opcode != FUSE_OPEN && o.head.opcode != FUSE_OPENDIR) ||
+    if (c->out_total != sizeof(o) || !peek(c->out, c->outs, &o, sizeof(o)) || (o.head.opcode != FUSE_OPEN && o.head.opcode != FUSE_OPENDIR) ||
         !(o.open.flags & O_NOATIME))
         return 0;
     o.open.flags &= ~(u32)O_NOATIME;
@@ -248,6 +261,7 @@ static void take_answers(struct virtio_fs *f, unsigned n)
     u32 len;
 
     while (f->vhost && (r = vhost_user_take(f->vhost, n, &len))) {
+        look_at_answer(f, &r->chain);
         if (f->virtio.resetting || q->broken)
             virtq_drop(q, &r->chain);
         else

@@ -25,8 +25,12 @@ if [ "$(id -u)" = 0 ]; then
     "${user[@]}" test -x "$tmp/tree/build/doppel" || { skip "images" "an ordinary user cannot reach $tmp"; done_testing; }
 fi
 D=$tmp/tree/build/doppel
-d() { timeout -k 10 900 "${user[@]}" "$D" "$@"; }
+in=()
+d() { timeout -k 10 900 "${user[@]}" "${in[@]}" "$D" "$@"; }
 # The same, leaving $status, $out, $err.
+# The same where nobody may have a user namespace: image/build needs none.
+without=(unshare -Uc --keep-caps sh -c 'echo 0 >/proc/sys/user/max_user_namespaces && exec setpriv --ambient-caps=-all --inh-caps=-all "$@"' sh)
+"${user[@]}" "${without[@]}" true 2>/dev/null || without=()
 run() { d "$@" >"$tmp/out" 2>"$tmp/err" </dev/null; status=$?; out=$(cat "$tmp/out"); err=$(cat "$tmp/err"); }
 in_vm() { timeout -k 10 300 "${user[@]}" "$D" exec vm --wait 300 -- "$@" 2>&1 </dev/null; }
 left() { find "$tmp/store" -mindepth 1 -maxdepth 1 -name '.*' | wc -l; }
@@ -62,6 +66,8 @@ echo "$(cat /count 2>/dev/null)+" >/count; sync; mount -o remount,ro /
 poweroff -f
 INIT
 chmod 755 "$tmp/small/sbin/init"
+mkdir "$tmp/small/etc" "$tmp/small/root"; echo small-host >"$tmp/small/etc/hostname"
+for a in sh hostname cat mount grep ls echo uname; do ln -s busybox "$tmp/small/bin/$a"; done
 PATH=$PATH:/usr/sbin:/sbin
 mke2fs -q -F -t ext4 -d "$tmp/small" "$tmp/small.img" 16M >/dev/null
 chmod a+r "$tmp/small.img"
@@ -80,6 +86,22 @@ run image info small; like "info: what is kept" "$out" 'kept +work '
 run image rm small:work; is "rm of what is kept: status" "$status" 0
 run image rm small:work; is "rm of what is not kept: status" "$status" 1
 run image info small --check; is "info --check: untouched by all runs" "$status $out" "0 small: the disk is as it was"
+
+# --- commands in images ---
+run run small --engine "$ENGINE" --quiet -- sh -c 'hostname; pwd; mount | grep -c "^/dev/vda on / type ext4 (rw"; ls /lib/modules; cat; echo told >&2; exit 7' <<<""
+is "a command in an image: its status, and standard error" "$status $err" "7 told"
+is "a command in an image: where it runs" "$out" $'small-host\n/root\n1\n'"$release"
+is "a command in an image: standard input" "$(echo in and out | d run small --engine "$ENGINE" --quiet --net none -- cat 2>&1)" "in and out"
+for i in 1 2; do run run small --engine "$ENGINE" --quiet --net none --keep work -- sh -c 'echo line >>/lines; cat /lines'; done
+is "a command in an image, --keep: the next goes on" "$status $out" $'0 line\nline'
+run run small --engine "$ENGINE" --quiet --net none -- sh -c 'cat /lines'; is "a command in an image: without --keep nothing stays" "$status $out" "1 "
+run run small --engine "$ENGINE" --quiet --net none -- nothere; is "a command that the image does not have: status" "$status" 127
+like "a command that the image does not have: told" "$err" 'nothere: cannot be run in the guest: No such file'
+run run small --engine "$ENGINE" --quiet --net none --kernel "$tmp/tree/build/guest/vmlinuz" --initrd "$tmp/tree/build/guest/initrd" -- uname -r
+is "a kernel of one's own for an image" "$status $out" "0 $release"
+run run small --initrd "$tmp/tree/build/guest/initrd"; is "an initrd without a kernel: status" "$status" 64
+run run small --detach -- true; is "--detach with a command: status" "$status" 64
+run image rm small:work
 
 head -c 100000 "$tmp/small.img" >"$tmp/short.img"; printf 'QFI\373' >"$tmp/q.img"; head -c 8192 /dev/zero >>"$tmp/q.img"
 head -c 65536 /dev/zero >"$tmp/zero.img"; : >"$tmp/empty.img"; mkfifo "$tmp/fifo.img"; chmod a+r "$tmp"/*.img
@@ -146,8 +168,11 @@ if [ -f "$kept/image.json" ]; then
     own "$tmp/store/sid"
     ok "a Debian is built (it was, before)"
 else
+    in=("${without[@]}")
+    [ ${#in[@]} = 0 ] || is "no user namespaces here" "$("${user[@]}" "${in[@]}" unshare -Ur echo one 2>/dev/null)" ""
     run image build debian --packages "$WANTED" --size 2G sid
-    is "a Debian is built" "$status $err" "0 $err"
+    in=()
+    is "a Debian is built${without:+, without user namespaces}" "$status $err" "0 $err"
     if [ "$status" = 0 ]; then
         rm -rf "$cache/test-image"; mkdir -p "$cache/test-image"
         cp -a --sparse=always --reflink=auto "$tmp/store/sid" "$kept.part" && mv "$kept.part" "$kept"

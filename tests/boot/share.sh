@@ -7,11 +7,12 @@ build=${BUILD:-$top/build}
 cloud=${DOPPEL_GUEST:-$build/guest}
 standard=$build/guest-standard
 mib=16 files=5000; [ -z "${SOAK_LONG-}" ] || mib=256 files=100000
-shared=$tmp/shared
+shared=$tmp/shared program=$DOPPEL
 mkdir "$shared" "$tmp/twin" "$tmp/outside"
 
-# Root shares as nobody does, if nobody may come here.
+# Root shares as nobody does, if nobody may come here; with as many descriptors as other hosts give to everybody.
 if [ "$(id -u)" = 0 ]; then
+    ulimit -n 524288 2>/dev/null
     nobody="setpriv --reuid 65534 --regid 65534 --clear-groups"
     chmod 711 "$tmp"
     if $nobody test -x "$DOPPEL" -a -r "$cloud/vmlinuz" -a -r "$standard/vmlinuz" 2>/dev/null; then
@@ -182,9 +183,31 @@ if try virtiofs "$cloud" ",fs=virtiofs"; then
     is "virtiofs: a server that is killed" "$status $out" "0 1
 alive"
     like "virtiofs: is told" "$err" "virtiofsd has ended"
+    (ulimit -n 400; doppel run --quiet --share "$shared:work,fs=virtiofs" -- sh -c "$mount_virtiofs ls /mnt/many | wc -l; cat /mnt/data | wc -c"
+        printf '%s\n' "$status" "$err" >"$tmp/few")
+    like "virtiofs: no descriptors left, which is told" "$(<"$tmp/few")" "^0.*share $shared: the guest knows as many files as virtiofsd may have descriptors; raise the limit"
     rooted virtiofs
 fi
 guest "$standard"
 export DOPPEL_VIRTIOFSD=/nonexistent
 rooted 9p
+unset DOPPEL_VIRTIOFSD
+
+# Where nobody may have a user namespace: as a user without rights, in a namespace that permits no more of them. --root finds the guest with 9p itself.
+denied=(unshare -Uc --keep-caps sh -c 'echo 0 >/proc/sys/user/max_user_namespaces && exec setpriv --ambient-caps=-all --inh-caps=-all "$@"' sh)
+if as "${denied[@]}" true 2>/dev/null; then
+    plain=$DOPPEL
+    mkdir -p "$tmp/cache/doppel"; ln -s "$standard" "$tmp/cache/doppel/guest-standard"; ln -s "$cloud" "$tmp/cache/doppel/guest"
+    echo "exec ${nobody-} env HOME=/nonexistent XDG_CACHE_HOME=$tmp/cache $(printf '%q ' "${denied[@]}" "$program") \"\$@\"" >"$tmp/denied"
+    sed -i '1i #!/bin/bash' "$tmp/denied"; chmod 755 "$tmp/denied"
+    DOPPEL=$tmp/denied
+    guest "$cloud"
+    refused "virtio-fs without user namespaces" "needs a user namespace, which this host does not permit .*leave fs=virtiofs out" --share "$shared:a,fs=virtiofs"
+    refused "--root without user namespaces, of a guest without 9p" "DOPPEL_GUEST names a guest whose kernel has no 9p" --root /
+    unset DOPPEL_GUEST
+    rooted "9p, without user namespaces"
+    DOPPEL=$plain
+else
+    skip "without user namespaces" "this host has none to begin with"
+fi
 done_testing

@@ -290,8 +290,12 @@ static void images(void **state UNUSED)
     assert_null(o.image);
     rejects("debian true", "\"--\"");
     rejects("../debian", "not the name of an image");
-    rejects("debian -- true", "doppel exec");
-    rejects("debian --kernel k", "--kernel");
+    accepts(&o, "debian -- true");
+    accepts(&o, "debian --kernel k -- true");
+    assert_string_equal(o.image, "debian");
+    rejects("debian --initrd i", "--kernel");
+    rejects("debian --firmware f", "--firmware");
+    rejects("debian --detach -- true", "--detach");
     rejects("debian --root /", "--root");
     rejects("debian --keep a/b", "--keep");
     rejects("debian --keep ..", "--keep");
