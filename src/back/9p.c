@@ -26,6 +26,8 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include "base/thread.h"
+
 enum {
     RLERROR = 7, TSTATFS = 8, TLOPEN = 12, TLCREATE = 14, TSYMLINK = 16, TMKNOD = 18, TRENAME = 20, TREADLINK = 22, TGETATTR = 24, TSETATTR = 26,
     TXATTRWALK = 30, TXATTRCREATE = 32, TREADDIR = 40, TFSYNC = 50, TLOCK = 52, TGETLOCK = 54, TLINK = 70, TMKDIR = 72, TRENAMEAT = 74,
@@ -737,7 +739,7 @@ static int start_workers(struct p9 *s)
     while (s->workers < P9_WORKERS && !e) {
         s->worker[s->workers].s = s;
         s->end.running++;
-        e = block_thread(&s->worker[s->workers].thread, work, &s->worker[s->workers]);
+        e = thread_start(&s->worker[s->workers].thread, work, &s->worker[s->workers]);
         if (e)
             s->end.running--;
         else

@@ -8,12 +8,10 @@
 
 #include <errno.h>
 #include <pthread.h>
-#include <signal.h>
 #include <string.h>
 
 #include "back/block_host.h"
-
-#define STACK (256 * KiB)
+#include "base/thread.h"
 
 /* --- requests --- */
 
@@ -204,26 +202,6 @@ void block_fail_held(struct block *b)
 
 /* --- threads --- */
 
-/* Signals are the main thread's, except for those that a thread brings about itself. */
-int block_thread(pthread_t *t, void *(*fn)(void *arg), void *arg)
-{
-    pthread_attr_t attr;
-    sigset_t mask;
-    int e;
-
-    sigfillset(&mask);
-    sigdelset(&mask, SIGSEGV);
-    sigdelset(&mask, SIGBUS);
-    sigdelset(&mask, SIGFPE);
-    sigdelset(&mask, SIGILL);
-    pthread_attr_init(&attr);
-    pthread_attr_setstacksize(&attr, STACK);
-    pthread_attr_setsigmask_np(&attr, &mask);
-    e = pthread_create(t, &attr, fn, arg);
-    pthread_attr_destroy(&attr);
-    return e;
-}
-
 void block_end_init(struct block_end *e)
 {
     pthread_condattr_t attr;
@@ -301,7 +279,7 @@ int block_pool_open(struct block_pool *p, struct block *b, int (*serve)(struct b
     block_end_init(&p->end);
     while (p->workers < BLOCK_WORKERS && !e) {
         p->end.running++;
-        e = block_thread(&p->worker[p->workers], work, p);
+        e = thread_start(&p->worker[p->workers], work, p);
         if (e)
             p->end.running--;
         else

@@ -59,9 +59,6 @@ u64 block_req_len(const struct block_req *r);                      /* bytes that
 
 /* --- threads --- */
 
-/* Starts a thread that takes no signals but those it brings about itself. A positive errno, as pthread_create(). */
-int block_thread(pthread_t *t, void *(*fn)(void *arg), void *arg);
-
 /* What tells that threads have ended, for who waits only for a while. */
 struct block_end {
     pthread_mutex_t lock;

@@ -22,6 +22,7 @@
 #include <unistd.h>
 
 #include "back/block_host.h"
+#include "base/thread.h"
 
 #define CONNECT_SECONDS 15
 #define COMMANDS_MAX 64
@@ -479,7 +480,7 @@ int block_nbd_open(const struct block_config *c, struct block **out)
     if (r == 0) {
         n->event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
         n->end.running = 1;
-        r = n->event < 0 ? -errno : -block_thread(&n->thread, serve, n);
+        r = n->event < 0 ? -errno : -thread_start(&n->thread, serve, n);
         n->thread_runs = r == 0;
         if (r < 0)
             err(r, "disk %s: cannot start a thread: %s; raise the limits (ulimit -u, ulimit -n)", c->path, strerror(-r));

@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include "back/block_host.h"
+#include "base/thread.h"
 
 #define ENTRIES 256
 #define DIRECT_MAX (256 * KiB)
@@ -225,7 +226,7 @@ int block_ring_open(struct block *b, int fd, const struct block_ring_ops *ops, s
         r = has_all(&g->ring) ? 0 : -ENOSYS;
         g->end.running = 1;
         if (r == 0)
-            r = -block_thread(&g->thread, serve, g);
+            r = -thread_start(&g->thread, serve, g);
         if (r < 0)
             io_uring_queue_exit(&g->ring);
     }

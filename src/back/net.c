@@ -10,15 +10,14 @@
 
 #include <errno.h>
 #include <pthread.h>
-#include <signal.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
 #include "back/capture.h"
 #include "back/net_offload.h"
+#include "base/thread.h"
 
-#define STACK (256 * KiB)
 #define WAITING_FRAMES 1024                                        /* for the guest, at most */
 #define WAITING_BYTES (4 * MiB)
 
@@ -336,23 +335,10 @@ static void *work(void *arg)
     return NULL;
 }
 
-/* Signals are the main thread's, except for those that a thread brings about itself. */
 static int start_thread(struct net_thread *t)
 {
-    pthread_attr_t attr;
-    sigset_t mask;
-    int e;
+    int e = thread_start(&t->thread, work, t);
 
-    sigfillset(&mask);
-    sigdelset(&mask, SIGSEGV);
-    sigdelset(&mask, SIGBUS);
-    sigdelset(&mask, SIGFPE);
-    sigdelset(&mask, SIGILL);
-    pthread_attr_init(&attr);
-    pthread_attr_setstacksize(&attr, STACK);
-    pthread_attr_setsigmask_np(&attr, &mask);
-    e = pthread_create(&t->thread, &attr, work, t);
-    pthread_attr_destroy(&attr);
     if (e)
         return err(-e, "network %s: cannot start a thread: %s; raise the limit on processes (ulimit -u)", t->net->name, strerror(e));
     return 0;

@@ -8,10 +8,8 @@
 
 #include <cmocka.h>
 
-#include <fcntl.h>
-
 #include "dev/nvme.h"
-#include "virtio_guest.h"
+#include "disk_guest.h"
 
 #define DEV 4
 #define SECTORS 8192u
@@ -37,12 +35,10 @@ struct queue {
     u16 phase;
 };
 
-static struct guest g;
 static struct nvme *nvme;
 static u64 bar;
 static struct queue admin, io;
 static u32 dw0;
-static char image[] = "/tmp/doppel-nvme-XXXXXX";
 
 static u32 reg(unsigned off)
 {
@@ -149,27 +145,17 @@ static int make_queues(void)
 static void open_disk(bool readonly)
 {
     struct nvme_config c;
-    struct block *b;
 
     guest_new(&g);
     c = (struct nvme_config){ .ram = &g.ram, .pci = g.pci, .slot = DEV, .intx = guest_line(&g), .gsi = 10, .serial = "serial", .number = 3, .queues = 2 };
-    assert_int_equal(block_open(&(struct block_config){ .path = image, .readonly = readonly }, &b), 0);
-    assert_int_equal(nvme_new(&c, b, &nvme), 0);
+    assert_int_equal(nvme_new(&c, open_image(readonly), &nvme), 0);
     bar = bar_address(&g, DEV, 0);
     ecam_write(&g, DEV, PCI_COMMAND, PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER, 2);
 }
 
 static int setup(void **state UNUSED)
 {
-    int fd = open(image, O_RDWR | O_TRUNC);
-    u32 sector[128];
-
-    for (unsigned s = 0; s < SECTORS; s++) {
-        for (unsigned i = 0; i < 128; i++)
-            sector[i] = s << 8 | i;
-        assert_int_equal(write(fd, sector, sizeof(sector)), sizeof(sector));
-    }
-    close(fd);
+    write_image(SECTORS);
     open_disk(false);
     msix_on(3);
     enable();
@@ -182,14 +168,6 @@ static int teardown(void **state UNUSED)
     device_free(nvme);
     guest_free(&g);
     return 0;
-}
-
-static u32 word_at(u64 gpa)
-{
-    u32 w;
-
-    get(&g, gpa, &w, 4);
-    return w;
 }
 
 static struct cmd rw(u8 opcode, u64 lba, u32 sectors, u64 prp1, u64 prp2)
@@ -581,18 +559,6 @@ static void test_state(void **state UNUSED)
     assert_int_equal(do_cmd(&io, rw(2, 4, 1, DATA, 0)), 0);
     assert_int_equal(word_at(DATA), 4 << 8);
     stream_free(&s);
-}
-
-static int make_image(void **state UNUSED)
-{
-    int fd = mkstemp(image);
-
-    return fd < 0 ? -1 : close(fd);
-}
-
-static int remove_image(void **state UNUSED)
-{
-    return unlink(image);
 }
 
 #define T(name) cmocka_unit_test_setup_teardown(name, setup, teardown)

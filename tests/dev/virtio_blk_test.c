@@ -5,12 +5,11 @@
 
 #include <cmocka.h>
 
-#include <fcntl.h>
 #include <linux/virtio_blk.h>
 
 #include "back/block_host.h"
 #include "dev/virtio_blk.h"
-#include "virtio_guest.h"
+#include "disk_guest.h"
 
 #define DEV 4
 #define SECTORS 2048u
@@ -19,34 +18,20 @@
 #define DATA 0x220000ull
 #define ALL (BIT(VIRTIO_F_VERSION_1) | BIT(VIRTIO_RING_F_EVENT_IDX) | BIT(VIRTIO_RING_F_INDIRECT_DESC) | BIT(VIRTIO_BLK_F_FLUSH))
 
-static struct guest g;
 static struct virtio_blk *blk;
 static struct vdev d;
-static char image[] = "/tmp/doppel-blk-XXXXXX";
 
 static void open_disk(bool readonly)
 {
-    struct block *b;
-
     guest_new(&g);
-    assert_int_equal(block_open(&(struct block_config){ .path = image, .readonly = readonly }, &b), 0);
-    assert_int_equal(virtio_blk_new(&g.ram, NULL, b, "serial-0123456789abcdef", 2, &blk), 0);
+    assert_int_equal(virtio_blk_new(&g.ram, NULL, open_image(readonly), "serial-0123456789abcdef", 2, &blk), 0);
     assert_int_equal(virtio_pci_attach(g.pci, DEV, guest_line(&g), 20, false, (struct virtio *)blk), 0);
     vdev_find(&d, &g, DEV);
 }
 
 static int setup(void **state UNUSED)
 {
-    int fd = open(image, O_RDWR | O_TRUNC);
-    u32 sector[128];
-
-    assert_true(fd >= 0);
-    for (unsigned s = 0; s < SECTORS; s++) {                       /* each word says its sector and place */
-        for (unsigned i = 0; i < 128; i++)
-            sector[i] = s << 8 | i;
-        assert_int_equal(write(fd, sector, sizeof(sector)), sizeof(sector));
-    }
-    close(fd);
+    write_image(SECTORS);
     open_disk(false);
     assert_true(vdev_start(&d, &g, DEV, ALL, 64));
     return 0;
@@ -99,14 +84,6 @@ static u8 request(u32 type, u64 sector, u64 data, u32 len, bool write, u32 *used
     if (used_len)
         *used_len = used;
     return status();
-}
-
-static u32 word_at(u64 gpa)
-{
-    u32 w;
-
-    get(&g, gpa, &w, 4);
-    return w;
 }
 
 static void test_config(void **state UNUSED)
@@ -572,18 +549,6 @@ static void test_state(void **state UNUSED)
     }
     stream_free(&more);
     stream_free(&s);
-}
-
-static int make_image(void **state UNUSED)
-{
-    int fd = mkstemp(image);
-
-    return fd < 0 ? -1 : close(fd);
-}
-
-static int remove_image(void **state UNUSED)
-{
-    return unlink(image);
 }
 
 #define T(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
