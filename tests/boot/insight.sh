@@ -35,4 +35,17 @@ for engine in interp bt; do
     is "$engine: trace: interrupts" "$(grep -c ' interrupts *interrupt ' "$tmp/trace")" "$(counted interrupts)"
     [ $engine = interp ] || is "$engine: trace: exits" "$(grep -c ' exits  *look-up, rip 0x' "$tmp/trace")" "$(counted look-up)"
 done
+
+# The monitor's memory beyond the guest's, when it has booted: below 64 MiB, translations and all. The code that the boot ran once has been swept out by then.
+mkfifo "$tmp/in"
+exec 7<>"$tmp/in"
+timeout -k 10 "$BOOT_SECONDS" "$DOPPEL" run --quiet --engine bt --memory 512M --stats=json,file="$tmp/stats" -- sh -c 'echo up; read line; echo "$line"' <"$tmp/in" >"$tmp/up" 2>&1 &
+boot=$!
+until grep -q up "$tmp/up" || ! kill -0 "$boot" 2>/dev/null; do sleep 0.1; done
+kb=$(awk '/^[0-9a-f]+-[0-9a-f]+ / { ram = /memfd:doppel-ram/ } /^Rss:/ && !ram { kb += $2 } END { print kb + 0 }' "/proc/$(pgrep -P "$boot" | head -n 1)/smaps")
+echo done >&7
+wait "$boot"
+is "memory: the guest ran" "$(tr -d '\r' <"$tmp/up" | tail -n 1)" "done"
+is "memory: $kb KiB beyond a guest of 512 MiB" "$((kb > 0 && kb < 65536))" 1
+like "memory: code that ran once is swept out" "$(cat "$tmp/stats")" '"cache-sweeps":[1-9]'
 done_testing

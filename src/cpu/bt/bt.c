@@ -204,6 +204,20 @@ void bt_forget(struct icpu *c, struct block *b)
         tb_kill(c, t, &t->tb[b->translations]);
 }
 
+/* icpu.bt.moved. */
+static void moved(struct icpu *c, struct block *b)
+{
+    struct bt *t = c->bt.bt;
+    if (b) {
+        for (u32 n = b->translations; n; n = t->tb[n].block_next)
+            t->tb[n].b = b;
+        return;
+    }
+    for (u32 n = 1; n < t->tbs; n++)
+        if (t->tb[n].dead)
+            t->tb[n].b = c->code->nothing;
+}
+
 static struct tb *translate(struct icpu *c, struct bt *t, struct block *b, u32 page, bool indirect)
 {
     bool full, user = c->cpl == 3;
@@ -533,6 +547,8 @@ static int vcpu_open(struct vcpu *v)
     }
     c->bt.run = bt_run;
     c->bt.forget = bt_forget;
+    if (!v->m->tools.check)                                        /* which holds on to blocks */
+        c->bt.moved = moved;
     c->bt.flushed = bt_flushed;
     c->bt.context_changed = bt_context_changed;
     if (t->bmi2 && v->m->tools.mmu != MACHINE_MMU_SOFTTLB && shadow_open(c, codepage_is_code) < 0)

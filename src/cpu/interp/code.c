@@ -15,6 +15,7 @@
 #include "cpu/interp/tlb.h"
 
 #define ARENA_BYTES (128 * MiB)            /* of address space: memory is used as blocks are made */
+#define SWEEP_BYTES (6 * MiB)              /* so much is made at least before it is swept again */
 #define HASH_BITS 17
 #define PAGE_HASH_BITS 12
 #define BLOCK_MAX (sizeof(struct block) + BLOCK_BYTES + (BLOCK_OPS + 1) * sizeof(struct op))
@@ -54,11 +55,14 @@ int code_open(struct icpu *c)
     k->page_hash = map_zero(sizeof *k->page_hash << PAGE_HASH_BITS);
     k->arena = map_zero(ARENA_BYTES);
     k->uncached = map_zero(BLOCK_MAX);
-    if (!k->hash || !k->page_hash || !k->arena || !k->uncached) {
+    k->nothing = map_zero(BLOCK_MAX);
+    if (!k->hash || !k->page_hash || !k->arena || !k->uncached || !k->nothing) {
         code_close(c);
         return err(-ENOMEM, "vCPU %u: no memory for its code cache", c->v->id);
     }
     k->limit = BLOCK_OPS;
+    k->sweep_at = 2 * SWEEP_BYTES;
+    k->nothing->op = (struct op *)(void *)k->nothing->bytes;
     decode_init(c);
     return code_ram_changed(c);
 }
@@ -72,6 +76,7 @@ void code_close(struct icpu *c)
     unmap(k->page_hash, sizeof *k->page_hash << PAGE_HASH_BITS);
     unmap(k->arena, ARENA_BYTES);
     unmap(k->uncached, BLOCK_MAX);
+    unmap(k->nothing, BLOCK_MAX);
     unmap(k->page_state, k->pages);
     unmap(k, sizeof *k);
     c->code = NULL;
@@ -86,6 +91,7 @@ static void code_flush(struct icpu *c)
         madvise(k->page_state, k->pages, MADV_DONTNEED);
     jump_clear(k);
     k->used = 0;
+    k->sweep_at = 2 * SWEEP_BYTES;
     k->flushes++;
     k->flush_wanted = false;
     vcpu_count(c->v, COUNT_CODE_FLUSH);
@@ -301,18 +307,66 @@ static void block_make(struct icpu *c, struct block *b, u64 gpa, const u8 *bytes
     memcpy(b->op, k->ops, (n + 1) * sizeof *b->op);
 }
 
+static size_t block_size(const struct block *b)
+{
+    return ALIGN_UP((size_t)((const u8 *)(b->op + b->n + 1) - (const u8 *)b), 64);
+}
+
+/* Has it been translated, or run more than once since the last sweep? */
+static bool block_stays(struct block *b)
+{
+    b->runs /= 2;
+    return b->gpa != BLOCK_DEAD && (b->translations || b->runs);
+}
+
+static void block_move(struct icpu *c, struct block *to, struct block *from, size_t size)
+{
+    struct block **bucket = hash_bucket(c->code, from->gpa), **page = page_bucket(c->code, from->gpa);
+    memmove(to, from, size);
+    to->op = (struct op *)(void *)(to->bytes + padded(to->len));
+    to->hash_next = *bucket;
+    to->page_next = *page;
+    *bucket = *page = to;
+    if (to->translations)
+        c->bt.moved(c, to);
+}
+
+/* Most code runs once. What nothing has been made of goes, the rest moves together; nobody but the tables and translations points to a block here. */
+static void code_sweep(struct icpu *c)
+{
+    struct icode *k = c->code;
+    size_t used = 0, size;
+    memset(k->hash, 0, sizeof *k->hash << HASH_BITS);
+    memset(k->page_hash, 0, sizeof *k->page_hash << PAGE_HASH_BITS);
+    jump_clear(k);
+    for (size_t at = 0; at < k->used; at += size) {
+        struct block *b = (struct block *)(void *)(k->arena + at);
+        size = block_size(b);
+        if (!block_stays(b))
+            continue;
+        block_move(c, (struct block *)(void *)(k->arena + used), b, size);
+        used += size;
+    }
+    c->bt.moved(c, NULL);
+    k->used = used;
+    k->sweep_at = used + MAX(SWEEP_BYTES, used / 2);
+    vcpu_count(c->v, COUNT_CODE_SWEEP);
+}
+
 /* Room for a block; what is cached may be dropped for it, and the stubs of ops that have been decoded already with it: so it comes before decoding. */
 static struct block *arena_alloc(struct icpu *c)
 {
     struct icode *k = c->code;
     if (ARENA_BYTES - k->used < BLOCK_MAX || fp_full(c))
         code_flush(c);
+    else if (k->used >= k->sweep_at && c->bt.moved)
+        code_sweep(c);
     return (struct block *)(void *)(k->arena + k->used);
 }
 
 static void arena_commit(struct icode *k, const struct block *b)
 {
-    k->used = ALIGN_UP((size_t)((u8 *)(b->op + b->n + 1) - k->arena), 64);
+    k->used += block_size(b);
 }
 
 /* How many bytes of code may still be fetched before CS ends. At least 1: the caller has looked. */

@@ -13,7 +13,8 @@
  * stores, so that there is no rest to be left.
  *
  * An instruction that crosses into the next page is a block of its own with two host addresses, never in the jump cache. Code outside RAM is
- * decoded each time it runs. Memory for blocks comes from an arena; when that is full everything is dropped (code_flush), between blocks only.
+ * decoded each time it runs. Memory for blocks comes from an arena; when that is full everything is dropped (code_flush), between blocks only. Under a
+ * translator what has not become a translation by the time that some megabytes have been decoded is dropped (code_sweep), likewise between blocks.
  */
 #pragma once
 
@@ -54,7 +55,7 @@ struct icode {
     struct jump_entry jump[1u << JUMP_BITS];
     struct block **hash, **page_hash;
     u8 *arena;
-    size_t used;
+    size_t used, sweep_at;             /* bytes; from the latter on what has not been translated is dropped */
     u8 *page_state;                    /* per page of RAM: 1: blocks of several instructions are cached from it */
     u64 pages;
     bool flush_wanted;
@@ -63,6 +64,7 @@ struct icode {
     u64 flushes;                       /* how often everything was dropped */
     ZydisDecoder decoder[IMODE_LONG64 + 1];
     struct block *uncached;            /* for one instruction that is not in RAM */
+    struct block *nothing;             /* whose translations are dead and it is gone itself; its ops are zero */
     struct op ops[BLOCK_OPS + 1];      /* of the block that is being decoded */
 };
 

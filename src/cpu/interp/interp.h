@@ -127,6 +127,7 @@ struct icpu_bt {
     _Atomic u32 inside;            /* in translated code: a kick needs a signal */
     void (*run)(struct icpu *c);
     void (*forget)(struct icpu *c, struct block *b);
+    void (*moved)(struct icpu *c, struct block *b); /* b has another address now, and translations; NULL: those were all. Unset: blocks stay where they are */
     void (*flushed)(struct icpu *c, enum tlb_flush what, u64 la, unsigned context); /* translations have been dropped; NULL: nobody asks */
     void (*context_changed)(struct icpu *c, unsigned context);    /* tlb.context is another one; NULL: nobody asks */
     bool single;                   /* run() runs one translation and returns, whatever events there are, and links nothing: check.c */
