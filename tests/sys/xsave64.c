@@ -110,7 +110,7 @@ static u64 get_xmm(void)
     return v;
 }
 
-static void saving(u64 all)
+static void standard(u64 all)
 {
     test("xsave: XSAVE writes the components asked for, in their places, and their bits in XSTATE_BV (SDM 1 13.7)");
     xsetbv(0, all);
@@ -135,6 +135,10 @@ static void saving(u64 all)
     SET_XMM(5);
     asm volatile(TRY("xrstor (%0)")::"r"(area), "a"(1), "d"(0) : "memory");
     eq("not asked for", get_xmm(), 5);
+}
+
+static void bad_headers(u64 all)
+{
     test("xsave: XRSTOR: header bits that are reserved, components beyond XCR0, MXCSR's reserved bits: #GP(0)");
     *xstate_bv = BIT(62);
     asm volatile(TRY("xrstor (%0)")::"r"(area), "a"(3), "d"(0) : "memory");
@@ -157,6 +161,10 @@ static void saving(u64 all)
     asm volatile(TRY("xrstor (%0)")::"r"(area), "a"(3), "d"(0) : "memory");
     eq_trap(GP, 0);
     xsetbv(0, all);
+}
+
+static void bad_areas(void)
+{
     test("xsave: an area that is not aligned to 64: #GP(0); a register operand: #UD");
     asm volatile(TRY("xsave 8(%0)")::"r"(area), "a"(3), "d"(0) : "memory");
     eq_trap(GP, 0);
@@ -186,8 +194,11 @@ static void saving(u64 all)
     map(VA_TEST, 0, 0);
     asm volatile(TRY("xrstor (%0)")::"r"(VA_TEST), "a"(3), "d"(0) : "memory");
     eq_trap(PF, 0);
+}
+
+static void optimized(u32 d1)
+{
     test("xsave: XSAVEOPT writes what has changed");
-    u32 d1 = cpuid(0xd, 1).a;
     if (!(d1 & 1)) {
         skip("no XSAVEOPT");
     } else {
@@ -203,6 +214,10 @@ static void saving(u64 all)
         eq("SSE", *xstate_bv & 2, 2);
         eq("XMM5", *(u64 *)(area + 160 + 5 * 16), 0x77);
     }
+}
+
+static void compacted(u64 all, u32 d1)
+{
     test("xsave: XSAVEC is compacted: XCOMP_BV, and XRSTOR takes it back (SDM 1 13.4.3)");
     if (!(d1 & 2)) {
         skip("no XSAVEC");
@@ -226,6 +241,10 @@ static void saving(u64 all)
         asm volatile(TRY("xrstor (%0)")::"r"(area), "a"(7), "d"(0) : "memory");
         eq_trap(GP, 0);
     }
+}
+
+static void in_use(u64 all, u32 d1)
+{
     test("xsave: XGETBV(1): the components in use");
     if (!(d1 & 4)) {
         skip("no XGETBV(1)");
@@ -234,6 +253,283 @@ static void saving(u64 all)
         eq("SSE", xgetbv(1) & 2, 2);
         eq("no more than XCR0", xgetbv(1) & ~all, 0);
     }
+}
+
+/* ---- 64-bit forms, as kernels use them: many times, so that a translator does them its own way ---- */
+enum form { XSAVE64, XSAVEOPT64, XSAVEC64, XSAVES64, XRSTOR64, XRSTORS64 };
+#define TIMES 12
+#define FILL 0xee
+
+static __attribute__((noinline)) void run(enum form form, void *p, u64 mask)
+{
+    u32 a = (u32)mask, d = (u32)(mask >> 32);
+    switch (form) {
+    case XSAVE64: asm volatile(TRY("xsave64 (%0)")::"r"(p), "a"(a), "d"(d) : "memory"); break;
+    case XSAVEOPT64: asm volatile(TRY("xsaveopt64 (%0)")::"r"(p), "a"(a), "d"(d) : "memory"); break;
+    case XSAVEC64: asm volatile(TRY("xsavec64 (%0)")::"r"(p), "a"(a), "d"(d) : "memory"); break;
+    case XSAVES64: asm volatile(TRY("xsaves64 (%0)")::"r"(p), "a"(a), "d"(d) : "memory"); break;
+    case XRSTOR64: asm volatile(TRY("xrstor64 (%0)")::"r"(p), "a"(a), "d"(d) : "memory"); break;
+    case XRSTORS64: asm volatile(TRY("xrstors64 (%0)")::"r"(p), "a"(a), "d"(d) : "memory"); break;
+    }
+}
+
+static void initial(void)
+{
+    memset(area + 512, 0, 64);
+    *(u32 *)(area + 24) = 0x1f80;
+    asm volatile("xrstor64 (%0)" ::"r"(area), "a"(-1), "d"(-1) : "memory");
+}
+
+static bool filled(const u8 *p, u32 from, u32 to)
+{
+    for (u32 i = from; i < to; i++)
+        if (p[i] != FILL)
+            return false;
+    return true;
+}
+
+static u32 mxcsr(void)
+{
+    u32 v;
+    asm volatile("stmxcsr %0" : "=m"(v));
+    return v;
+}
+
+/* What is written where: SDM 1 13.7, 13.9, 13.10, 13.11. */
+static void written(u64 all, u32 d1)
+{
+    const u32 legacy_end = 416;
+    test("xsave64: XSAVE64 of the initial state writes all that is asked for, and no bits");
+    for (u32 i = 0; i < TIMES; i++) {
+        initial();
+        memset(area, FILL, sizeof area);
+        *xstate_bv = BIT(1) | BIT(62); /* a bit that is not asked for stays */
+        run(XSAVE64, area, 3);
+        eq_trap(NONE, NONE);
+        eq("XSTATE_BV", *xstate_bv, BIT(62));
+        eq("FCW", *(u16 *)area, 0x37f);
+        eq("MXCSR", *(u32 *)(area + 24), 0x1f80);
+        eq("XMM15", *(u64 *)(area + 400), 0);
+        must("nothing between the legacy region and the header, and behind its first 8 bytes", filled(area, legacy_end, 512) && filled(area, 520, sizeof area));
+    }
+    test("xsave64: XSAVE64 of SSE alone leaves x87's part");
+    for (u32 i = 0; i < TIMES; i++) {
+        memset(area, FILL, sizeof area);
+        *xstate_bv = 0;
+        SET_XMM(i + 1);
+        run(XSAVE64, area, 2);
+        eq("XSTATE_BV", *xstate_bv, 2);
+        eq("XMM5", *(u64 *)(area + 240), i + 1);
+        must("x87's bytes", filled(area, 0, 24) && filled(area, 32, 160));
+    }
+    if (!(d1 & 2)) {
+        skip("no XSAVEC");
+        return;
+    }
+    test("xsave64: XSAVEC64: the initial state is a header; with a changed MXCSR, SSE as well");
+    for (u32 i = 0; i < TIMES; i++) {
+        const u32 csr = 0x1f80 | 0x8000;
+        initial();
+        memset(area, FILL, sizeof area);
+        run(XSAVEC64, area, ~0ull);
+        eq_trap(NONE, NONE);
+        eq("XSTATE_BV", *xstate_bv, 0);
+        eq("XCOMP_BV", *xcomp_bv, BIT(63) | all);
+        must("16 bytes are written", filled(area, 0, 512) && filled(area, 528, sizeof area));
+        asm volatile("ldmxcsr %0" ::"m"(csr));
+        run(XSAVEC64, area, ~0ull);
+        eq("XSTATE_BV", *xstate_bv, 2);
+        eq("MXCSR", *(u32 *)(area + 24), csr);
+        must("x87's bytes are not", filled(area, 0, 24) && filled(area, 32, 160));
+        memset(area + 528, 0, 48); /* reserved */
+        run(XRSTOR64, area, 1);
+        eq("MXCSR, SSE not asked for", mxcsr(), csr);
+        *xstate_bv = 0;
+        run(XRSTOR64, area, 3);
+        eq("MXCSR of a compacted area without SSE", mxcsr(), 0x1f80);
+    }
+    if (!(all & 4))
+        return;
+    test("xsave64: AVX's upper halves by themselves");
+    for (u32 i = 0; i < TIMES; i++) {
+        u64 back;
+        initial();
+        asm volatile("movq %0, %%xmm1; vinsertf128 $1, %%xmm1, %%ymm5, %%ymm5" ::"r"((u64)i + 0x5000));
+        asm volatile("pxor %xmm1, %xmm1; pxor %xmm5, %xmm5");
+        memset(area, FILL, sizeof area);
+        run(XSAVEC64, area, ~0ull);
+        eq("XSTATE_BV", *xstate_bv, 4);
+        eq("YMM5", *(u64 *)(area + 576 + 80), i + 0x5000);
+        must("nothing in the legacy region", filled(area, 0, 512));
+        memset(area + 528, 0, 48);
+        asm volatile("vzeroupper");
+        run(XRSTOR64, area, ~0ull);
+        eq_trap(NONE, NONE);
+        asm volatile("vextractf128 $1, %%ymm5, %%xmm1; movq %%xmm1, %0" : "=r"(back));
+        eq("YMM5", back, i + 0x5000);
+    }
+}
+
+/* The area at every multiple of 64 around the end of a page. */
+static void crossing(u64 all, u32 d1)
+{
+    u8 *const edge = (u8 *)VA_TEST + 4096;
+    const enum form save = d1 & 8 ? XSAVES64 : d1 & 2 ? XSAVEC64 : XSAVE64, load = d1 & 8 ? XRSTORS64 : XRSTOR64;
+    test("xsave64: areas across two pages are as in one");
+    map(VA_TEST, page_new(), 3);
+    map(VA_TEST + 4096, page_new(), 3);
+    for (u32 before = 0; before <= 640; before += 64) {
+        u8 *p = edge - before;
+        initial();
+        SET_XMM(0x1000 + before);
+        if (all & 4)
+            asm volatile("movq %0, %%xmm1; vinsertf128 $1, %%xmm1, %%ymm5, %%ymm5" ::"r"(0x4000ul + before));
+        memset(area, 0, sizeof area);
+        memset(p, 0, 1024);
+        run(save, area, 7);
+        run(save, p, 7);
+        eq_trap(NONE, NONE);
+        must("the same image", !memcmp(p, area, 1024));
+        SET_XMM(0);
+        run(load, p, 7);
+        eq_trap(NONE, NONE);
+        eq("XMM5", get_xmm(), 0x1000 + before);
+    }
+    test("xsave64: where the second page is absent, #PF with its address, and nothing is changed");
+    map(VA_TEST + 4096, 0, 0);
+    for (u32 i = 0; i < TIMES; i++) {
+        u8 *p = edge - 128;
+        initial();
+        SET_XMM(0x77);
+        memset(p, FILL, 128);
+        run(save, p, 3);
+        eq_trap(PF, PF_W);
+        eq("CR2's page", trap.cr2 >> 12, (u64)(ulong)edge >> 12);
+        must("nothing is written", filled(p, 0, 128));
+        SET_XMM(0x78);
+        run(load, p, 3);
+        eq_trap(PF, 0);
+        eq("XMM5", get_xmm(), 0x78);
+    }
+    test("xsave64: a read-only page: #PF for saving, good for loading");
+    map(VA_TEST, page_new(), 1);
+    write_cr0(read_cr0() | CR0_WP);
+    for (u32 i = 0; i < TIMES; i++) {
+        run(save, (void *)VA_TEST, 3);
+        eq_trap(PF, PF_P | PF_W);
+        SET_XMM(0x79);
+        run(XRSTOR64, (void *)VA_TEST, 3); /* all zero: the initial state, but for MXCSR */
+        eq_trap(NONE, NONE);
+        eq("XMM5", get_xmm(), 0);
+        eq("MXCSR", mxcsr(), 0);
+    }
+    write_cr0(read_cr0() & ~(ulong)CR0_WP);
+    map(VA_TEST, 0, 0);
+    initial();
+}
+
+static void privileged_forms(u32 d1)
+{
+    test("xsave64: XSAVES, XRSTORS: #GP(0) at CPL 3, and for an area that is not compacted");
+    if (!(d1 & 8)) {
+        skip("no XSAVES");
+        return;
+    }
+    initial();
+    for (u32 i = 0; i < TIMES; i++) {
+        asm volatile(USER("mov %0, %%rbx; mov $3, %%eax; xor %%edx, %%edx; xsaves64 (%%rbx)")::"r"(area) : "rax", "rbx", "rdx", "memory");
+        eq_trap(GP, 0);
+        memset(area + 512, 0, 64);
+        run(XRSTORS64, area, 3);
+        eq_trap(GP, 0);
+        *xcomp_bv = BIT(63) | 3;
+        run(XRSTORS64, area, 3);
+        eq_trap(NONE, NONE);
+    }
+    test("xsave64: CR0.TS: #NM; CR4.OSXSAVE = 0: #UD; back again: as before");
+    for (u32 i = 0; i < TIMES; i++) {
+        write_cr0(read_cr0() | CR0_TS);
+        run(XSAVES64, area, 3);
+        eq_trap(NM, NONE);
+        run(XRSTORS64, area, 3);
+        eq_trap(NM, NONE);
+        asm volatile("clts");
+        write_cr4(read_cr4() & ~(ulong)CR4_OSXSAVE);
+        run(XSAVES64, area, 3);
+        eq_trap(UD, NONE);
+        xgetbv(0);
+        eq_trap(UD, NONE);
+        write_cr4(read_cr4() | CR4_OSXSAVE);
+        run(XSAVES64, area, 3);
+        eq_trap(NONE, NONE);
+    }
+}
+
+/* What a translator does not keep with the vectors. */
+static void x87_and_pkru(u64 all)
+{
+    test("xsave64: x87's part goes with it");
+    for (u32 i = 0; i < TIMES; i++) {
+        u64 back = 0;
+        initial();
+        memset(area, FILL, sizeof area);
+        memset(area + 512, 0, 64);
+        asm volatile("fldpi");
+        run(XSAVE64, area, 3);
+        eq("XSTATE_BV", *xstate_bv & 1, 1);
+        eq("ST0", *(u64 *)(area + 32), 0xc90fdaa22168c235);
+        eq("ST0's upper bytes", *(u64 *)(area + 40), 0x4000);
+        asm volatile("fninit");
+        run(XRSTOR64, area, 3);
+        asm volatile("fstpl %0" : "=m"(back));
+        eq("ST0", back, 0x400921fb54442d18);
+        *xstate_bv = 0;
+        asm volatile("fld1");
+        run(XRSTOR64, area, 1);
+        run(XSAVE64, area, 1);
+        eq("initialised", *xstate_bv & 1, 0);
+        asm volatile(TRY("fwait")::: "memory");
+        eq_trap(NONE, NONE);
+    }
+    test("xsave64: PKRU");
+    if (!(all & BIT(9))) {
+        skip("no PKU");
+        return;
+    }
+    u32 off = cpuid(0xd, 9).b;
+    write_cr4(read_cr4() | CR4_PKE);
+    for (u32 i = 0; i < TIMES; i++) {
+        u32 pkru, d;
+        memset(area, 0, sizeof area);
+        asm volatile("wrpkru" ::"a"(0x30 << (i & 7)), "c"(0), "d"(0));
+        run(XSAVE64, area, ~0ull);
+        eq("XSTATE_BV", *xstate_bv & BIT(9), BIT(9));
+        eq("PKRU", *(u64 *)(area + off), 0x30ull << (i & 7));
+        asm volatile("wrpkru" ::"a"(0), "c"(0), "d"(0));
+        run(XRSTOR64, area, BIT(9));
+        asm volatile("rdpkru" : "=a"(pkru), "=d"(d) : "c"(0));
+        eq("PKRU is back", pkru, 0x30u << (i & 7));
+        *xstate_bv = 0;
+        run(XRSTOR64, area, ~0ull);
+        asm volatile("rdpkru" : "=a"(pkru), "=d"(d) : "c"(0));
+        eq("initialised", pkru, 0);
+    }
+    write_cr4(read_cr4() & ~(ulong)CR4_PKE);
+}
+
+static void saving(u64 all)
+{
+    u32 d1 = cpuid(0xd, 1).a;
+    standard(all);
+    bad_headers(all);
+    bad_areas();
+    optimized(d1);
+    compacted(all, d1);
+    in_use(all, d1);
+    written(all, d1);
+    crossing(all, d1);
+    privileged_forms(d1);
+    x87_and_pkru(all);
 }
 
 /* SDM 3A 6.15, interrupts 16 and 19; vol. 1 8.7, 11.5 */

@@ -325,6 +325,26 @@ static bool put_vector(struct tr *t, const struct op *op)
     return tr_recoded(t, op, i->bytes, i->writes ? MMU_WRITE : MMU_READ);
 }
 
+/* By light functions: whole states, and what is known without the registers. */
+static bool put_state(struct tr *t)
+{
+    static const struct {
+        ZydisMnemonic mnemonic;
+        int (*fn)(struct icpu *c, const struct op *op);
+    } row[] = {
+        { ZYDIS_MNEMONIC_XSAVE64, bt_xsave }, { ZYDIS_MNEMONIC_XSAVEOPT64, bt_xsaveopt }, { ZYDIS_MNEMONIC_XSAVEC64, bt_xsavec },
+        { ZYDIS_MNEMONIC_XSAVES64, bt_xsaves }, { ZYDIS_MNEMONIC_XRSTOR64, bt_xrstor }, { ZYDIS_MNEMONIC_XRSTORS64, bt_xrstors },
+        { ZYDIS_MNEMONIC_XGETBV, bt_xgetbv }, { ZYDIS_MNEMONIC_FWAIT, bt_fwait },
+    };
+    for (unsigned i = 0; i < ARRAY_SIZE(row); i++)
+        if (tr_item(t)->d.insn.mnemonic == row[i].mnemonic) {
+            t->kept = NO_REG;
+            tr_call_light(t, row[i].fn);
+            return true;
+        }
+    return false;
+}
+
 /* Instructions that have a row in insn_fp.def, or come to another binder than fp_bind()'s usual ways: no fp_insn. */
 static bool put_control(struct tr *t, const struct op *op)
 {
@@ -350,11 +370,11 @@ static bool put_control(struct tr *t, const struct op *op)
     case ZYDIS_MNEMONIC_FNSTSW:
         put_gate(t, FP_GATE_X87);
         return tr_recoded(t, op, op->flags & OPF_MEM ? 2 : 0, MMU_WRITE);
-    case ZYDIS_MNEMONIC_FWAIT: case ZYDIS_MNEMONIC_FNCLEX: case ZYDIS_MNEMONIC_EMMS:
+    case ZYDIS_MNEMONIC_FNCLEX: case ZYDIS_MNEMONIC_EMMS:
         put_gate(t, FP_GATE_X87);
         return tr_recoded(t, op, 0, MMU_READ);
     default:
-        return false;
+        return put_state(t);
     }
 }
 

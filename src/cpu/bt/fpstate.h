@@ -43,6 +43,16 @@ void bt_fp_open(struct icpu *c);
 void bt_fp_load(struct icpu *c);
 void bt_fp_save(struct icpu *c);
 
+/* Light functions (tr_call_light()) instead of interp's handlers, which they call where the case is not the usual one: xstate.c. */
+int bt_xsave(struct icpu *c, const struct op *op);
+int bt_xsaveopt(struct icpu *c, const struct op *op);
+int bt_xsavec(struct icpu *c, const struct op *op);
+int bt_xsaves(struct icpu *c, const struct op *op);
+int bt_xrstor(struct icpu *c, const struct op *op);
+int bt_xrstors(struct icpu *c, const struct op *op);
+int bt_xgetbv(struct icpu *c, const struct op *op);
+int bt_fwait(struct icpu *c, const struct op *op);
+
 /* Before translated code is entered at a block's beginning: x87's part may stay behind. */
 void bt_fp_begin(struct icpu *c);
 /* Before a block goes on: what was in the registers is there again, since gates are looked at only once in a block. */

@@ -71,6 +71,7 @@ struct fp_legacy {
 enum { XS_X87, XS_SSE, XS_AVX, XS_OPMASK = 5, XS_ZMM_HI256, XS_HI16_ZMM, XS_PKRU = 9, XS_COMPONENTS };
 
 #define FP_TRACKED (XSTATE_AVX | XSTATE_AVX512)                    /* in fp.in_use; SSE counts as in use always */
+#define FP_NATIVE (XSTATE_SSE | FP_TRACKED)                        /* what a translator keeps in the processor's registers */
 
 /* How an op's memory operand is reached when it is not one plain run of bytes. */
 enum fp_mask_kind {
@@ -124,6 +125,8 @@ struct fp {
     u32 xs_align64;                                                /* bit n: component n is aligned to 64 in the compacted format */
     u64 xcr0_mask;                                                 /* bits that XSETBV may set */
     bool xsavec, xgetbv1, xsaves, pku;
+    bool native;                                                   /* the host's XSAVEC and XRSTOR do the same to FP_NATIVE: cpu/bt/xstate.c */
+    u8 image[X86_XSAVE_MAX] __attribute__((aligned(64)));          /* theirs */
     bool isa[ZYDIS_ISA_SET_MAX_VALUE + 1];                         /* instruction sets that the guest's CPUID shows */
 
     /* stubs */

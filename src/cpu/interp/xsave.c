@@ -11,14 +11,28 @@
 #include <string.h>
 
 #include "cpu/interp/fp.h"
-
-#define XS_LEGACY 416u                                             /* of the legacy region's 512 bytes those that are ever written */
-#define XS_HEADER 512u
-#define XS_EXTENDED 576u
-#define XS_MAX X86_XSAVE_MAX                                      /* any component of either format ends below it */
-#define XCOMP_COMPACT BIT(63)
+#include "cpu/interp/xsave.h"
 
 /* ---- the guest's layout ---- */
+
+/* Has the host all that the guest's XCR0 may enable, laid out in the same way? PKRU is never the guest's there. */
+static bool native(const struct fp *f)
+{
+    u32 lo = 0, hi;
+
+    if (!f->xsavec || !cpuid_host_has(CPU_XSAVE) || !cpuid_host_has(CPU_XSAVEC))
+        return false;
+    __asm__ volatile("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
+    if (f->xcr0_mask & ~(u64)lo & FP_NATIVE)
+        return false;
+    for (unsigned n = XS_AVX; n < XS_COMPONENTS; n++) {
+        const struct cpuid_regs *r = cpuid_host(0xd, n);
+
+        if (f->xs_size[n] && BIT(n) & FP_NATIVE && (r->eax != f->xs_size[n] || r->ebx != f->xs_off[n] || (r->ecx >> 1 & 1) != (f->xs_align64 >> n & 1)))
+            return false;
+    }
+    return true;
+}
 
 void fp_xsave_open(struct icpu *c, struct fp *f)
 {
@@ -51,31 +65,7 @@ void fp_xsave_open(struct icpu *c, struct fp *f)
         if (r.ecx & 2)
             f->xs_align64 |= 1u << n;
     }
-}
-
-/* n: a multiple of 8. Inlined, so that it becomes a few vector instructions. */
-static inline __attribute__((always_inline)) bool zero(const void *p, size_t n)
-{
-    u64 all = 0, v;
-
-    for (size_t at = 0; at < n; at += 8) {
-        memcpy(&v, (const u8 *)p + at, 8);
-        all |= v;
-    }
-    return !all;
-}
-
-static bool x87_in_use(const struct fp *f)
-{
-    const struct fp_legacy *l = &f->x87;
-
-    if (l->fcw != 0x37f || l->fsw || l->ftw || l->fop || l->fip || l->fdp || f->fcs || f->fds)
-        return true;
-    for (unsigned n = 0; n < 8; n++) {
-        if (l->st[n].mant || l->st[n].exp)
-            return true;
-    }
-    return false;
+    f->native = native(f);
 }
 
 /* MXCSR is no part of it: the instructions differ in how they count it. */
@@ -98,38 +88,6 @@ static u64 in_use(const struct icpu *c)
 }
 
 /* ---- components to and from memory ---- */
-
-/* The x87 part of the legacy region: bytes 0..23 and 32..159. wide: 64-bit pointers instead of 32-bit ones with selectors. */
-static void put_x87_state(const struct fp *f, u8 *p, bool wide)
-{
-    const struct fp_legacy *l = &f->x87;
-
-    memcpy(p, &l->fcw, 2);
-    memcpy(p + 2, &l->fsw, 2);
-    p[4] = l->ftw;
-    p[5] = 0;
-    memcpy(p + 6, &l->fop, 2);
-    if (wide) {
-        memcpy(p + 8, &l->fip, 8);
-        memcpy(p + 16, &l->fdp, 8);
-    } else {
-        const u32 w[] = {(u32)l->fip, f->fcs, (u32)l->fdp, f->fds};
-
-        memcpy(p + 8, w, sizeof w);
-    }
-    for (unsigned n = 0; n < 8; n++) {
-        memset(p + 32 + 16 * n, 0, 16);
-        memcpy(p + 32 + 16 * n, &l->st[n], 10);
-    }
-}
-
-/* The same as the guest's instructions store it. */
-static void put_x87(const struct fp *f, u8 *p, bool wide)
-{
-    put_x87_state(f, p, wide);
-    if (f->save_on_error && !(f->x87.fsw & FSW_ES))
-        memset(p + 6, 0, 18);
-}
 
 static void get_x87(struct fp *f, const u8 *p, bool wide)
 {
@@ -362,25 +320,6 @@ static int store_pieces(struct icpu *c, u64 la, const struct pieces *s)
     return OP_NEXT;
 }
 
-/* Offset of each component in an area; standard, or compacted for the components in xcomp. Returns the area's size. */
-static u32 layout(const struct fp *f, u64 xcomp, u64 which, u32 off[XS_COMPONENTS])
-{
-    u32 at = XS_EXTENDED, end = XS_EXTENDED;
-
-    for (unsigned n = XS_AVX; n < XS_COMPONENTS; n++) {
-        off[n] = f->xs_off[n];
-        if (xcomp & XCOMP_COMPACT) {
-            if (!(xcomp & BIT(n)))
-                continue;
-            off[n] = f->xs_align64 & 1u << n ? (u32)ALIGN_UP(at, 64) : at;
-            at = off[n] + f->xs_size[n];
-        }
-        if (which & BIT(n))
-            end = MAX(end, off[n] + f->xs_size[n]);
-    }
-    return end;
-}
-
 static bool mode64(const struct icpu *c)
 {
     return c->mode == IMODE_LONG64;
@@ -447,11 +386,6 @@ static int op_fxrstor(struct icpu *c, const struct op *op)
 }
 
 /* ---- XSAVE ---- */
-
-static u64 rfbm(const struct icpu *c)
-{
-    return c->x->xcr0 & ((u32)c->r[RAX] | c->r[RDX] << 32);
-}
 
 /* Fills the legacy region for the components in save; mxcsr: bytes 24..31 too. */
 static void put_legacy(struct icpu *c, struct pieces *s, u64 save, bool mxcsr, bool wide)
@@ -543,22 +477,6 @@ static int op_xsaves(struct icpu *c, const struct op *op)
 
 /* ---- XRSTOR ---- */
 
-struct xheader {
-    u64 bv, xcomp, rsvd[6];
-};
-
-/* SDM vol. 1 13.8.1, 13.8.2, 13.12 */
-static bool header_valid(const struct icpu *c, const struct xheader *h, bool compact_only)
-{
-    u64 xcr0 = c->x->xcr0;
-
-    if (!(h->xcomp & XCOMP_COMPACT))
-        return !compact_only && !(h->bv & ~xcr0) && !h->xcomp && !h->rsvd[0];
-    if (!icpu_fp(c)->xsavec)
-        return false;
-    return !(h->xcomp & ~(xcr0 | XCOMP_COMPACT)) && !(h->bv & ~h->xcomp) && zero(h->rsvd, sizeof h->rsvd);
-}
-
 /* Everything is loaded and checked before the first register changes. */
 static int xrstor(struct icpu *c, const struct op *op, bool compact_only)
 {
@@ -571,7 +489,7 @@ static int xrstor(struct icpu *c, const struct op *op, bool compact_only)
 
     if (area(c, op, layout(f, 0, 0, off), 64, MMU_READ, &la) || lin_probe(c, la, XS_EXTENDED, MMU_READ) || lin_load_bytes(c, la + XS_HEADER, &h, sizeof h))
         return OP_FAULT;
-    if (!header_valid(c, &h, compact_only))
+    if (!header_valid(c, f, &h, compact_only))
         return fault_gp(c, 0);
     compact = h.xcomp & XCOMP_COMPACT;
     load = want & h.bv;
