@@ -69,7 +69,7 @@ inside='
     echo "sum $(md5sum </mnt/data)"; cp /mnt/data /mnt/copy && sync
     echo "out $(cat /mnt/out 2>&1 | grep -c secret) $(ls /mnt/up 2>/dev/null | grep -c secret)"
     (echo x >/mnt/out) 2>/dev/null
-    echo "many $(ls /mnt/many | wc -l) $(ls /mnt/many | sort -n | uniq | tail -n 1)"
+    echo "many $(ls /mnt/many 2>/dev/null | wc -l) $(ls /mnt/many 2>/dev/null | sort -n | uniq | tail -n 1)"
     mknod /mnt/null c 1 3 2>/dev/null; echo "null $?"
     echo "uid $(stat -c %u /mnt/data)"'
 try()                                               # name, guest, attributes
@@ -183,7 +183,7 @@ if try virtiofs "$cloud" ",fs=virtiofs"; then
     is "virtiofs: a server that is killed" "$status $out" "0 1
 alive"
     like "virtiofs: is told" "$err" "virtiofsd has ended"
-    (ulimit -n 400; doppel run --quiet --share "$shared:work,fs=virtiofs" -- sh -c "$mount_virtiofs ls /mnt/many | wc -l; cat /mnt/data | wc -c"
+    (ulimit -n 400; doppel run --engine "$ENGINE" --share "$shared:work,fs=virtiofs" -- sh -c "$mount_virtiofs ls /mnt/many 2>/dev/null | wc -l; cat /mnt/data | wc -c"
         printf '%s\n' "$status" "$err" >"$tmp/few")
     like "virtiofs: no descriptors left, which is told" "$(<"$tmp/few")" "^0.*share $shared: the guest knows as many files as virtiofsd may have descriptors; raise the limit"
     rooted virtiofs
