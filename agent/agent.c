@@ -39,38 +39,10 @@
 
 /* ---- messages, while nothing else goes on ---- */
 
-static bool put(int fd, const void *p, size_t len)
-{
-    while (len) {
-        ssize_t n = send(fd, p, len, MSG_NOSIGNAL);
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0)
-            return false;
-        p = (const char *)p + n;
-        len -= n;
-    }
-    return true;
-}
-
-static bool get(int fd, void *p, size_t len)
-{
-    while (len) {
-        ssize_t n = recv(fd, p, len, 0);
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0)
-            return false;
-        p = (char *)p + n;
-        len -= n;
-    }
-    return true;
-}
-
 static bool put_message(int fd, uint32_t type, const void *payload, uint32_t len)
 {
     struct msg_head h = { type, len };
-    return put(fd, &h, sizeof h) && put(fd, payload, len);
+    return tree_put(fd, &h, sizeof h) && tree_put(fd, payload, len);
 }
 
 static _Noreturn void refuse(int fd, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
@@ -561,7 +533,7 @@ static _Noreturn void get_session(int conn, const char *path, bool recursive)
     struct tree_result own, result;
     put_message(conn, AGENT_OK, NULL, 0);
     if (!tree_send(conn, path, recursive, &own, &result))
-        put(conn, &own, sizeof own);
+        tree_put(conn, &own, sizeof own);
     shutdown(conn, SHUT_WR);
     while (recv(conn, &result, sizeof result, 0) > 0)
         ;
@@ -578,11 +550,11 @@ static _Noreturn void session(int conn)
     char *payload;
 
     signal(SIGPIPE, SIG_IGN);
-    if (!put_message(conn, AGENT_HELLO, &hello, sizeof hello) || !get(conn, &h, sizeof h))
+    if (!put_message(conn, AGENT_HELLO, &hello, sizeof hello) || !tree_get(conn, &h, sizeof h))
         exit(0);
     if (h.len > MSG_MAX || !(payload = malloc(h.len + 1ul)))
         refuse(conn, "the agent does not understand the request");
-    if (!get(conn, payload, h.len))
+    if (!tree_get(conn, payload, h.len))
         exit(0);
     payload[h.len] = 0;
     if (h.type == AGENT_EXEC)

@@ -32,7 +32,7 @@ static void failed(struct tree_result *r, const char *fmt, ...)
     va_end(ap);
 }
 
-static bool put(int fd, const void *buf, size_t len)
+bool tree_put(int fd, const void *buf, size_t len)
 {
     const char *p = buf;
 
@@ -49,7 +49,7 @@ static bool put(int fd, const void *buf, size_t len)
     return true;
 }
 
-static bool get(int fd, void *buf, size_t len)
+bool tree_get(int fd, void *buf, size_t len)
 {
     char *p = buf;
 
@@ -77,7 +77,7 @@ struct sender {
 
 static void send_bytes(struct sender *s, const void *buf, size_t len)
 {
-    if (!s->stop && !put(s->fd, buf, len))
+    if (!s->stop && !tree_put(s->fd, buf, len))
         s->stop = true;
 }
 
@@ -231,7 +231,7 @@ int tree_send(int fd, const char *path, bool recursive, struct tree_result *own,
     send_entry(s, AT_FDCWD, path, name, recursive, 0);
     send_record(s, TREE_END, 0, "");
     free(s);
-    if (!get(fd, result, sizeof(*result)))
+    if (!tree_get(fd, result, sizeof(*result)))
         return -1;
     result->text[sizeof(result->text) - 1] = '\0';
     return 0;
@@ -260,7 +260,7 @@ static void tell(struct receiver *v)
     if (v->told)
         return;
     v->told = true;
-    put(v->fd, v->r, sizeof(*v->r));
+    tree_put(v->fd, v->r, sizeof(*v->r));
 }
 
 static bool good_name(const char *name, size_t len)
@@ -304,11 +304,11 @@ static int take_pieces(struct receiver *v, int out, const char *name)
     bool good = out >= 0;
 
     for (;;) {
-        if (!get(v->fd, &len, sizeof(len)))
+        if (!tree_get(v->fd, &len, sizeof(len)))
             return -1;
         if (len == 0 || len == TREE_LOST)
             return good && len == 0;
-        if (len > TREE_PIECE_MAX || !get(v->fd, v->buf, len))
+        if (len > TREE_PIECE_MAX || !tree_get(v->fd, v->buf, len))
             return -1;
         if (good && !write_all(out, v->buf, len)) {
             failed(v->r, "%s: cannot be written: %s", name, strerror(errno));
@@ -354,7 +354,7 @@ static int take_link(struct receiver *v, const char *name)
     char temp[64];
     uint32_t len;
 
-    if (!get(v->fd, &len, sizeof(len)) || !len || len > TREE_LINK_MAX || !get(v->fd, v->buf, len) || memchr(v->buf, '\0', len))
+    if (!tree_get(v->fd, &len, sizeof(len)) || !len || len > TREE_LINK_MAX || !tree_get(v->fd, v->buf, len) || memchr(v->buf, '\0', len))
         return -1;
     v->buf[len] = '\0';
     if (dir == -1)
@@ -411,7 +411,7 @@ static int take_record(struct receiver *v)
     struct tree_record h;
     char name[TREE_NAME_MAX + 1];
 
-    if (!get(v->fd, &h, sizeof(h)) || h.name_len > TREE_NAME_MAX || !get(v->fd, name, h.name_len))
+    if (!tree_get(v->fd, &h, sizeof(h)) || h.name_len > TREE_NAME_MAX || !tree_get(v->fd, name, h.name_len))
         return -1;
     name[h.name_len] = '\0';
     if (h.kind == TREE_END)

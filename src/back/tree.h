@@ -38,6 +38,10 @@ struct tree_result {
     char text[TREE_TEXT_MAX];                                      /* what went wrong first */
 };
 
+/* All of it, over a socket that blocks. False: the connection broke. */
+bool tree_put(int fd, const void *buf, size_t len);
+bool tree_get(int fd, void *buf, size_t len);
+
 /*
  * Sends what lies at path; fd is a socket that blocks. Without recursive a folder is refused, and a link is followed. *own: what could not be read
  * here. 0: all was sent and *result came; -1: the connection broke.

@@ -10,46 +10,22 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "back/tree.h"
 #include "back/vsock_host.h"
 #include "base/err.h"
 
 #define HELLO_SECONDS 10                                           /* for an agent that is there */
 #define RETRY_MS 50
 
-static bool receive(int fd, void *buf, size_t len)
-{
-    while (len) {
-        ssize_t n = recv(fd, buf, len, 0);
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0)
-            return false;
-        buf = (u8 *)buf + n;
-        len -= (size_t)n;
-    }
-    return true;
-}
-
 bool agent_send(int fd, u32 type, const void *payload, u32 len)
 {
     struct msg_head head = {.type = type, .len = len};
-    const void *part[] = {&head, payload};
-    size_t size[] = {sizeof(head), len};
-    for (unsigned i = 0; i < 2; i++)
-        for (size_t done = 0; done < size[i];) {
-            ssize_t n = send(fd, (const u8 *)part[i] + done, size[i] - done, MSG_NOSIGNAL);
-            if (n < 0 && errno == EINTR)
-                continue;
-            if (n <= 0)
-                return false;
-            done += (size_t)n;
-        }
-    return true;
+    return tree_put(fd, &head, sizeof(head)) && tree_put(fd, payload, len);
 }
 
 bool agent_receive(int fd, struct msg_head *head, void *payload, u32 size)
 {
-    return receive(fd, head, sizeof(*head)) && head->len <= size && receive(fd, payload, head->len);
+    return tree_get(fd, head, sizeof(*head)) && head->len <= size && tree_get(fd, payload, head->len);
 }
 
 static void set_timeout(int fd, time_t seconds)
@@ -64,7 +40,7 @@ static bool accepted(int fd)
 {
     char line[32];
     size_t n = 0;
-    while (n < sizeof(line) && receive(fd, line + n, 1))
+    while (n < sizeof(line) && tree_get(fd, line + n, 1))
         if (line[n++] == '\n')
             return n > 3 && !memcmp(line, "OK ", 3);
     return false;
