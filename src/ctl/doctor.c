@@ -2,7 +2,7 @@
  * `doppel doctor` (doctor.h): a table of checks, each of which looks at one thing and says what it found and, if it is
  * missing, how to get it.
  *
- * Nothing here waits for anybody: no network is tried and no program is started.
+ * Nothing here waits for anybody: no network is tried and no program is started; what a host permits is tried in a child.
  */
 #define _GNU_SOURCE
 #include "ctl/doctor.h"
@@ -20,6 +20,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "back/virtiofsd.h"
 #include "base/err.h"
 #include "base/types.h"
 #include "cpu/cpuid.h"
@@ -31,6 +32,7 @@
 
 #define MAPS_WANTED 65530                                          /* Linux's default for vm.max_map_count */
 #define FILES_WANTED 256
+#define SHARED_FILES_WANTED 100000
 #define HWCAP2_FSGSBASE_BIT 2                                      /* Linux arch/x86/include/uapi/asm/hwcap2.h: bit 1 */
 
 enum verdict { GOOD, NOTE, MISSING };
@@ -317,8 +319,7 @@ static void check_namespaces(struct finding *f)
     bool ok = child > 0 && waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0;
     found(f, ok ? GOOD : NOTE, ok ? "can be made" : "cannot be made");
     if (!ok)
-        remedy(f, "not needed by this version; \"sysctl kernel.unprivileged_userns_clone=1\" or "
-                  "user.max_user_namespaces as root allow them, where no container "
+        remedy(f, "only virtio-fs takes them; \"sysctl kernel.unprivileged_userns_clone=1\" or user.max_user_namespaces=10000 as root allow them, where no container "
                   "forbids it");
 }
 
@@ -340,10 +341,9 @@ static void check_guest(struct finding *f)
     f->verdict = f->verdict == NOTE && !*f->remedy ? MISSING : f->verdict;
 }
 
-static bool in_path(const char *program)
+static bool in_folders(const char *program, const char *p)
 {
     char path[PATH_MAX];
-    const char *p = getenv("PATH");
     while (p && *p) {
         size_t len = strcspn(p, ":");
         int n = snprintf(path, sizeof(path), "%.*s/%s", (int)MIN(len, 2000), p, program);
@@ -352,6 +352,13 @@ static bool in_path(const char *program)
         p += len + (p[len] == ':');
     }
     return false;
+}
+
+/* Where guest/build and image/build look. */
+static bool in_path(const char *program)
+{
+    const char *path = getenv("PATH");
+    return in_folders(program, path ? path : "") || in_folders(program, "/usr/sbin:/sbin");
 }
 
 static void check_tools(struct finding *f)
@@ -370,6 +377,64 @@ static void check_tools(struct finding *f)
     found(f, NOTE, "missing:%s", lacks);
     remedy(f, "only needed to build the default guest, on Debian and its relatives; elsewhere copy a guest and set "
               "DOPPEL_GUEST, or give --kernel");
+}
+
+/* --- shared folders, images, networks --- */
+
+static void check_virtiofs(struct finding *f)
+{
+    struct rlimit l = {0, 0};
+    getrlimit(RLIMIT_NOFILE, &l);
+    if (virtiofsd_usable("/", true) < 0) {
+        found(f, NOTE, "%.240s", err_last());
+        remedy(f, "folders are shared by 9p without it, and --root takes that then; virtio-fs takes the package qemu-system-common (or virtiofsd), and user namespaces");
+        return;
+    }
+    bool few = l.rlim_max != RLIM_INFINITY && l.rlim_max < SHARED_FILES_WANTED;
+    if (l.rlim_max == RLIM_INFINITY)
+        found(f, GOOD, "virtiofsd can run");
+    else
+        found(f, few ? NOTE : GOOD, "virtiofsd can run; a guest may know %llu files of a folder at a time", (unsigned long long)l.rlim_max);
+    if (few)
+        remedy(f, "for folders of more than that: a higher limit (\"ulimit -Hn\", /etc/security/limits.conf), or 9p, which has none");
+}
+
+static void check_image_tools(struct finding *f)
+{
+    static const struct { const char *program, *package; } tools[] = {
+        {"mmdebstrap", "mmdebstrap"}, {"fakechroot", "fakechroot"}, {"fakeroot", "fakeroot"}, {"mke2fs", "e2fsprogs"}, {"dpkg", "dpkg"}, {"perl", "perl"},
+    };
+    char lacks[200] = "";
+    for (size_t i = 0; i < ARRAY_SIZE(tools); i++) {
+        size_t len = strlen(lacks);
+        if (!in_path(tools[i].program))
+            snprintf(lacks + len, sizeof(lacks) - len, " %s", tools[i].package);
+    }
+    if (!*lacks) {
+        found(f, GOOD, "\"doppel image build\" has all that it needs; it takes neither user namespaces nor ranges in /etc/subuid");
+        return;
+    }
+    found(f, NOTE, "\"doppel image build\" lacks:%s", lacks);
+    remedy(f, "\"apt-get install%s\" as root; images can be imported without them", lacks);
+}
+
+static void check_firmware(struct finding *f)
+{
+    bool there = access(RUN_FIRMWARE, R_OK) == 0;
+    found(f, there ? GOOD : NOTE, there ? RUN_FIRMWARE : "no " RUN_FIRMWARE);
+    if (!there)
+        remedy(f, "imported disks with a boot sector boot by it; install the package seabios");
+}
+
+static void check_network(struct finding *f)
+{
+    int fd = open("/dev/net/tun", O_RDWR | O_CLOEXEC);
+    bool tun = fd >= 0, passt = in_path("passt");
+    found(f, tun && passt ? GOOD : NOTE, "user: built in; tap: /dev/net/tun %s; passt: %s", tun ? "can be opened" : strerror(errno), passt ? "there" : "not installed");
+    if (tun)
+        close(fd);
+    if (!tun || !passt)
+        remedy(f, "--net user needs neither; tap devices are made by root (ip tuntap add NAME mode tap user YOU), passt is a package of that name");
 }
 
 static void check_terminal(struct finding *f)
@@ -404,6 +469,11 @@ static const struct check {
     {NULL, "Default guest", NULL},
     {"guest", NULL, check_guest},
     {"tools", NULL, check_tools},
+    {NULL, "Shared folders, images, networks", NULL},
+    {"virtio-fs", NULL, check_virtiofs},
+    {"image build", NULL, check_image_tools},
+    {"firmware", NULL, check_firmware},
+    {"network", NULL, check_network},
 };
 
 static void show(const struct check *c, const struct finding *f)

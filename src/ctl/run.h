@@ -9,4 +9,7 @@ enum {
     EXIT_TRIPLE_FAULT = 71,
 };
 
+/* Boots imported disks that have a boot sector. */
+#define RUN_FIRMWARE "/usr/share/seabios/bios-256k.bin"
+
 int run_main(int argc, char **argv);                               /* the words behind "run" */

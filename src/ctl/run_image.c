@@ -9,10 +9,9 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "ctl/run.h"
 #include "ctl/run_state.h"
 #include "ctl/seed.h"
-
-#define FIRMWARE "/usr/share/seabios/bios-256k.bin"
 
 static int read_cmdline(struct run_image *m)
 {
@@ -56,10 +55,10 @@ static int find_boot(struct run_image *m, const struct run_options *o)
     if (r < 0 || o->kernel)
         return r < 0 ? r : other_kernel(m, o);
     if (m->image.info.firmware) {
-        if (access(FIRMWARE, R_OK) < 0)
-            return err(-ENOENT, "image %s: boots by firmware, and there is no " FIRMWARE "; install the package seabios, or say doppel run --firmware FILE "
+        if (access(RUN_FIRMWARE, R_OK) < 0)
+            return err(-ENOENT, "image %s: boots by firmware, and there is no " RUN_FIRMWARE "; install the package seabios, or say doppel run --firmware FILE "
                                 "--disk %s/root.img,overlay", m->image.name, m->image.dir);
-        snprintf(m->firmware, sizeof(m->firmware), FIRMWARE);
+        snprintf(m->firmware, sizeof(m->firmware), RUN_FIRMWARE);
         return 0;
     }
     r = image_path(&m->image, "vmlinuz", m->kernel);

@@ -359,6 +359,17 @@ static void doctor_ends_well(void **state UNUSED)
     assert_int_equal(run("doctor"), 0);
     assert_true(now_ms() - before < 10000);
     has(child.text[0], "auto takes");
+    has(child.text[0], "image build");
+    char *path = strdup(getenv("PATH"));
+    setenv("PATH", "/nonexistent", 1);
+    setenv("DOPPEL_VIRTIOFSD", "/nonexistent", 1);
+    assert_int_equal(run("doctor"), 0);
+    setenv("PATH", path, 1);
+    unsetenv("DOPPEL_VIRTIOFSD");
+    free(path);
+    has(child.text[0], "virtiofsd is not installed");
+    has(child.text[0], "\"doppel image build\" lacks: mmdebstrap");
+    has(child.text[0], "apt-get install mmdebstrap");
 }
 
 static void missing_guest(void **state UNUSED)
