@@ -28,6 +28,7 @@ struct machine_tools {
     bool handlers;                 /* which instructions of the guest need a handler */
     bool profile;                  /* vCPUs' threads take the sampler's signal (cpu/sample.h) */
     bool translate_at_once;        /* nothing is interpreted first: tests */
+    bool signals;                  /* events reach translated code by signals only: tests */
     enum machine_mmu mmu;
     bool check;                    /* engines are compared (cpu/bt/check.h) */
     struct check_gate *gate;       /* its own */

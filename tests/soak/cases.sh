@@ -204,7 +204,7 @@ case_gcc()
 {
     cd /soak/source || return 1
     for f in $(pick "src/base/loop.c src/io/virtq.c" "$(echo src/base/*.c src/mem/*.c src/io/*.c src/dev/*.c)"); do
-        gcc $(pick -O1 '-O2 -g') -std=gnu17 -pthread -Isrc -c -o /tmp/o.o "$f" || return 1
+        gcc $(pick -O1 '-O2 -g') -std=gnu17 -pthread -Isrc "-DDOPPEL_VERSION=\"soak\"" -c -o /tmp/o.o "$f" || return 1
         echo "$f $(sha256sum </tmp/o.o)"
     done
 }

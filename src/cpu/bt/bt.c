@@ -2,8 +2,9 @@
  * bt: the engine. Its run loop is the interpreter's (boundary, interrupts, single-stepping); only blocks run otherwise, here.
  *
  * Locking: none, as in interp. Events: whoever raises one sets vcpu.events, then icpu.bt.stop, and sends a signal if icpu.bt.inside says that translated code may
- * be running; bt_run() clears stop, sets inside, and looks at the events afterwards, so none is lost. Translated code does not poll: it is left at
- * the instruction where the signal finds it (fault.c). Handlers of the interpreter's that are called from it are followed by a look at stop.
+ * be running; bt_run() clears stop, sets inside, and looks at the events afterwards, so none is lost. Loops look themselves (emit_branch.c, poll()), by two loads that
+ * cost next to nothing; whoever raises an event waits a few microseconds for that, since a signal takes longer, and only then sends one: translated code
+ * is left where the signal finds it (fault.c). Handlers of the interpreter's that are called from it are followed by a look at stop.
  */
 #define _GNU_SOURCE
 #include "cpu/bt/bt.h"
@@ -38,6 +39,7 @@ unsigned bt_key(const struct icpu *c)
     return view | KEY_SHADOW;
 }
 
+#define ANSWER_CYCLES 10000                                        /* a few us: what a signal costs */
 #define ACCOUNT_CYCLES BIT(20)
 #define CALM_CYCLES BIT(23)                                        /* whoever runs so long and changes no mapping had better use the shadow */
 
@@ -408,6 +410,7 @@ static void bt_run(struct icpu *c)
     do {
         struct block *b;
         atomic_store_explicit(&c->bt.stop, 0, memory_order_relaxed);
+        bt_poll_open(c);
         atomic_thread_fence(memory_order_seq_cst);
         if (unlikely(t->plants))
             bt_unplant(t);
@@ -454,13 +457,32 @@ static void run_checked(struct icpu *c)
 }
 
 /* ---- the engine ---- */
+/*
+ * Does the vCPU see by itself that there are events? Loops do within two microseconds, and so does C code that is on its way to translated code; a signal costs both
+ * sides more than that. Not where this thread has taken the vCPU's processor. poll is opened by whoever has left translated code for events, or is about to look at them.
+ */
+static bool answers(const struct icpu *c)
+{
+    u64 since = __rdtsc();
+    if (c->v->m->tools.signals || bt_signal_same_cpu(atomic_load(&c->bt.bt->cpu)))
+        return false;
+    do {
+        if (atomic_load(&c->bt.poll) != BT_POLL_CLOSED || !atomic_load(&c->bt.inside))
+            return true;
+        __builtin_ia32_pause();
+    } while (__rdtsc() - since < ANSWER_CYCLES);
+    return false;
+}
+
 static void kick(struct vcpu *v)
 {
     struct icpu *c = v->engine_data;
     if (!c)
         return;
     atomic_store(&c->bt.stop, 1);
-    if (atomic_load(&c->bt.inside))
+    if (!v->m->tools.signals)
+        atomic_store(&c->bt.poll, BT_POLL_CLOSED);
+    if (atomic_load(&c->bt.inside) && !bt_signal_is_here(c) && !answers(c))
         bt_signal_kick(atomic_load(&c->bt.bt->thread));
 }
 
@@ -470,6 +492,7 @@ static enum run_exit run(struct vcpu *v)
     syscall(SYS_arch_prctl, ARCH_SET_GS, c);
     if (bt_signal_here(c) < 0)
         return RUN_FAILED;
+    atomic_store(&c->bt.bt->cpu, bt_signal_cpu());
     atomic_store(&c->bt.bt->thread, bt_signal_thread());
     c->bt.bt->since = __rdtsc();
     enum run_exit r = interp_engine.run(v);
@@ -500,6 +523,7 @@ static void constants(struct icpu *c, struct bt *t)
     s64 x = (s64)((uintptr_t)c->x - (uintptr_t)c);
     t->bmi2 = cpuid_host_has(CPU_BMI2);
     c->bt.self = c;
+    bt_poll_open(c);
     c->bt.x_offset = x == (s32)x && x + (s64)sizeof *c->x == (s32)(x + (s64)sizeof *c->x) ? x : 0;
     c->bt.mask_df = FLAG_DF;
     for (unsigned i = 0; i < 3; i++)

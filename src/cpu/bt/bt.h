@@ -37,6 +37,7 @@
 #define BT_RETURN_HASH 32768u
 #define BT_WAYS (2 * BT_TBS)
 #define BT_PLANTS 4u
+#define BT_POLL_CLOSED 16                                           /* in the page at 0, which no process has; FP_GATE_CLOSED is another */
 #define BT_PAUSES 256u                                             /* about 10 us */
 #define BT_RUNS 6                                                  /* interpreted so often before it is translated */
 
@@ -166,6 +167,7 @@ struct bt {
     struct bt_fixed fixed;
     struct handled *handled;                                       /* NULL: nobody asks */
     _Atomic int thread;                                            /* that runs it, for kicks */
+    _Atomic(const volatile u32 *) cpu;                             /* on which processor it does, by the host's kernel; NULL: not known */
     unsigned runs;                                                 /* BT_RUNS, or 1 */
     /* --mmu auto */
     bool choose;
@@ -223,6 +225,10 @@ void bt_entry(struct icpu *c, struct bt *t, struct tb *tb);          /* makes th
 void bt_page_entry(struct icpu *c, struct bt *t, struct tb *tb);
 
 /* ---- bt.c ---- */
+static inline void bt_poll_open(struct icpu *c)
+{
+    atomic_store_explicit(&c->bt.poll, (u64)(uintptr_t)c, memory_order_relaxed);
+}
 /* Runs op's handler; called by translated code. site: tb index << 8 | op. The result, OP_NEXT: go on behind it. */
 int bt_run_op(struct icpu *c, u32 site);
 int bt_run_light(struct icpu *c, u32 site, int (*fn)(struct icpu *c, const struct op *op));

@@ -250,11 +250,27 @@ static bool load_target(struct tr *t, const struct op *op)
     return true;
 }
 
+/*
+ * Backwards: perhaps a loop. Two loads, whose result is not used, look whether there are events: icpu.bt.poll is an address that does not exist then, and the
+ * fault leads out at this instruction's beginning (fault.c). No flags, no branch; a signal from another processor takes several times as long as
+ * this fault, in a virtual machine above all.
+ */
+static void poll(struct tr *t, const struct op *op)
+{
+    if ((s64)op->disp > (s64)op->off || (t->shadowed && t->i == t->shadowed))
+        return;
+    op_gs(&t->e, true, X_LOAD, S1, OFF(bt.poll));
+    tr_mark(t, t->i, 0);                                           /* up to the branch itself a kick may leave */
+    op_mem(&t->e, false, X_LOAD, S1, S1, NO_REG, 0, 0);
+    tr_mark(t, t->i, 0);
+}
+
 static bool emit_jmp(struct tr *t, const struct op *op)
 {
     if (relative(t)) {
         if (!tlb_canonical(target_of(t, op)))
             return false;
+        poll(t, op);
         tr_exit(t, target_of(t, op));
         return true;
     }
@@ -323,6 +339,7 @@ static bool emit_jcc(struct tr *t, const struct op *op)
 {
     if (!tlb_canonical(target_of(t, op)))
         return false;
+    poll(t, op);
     tr_exit_if(t, tr_item(t)->d.insn.opcode & 15, target_of(t, op));
     return true;
 }

@@ -5,7 +5,7 @@
  * shadow does not hold, a device). The shadow is filled on the spot; everything else goes back to the beginning of the guest's instruction, whose handler of
  * the interpreter's then runs (bt.c, BT_EXIT_OP) and raises what is to be raised.
  *
- * Kicks: an event for a vCPU in translated code arrives as a signal. At an instruction's beginning the state is the guest's, and the code is left; on the
+ * Events: a branch backwards faults while there are some, and the code is left at its beginning. Where none comes soon they arrive as a signal, a kick. At an instruction's beginning the state is the guest's, and the code is left; on the
  * way from one translation to another too, for there nothing but RIP is under way. Elsewhere breakpoints are put where the instruction ends: all else that it can
  * come to is C, which looks at icpu.bt.stop. Where that is not certain, the host's trap flag leads on, instruction by instruction, which
  * is slow in a virtual machine (13 us each, where a breakpoint takes 2).
@@ -173,6 +173,14 @@ static bool fault(struct icpu *c, struct bt *t, struct bt_trap *s)
     const struct tb_mark *m = mark_at(t, tb, pc);
     if (m->flags & MARK_COLD || m->op >= tb->n)
         return false;
+    if (s->what == TRAP_MEMORY && s->has_address && s->address == BT_POLL_CLOSED) {
+        bt_unplant(t);
+        bt_poll_open(c);                                           /* whoever has closed it need not send a signal any more; stop is still set */
+        vcpu_count(c->v, COUNT_POLLED);
+        leave(c, t, tb, m->op, s, BT_EXIT_RIP);
+        c->bt.insns += m->op;
+        return true;
+    }
     bool string = m->flags & MARK_STRING;
     if (string)
         m = string_stopped(s, m);
@@ -346,8 +354,11 @@ static bool kick(struct icpu *c, struct bt *t, struct bt_trap *s)
 {
     const u8 *pc = (const u8 *)(uintptr_t)s->pc;
     const struct tb *tb;
-    atomic_store(&c->bt.stop, 1);
     bt_unplant(t);
+    if (!atomic_load(&c->bt.stop)) {                               /* answered already: bt_run() has looked at the events since they were raised */
+        s->flags &= ~(u64)TRAP_FLAG;
+        return true;
+    }
     if (pc < t->rx || pc >= t->rx + BT_ARENA_BYTES) {
         s->flags &= ~(u64)TRAP_FLAG;                               /* C looks at stop before it comes back */
         return true;

@@ -9,9 +9,13 @@
 
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/mman.h>
+#if __has_include(<sys/rseq.h>)
+#include <sys/rseq.h>
+#endif
 #include <sys/syscall.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -155,9 +159,28 @@ int bt_signal_here(struct icpu *c)
     return 0;
 }
 
+bool bt_signal_is_here(const struct icpu *c)
+{
+    return here.vcpu == c;
+}
+
 int bt_signal_thread(void)
 {
     return here.thread;
+}
+
+const volatile u32 *bt_signal_cpu(void)
+{
+#if __has_include(<sys/rseq.h>)
+    if (__rseq_size)
+        return &((const volatile struct rseq *)((const u8 *)__builtin_thread_pointer() + __rseq_offset))->cpu_id;
+#endif
+    return NULL;
+}
+
+bool bt_signal_same_cpu(const volatile u32 *cpu)
+{
+    return cpu && (int)*cpu == sched_getcpu();
 }
 
 void bt_signal_kick(int thread)

@@ -16,7 +16,10 @@ struct bt_trap {
 int bt_signal_open(void);                                          /* once for each vCPU; 0 or negative errno with err() */
 void bt_signal_close(void);
 int bt_signal_here(struct icpu *c);                                /* this thread runs c from now on, NULL: nothing any more */
+bool bt_signal_is_here(const struct icpu *c);                       /* does this thread run c? */
 int bt_signal_thread(void);                                        /* this thread's number for bt_signal_kick() */
+const volatile u32 *bt_signal_cpu(void);                           /* where the kernel tells on which processor this thread was last; NULL: nowhere */
+bool bt_signal_same_cpu(const volatile u32 *cpu);                  /* this thread is on the processor that another's bt_signal_cpu() tells */
 void bt_signal_kick(int thread);                                   /* any thread */
 
 /* fault.c: false: not translated code's. What it changes in *s becomes the thread's state. */

@@ -124,6 +124,7 @@ struct icpu_bt {
     u64 *itlb_user;                /* user code's itlb, and see there */
     const struct op *op;           /* whose result generated code was left with */
     _Atomic u32 stop;              /* look at vcpu.events */
+    _Atomic(u64) poll;             /* what branches backwards read through: a valid address, or BT_POLL_CLOSED while there are events (emit_branch.c) */
     _Atomic u32 inside;            /* in translated code: a kick needs a signal */
     void (*run)(struct icpu *c);
     void (*forget)(struct icpu *c, struct block *b);
