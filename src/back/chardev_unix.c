@@ -159,7 +159,7 @@ int chardev_unix_new(struct loop *loop, const char *path, const struct log *log,
     if (r == 0)
         r = fdout_open(&u->out, loop, CHARDEV_BUFFER, true, &unix_out_ops, u);
     if (r == 0)
-        r = listener_unix(&u->listener, "console", path);
+        r = listener_unix(&u->listener, "console", path, SOCK_STREAM);
     if (r == 0)
         r = listener_watch(u);
     if (r < 0) {

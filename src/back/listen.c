@@ -29,7 +29,7 @@ void listener_close(struct listener *l)
     socket_file_remove(l);
 }
 
-/* Makes way at the path: a socket that refuses is left over from a process that ended without removing it. */
+/* Makes way at the path: a socket that refuses is left over from a process that ended without removing it (one of another type says so: EPROTOTYPE). */
 static int stale_socket_remove(const char *label, const struct sockaddr_un *address)
 {
     const char *path = address->sun_path;
@@ -55,13 +55,13 @@ static int stale_socket_remove(const char *label, const struct sockaddr_un *addr
     return 0;
 }
 
-static int unix_listen(struct listener *l, const char *label)
+static int unix_listen(struct listener *l, const char *label, int type)
 {
     const char *path = l->address.sun_path;
     int r = stale_socket_remove(label, &l->address);
     if (r < 0)
         return r;
-    l->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    l->fd = socket(AF_UNIX, type | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (l->fd < 0)
         return err(-errno, "%s unix:%s: cannot make a socket: %s", label, path, strerror(errno));
     /*
@@ -76,14 +76,14 @@ static int unix_listen(struct listener *l, const char *label)
     return 0;
 }
 
-int listener_unix(struct listener *l, const char *label, const char *path)
+int listener_unix(struct listener *l, const char *label, const char *path, int type)
 {
     *l = (struct listener){.fd = -1, .address.sun_family = AF_UNIX};
     if (!*path || strlen(path) >= sizeof(l->address.sun_path))
         return err(-ENAMETOOLONG, "%s unix:%s: the path must have 1 to %zu bytes; use a shorter one", label, path,
                    sizeof(l->address.sun_path) - 1);
     memcpy(l->address.sun_path, path, strlen(path));
-    int r = unix_listen(l, label);
+    int r = unix_listen(l, label, type);
     if (r < 0)
         listener_close(l);
     return r;

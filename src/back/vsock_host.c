@@ -22,15 +22,23 @@
 struct knock {
     struct vsock_host *h;
     int fd;                                                        /* -1: free */
+    bool seq;
     u64 age;
     struct loop_fd watch;
+};
+
+/* Where clients come in: for streams, for messages. */
+struct door {
+    struct vsock_host *h;
+    struct listener listener;
+    struct loop_fd watch;
+    bool seq;
 };
 
 struct vsock_host {
     struct vsock_host_config config;
     struct loop *loop;
-    struct listener listener;
-    struct loop_fd watch;
+    struct door door[2];
     const struct vsock_host_ops *ops;
     void *arg;
     u64 knocked;
@@ -40,16 +48,21 @@ struct vsock_host {
 
 /* --- lines --- */
 
-/* Takes the first line from the socket, without its newline: its length; 0: it is not complete; -errno: it never will be. */
-static int take_line(int fd, char line[LINE_MAX_BYTES])
+/*
+ * Takes the first line from the socket, without its newline: its length; 0: it is not complete; -errno: it never will be. A message is a line, or it is nonsense. (A larger one
+ * comes as much longer than it is, by MSG_TRUNC.)
+ */
+static int take_line(int fd, char line[LINE_MAX_BYTES], bool seq)
 {
-    ssize_t n = recv(fd, line, LINE_MAX_BYTES, MSG_PEEK | MSG_DONTWAIT);
-    char *end = n > 0 ? memchr(line, '\n', (size_t)n) : NULL;
+    ssize_t n = recv(fd, line, LINE_MAX_BYTES, MSG_PEEK | MSG_DONTWAIT | (seq ? MSG_TRUNC : 0));
+    char *end = n > 0 ? memchr(line, '\n', (size_t)MIN(n, LINE_MAX_BYTES)) : NULL;
 
     if (n < 0)
         return errno == EAGAIN || errno == EINTR ? 0 : -errno;
     if (n == 0)
         return -ECONNRESET;
+    if (seq && (n > LINE_MAX_BYTES || end != line + n - 1))
+        return -EPROTO;
     if (!end)
         return n == LINE_MAX_BYTES ? -EPROTO : 0;
     n = recv(fd, line, (size_t)(end - line) + 1, MSG_DONTWAIT);
@@ -121,7 +134,7 @@ static void knock_speaks(void *arg, u32 events UNUSED)
     struct vsock_host *h = k->h;
     char line[LINE_MAX_BYTES];
     u32 cid, from, to;
-    int n = take_line(k->fd, line), fd = k->fd;
+    int n = take_line(k->fd, line, k->seq), fd = k->fd;
 
     if (n == 0)
         return;
@@ -130,7 +143,7 @@ static void knock_speaks(void *arg, u32 events UNUSED)
         return;
     }
     knock_forget(k);
-    h->ops->incoming(h->arg, fd, cid, from, to);
+    h->ops->incoming(h->arg, fd, cid, from, to, k->seq);
 }
 
 /* A free place, or that of the eldest. */
@@ -150,22 +163,24 @@ static struct knock *knock_place(struct vsock_host *h)
 
 static void client_arrived(void *arg, u32 events UNUSED)
 {
-    struct vsock_host *h = arg;
-    int fd = listener_accept(&h->listener);
+    struct door *d = arg;
+    struct vsock_host *h = d->h;
+    int fd = listener_accept(&d->listener);
     struct knock *k;
 
     if (fd < 0) {
         if (errno == EAGAIN || errno == ECONNABORTED || errno == EINTR)
             return;
         if (!h->complained)
-            log_msg(h->config.log, LOG_WARN, "vsock unix:%s: cannot take a client: %s; it waits until another has gone", h->config.path,
+            log_msg(h->config.log, LOG_WARN, "vsock unix:%s: cannot take a client: %s; it waits until another has gone", d->listener.address.sun_path,
                     strerror(errno));
         h->complained = true;
-        loop_fd_del(&h->watch);                                    /* it would be reported again and again */
+        loop_fd_del(&d->watch);                                    /* it would be reported again and again */
         return;
     }
     k = knock_place(h);
     k->fd = fd;
+    k->seq = d->seq;
     k->age = ++h->knocked;
     if (loop_fd_add(h->loop, &k->watch, fd, EPOLLIN, knock_speaks, k) < 0) {
         k->fd = -1;
@@ -173,10 +188,20 @@ static void client_arrived(void *arg, u32 events UNUSED)
     }
 }
 
+static int open_doors(struct vsock_host *h)
+{
+    int r = 0;
+
+    for (struct door *d = h->door; d < h->door + ARRAY_SIZE(h->door) && r == 0; d++)
+        if (!d->watch.loop)
+            r = loop_fd_add(h->loop, &d->watch, d->listener.fd, EPOLLIN, client_arrived, d);
+    return r;
+}
+
 void vsock_host_closed(struct vsock_host *h)
 {
-    if (h->ops && !h->watch.loop)
-        loop_fd_add(h->loop, &h->watch, h->listener.fd, EPOLLIN, client_arrived, h);
+    if (h->ops)
+        open_doors(h);
 }
 
 int vsock_host_accepted(int fd, u32 port)
@@ -189,7 +214,7 @@ int vsock_host_accepted(int fd, u32 port)
 
 /* --- calls --- */
 
-int vsock_host_call(struct vsock_host *h, u32 cid, u32 from, u32 to)
+int vsock_host_call(struct vsock_host *h, u32 cid, u32 from, u32 to, bool seq)
 {
     struct sockaddr_un address = { .sun_family = AF_UNIX };
     const size_t size = sizeof(address.sun_path);
@@ -199,10 +224,10 @@ int vsock_host_call(struct vsock_host *h, u32 cid, u32 from, u32 to)
     if (cid == VSOCK_CID_HOST)
         len = snprintf(address.sun_path, size, "%s_%u", h->config.path, to);
     else if (h->config.peers && cid >= VSOCK_CID_FIRST && cid <= VSOCK_CID_MAX && cid != h->config.cid)
-        len = snprintf(address.sun_path, size, "%s/" VSOCK_PEER_NAME "/" VSOCK_SOCKET_NAME, h->config.peers, cid);
+        len = snprintf(address.sun_path, size, "%s/" VSOCK_PEER_NAME "/" VSOCK_SOCKET_NAME "%s", h->config.peers, cid, seq ? VSOCK_SEQ_SUFFIX : "");
     if (len < 0 || (size_t)len >= size)
         return -ECONNREFUSED;
-    fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    fd = socket(AF_UNIX, (seq ? SOCK_SEQPACKET : SOCK_STREAM) | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (fd < 0)
         return -errno;
     if (connect(fd, (const struct sockaddr *)&address, sizeof(address)) < 0)
@@ -217,10 +242,10 @@ int vsock_host_call(struct vsock_host *h, u32 cid, u32 from, u32 to)
     return error ? error : fd;
 }
 
-int vsock_host_answer(int fd)
+int vsock_host_answer(int fd, bool seq)
 {
     char line[LINE_MAX_BYTES];
-    int n = take_line(fd, line);
+    int n = take_line(fd, line, seq);
 
     if (n <= 0)
         return n;
@@ -239,18 +264,32 @@ int vsock_host_serve(struct vsock_host *h, const struct vsock_host_ops *ops, voi
     h->ops = ops;
     h->arg = arg;
     if (ops)
-        return loop_fd_add(h->loop, &h->watch, h->listener.fd, EPOLLIN, client_arrived, h);
-    loop_fd_del(&h->watch);
+        return open_doors(h);
+    for (struct door *d = h->door; d < h->door + ARRAY_SIZE(h->door); d++)
+        loop_fd_del(&d->watch);
     for (struct knock *k = h->knock; k < h->knock + KNOCKS_MAX; k++)
         if (k->fd >= 0)
             knock_refuse(k);
     return 0;
 }
 
+static int door_make(struct door *d)
+{
+    char path[sizeof(d->listener.address.sun_path) + 1];
+    int n = snprintf(path, sizeof(path), "%s%s", d->h->config.path, d->seq ? VSOCK_SEQ_SUFFIX : ""), r;
+
+    if ((size_t)n >= sizeof(path) - 1)
+        return err(-ENAMETOOLONG, "vsock unix:%s: the path is too long; use one of %zu bytes at most", d->h->config.path, sizeof(path) - 2 - strlen(VSOCK_SEQ_SUFFIX));
+    r = listener_unix(&d->listener, "vsock", path, d->seq ? SOCK_SEQPACKET : SOCK_STREAM);
+    if (r == 0 && listen(d->listener.fd, KNOCKS_MAX) < 0)          /* more than one client at a time */
+        r = err(-errno, "vsock unix:%s: cannot listen: %s", path, strerror(errno));
+    return r;
+}
+
 int vsock_host_new(struct loop *loop, const struct vsock_host_config *config, struct vsock_host **out)
 {
     struct vsock_host *h = calloc(1, sizeof(*h));
-    int r;
+    int r = 0;
 
     if (!h)
         return err(-ENOMEM, "vsock: out of memory");
@@ -258,13 +297,12 @@ int vsock_host_new(struct loop *loop, const struct vsock_host_config *config, st
     h->loop = loop;
     for (struct knock *k = h->knock; k < h->knock + KNOCKS_MAX; k++)
         *k = (struct knock){ .h = h, .fd = -1 };
-    r = listener_unix(&h->listener, "vsock", config->path);
-    if (r == 0 && listen(h->listener.fd, KNOCKS_MAX) < 0) {        /* more than one client at a time */
-        r = err(-errno, "vsock unix:%s: cannot listen: %s", config->path, strerror(errno));
-        listener_close(&h->listener);
-    }
+    for (unsigned i = 0; i < ARRAY_SIZE(h->door); i++)
+        h->door[i] = (struct door){ .h = h, .listener.fd = -1, .seq = i };
+    for (struct door *d = h->door; d < h->door + ARRAY_SIZE(h->door) && r == 0; d++)
+        r = door_make(d);
     if (r < 0) {
-        free(h);
+        vsock_host_free(h);
         return r;
     }
     *out = h;
@@ -276,6 +314,7 @@ void vsock_host_free(struct vsock_host *h)
     if (!h)
         return;
     vsock_host_serve(h, NULL, NULL);
-    listener_close(&h->listener);
+    for (struct door *d = h->door; d < h->door + ARRAY_SIZE(h->door); d++)
+        listener_close(&d->listener);
     free(h);
 }

@@ -7,6 +7,9 @@
  *   to another guest  of the same user, by its CID: PEERS/.cid-N/vsock is the other doppel's PATH. "CONNECT PORT FROM CID:PORT\n" names
  *                     who calls, which is believed: the socket's file is open to its owner only.
  *
+ * Sockets of messages (SOCK_SEQPACKET) are apart: they are called at PATH.seq (PEERS/.cid-N/vsock.seq), by a message for each of these lines, and a guest's call goes to
+ * PATH_P as a SOCK_SEQPACKET; it is refused if that is a stream's.
+ *
  * On the loop's thread (or before it runs). Callbacks come with no lock held.
  */
 #pragma once
@@ -19,6 +22,7 @@
 #define VSOCK_CID_MAX 0xfffffffeu
 #define VSOCK_PEER_NAME ".cid-%u"                                  /* in the folder of peers: a folder, or a link to one */
 #define VSOCK_SOCKET_NAME "vsock"                                  /* in there */
+#define VSOCK_SEQ_SUFFIX ".seq"                                    /* behind it, for messages */
 
 struct vsock_host;
 
@@ -31,7 +35,7 @@ struct vsock_host_config {
 
 /* Somebody calls the guest's port `to`: a program (cid VSOCK_CID_HOST, port 0: any will do), or another guest. fd is the callee's now. */
 struct vsock_host_ops {
-    void (*incoming)(void *arg, int fd, u32 cid, u32 from, u32 to);
+    void (*incoming)(void *arg, int fd, u32 cid, u32 from, u32 to, bool seq);
 };
 
 /* Listens. 0, or a negative errno with err(). */
@@ -45,9 +49,9 @@ u32 vsock_host_cid(const struct vsock_host *h);
  * The guest calls. A descriptor that does not block, or a negative errno (without err(): a guest that calls where nobody is is no fault of
  * the host's). With a cid other than VSOCK_CID_HOST the answer has to be awaited: vsock_host_answer().
  */
-int vsock_host_call(struct vsock_host *h, u32 cid, u32 from, u32 to);
+int vsock_host_call(struct vsock_host *h, u32 cid, u32 from, u32 to, bool seq);
 /* Looks for "OK ...\n" at the beginning of what fd brings, and takes it: 1; 0: not there yet; negative errno: refused. */
-int vsock_host_answer(int fd);
+int vsock_host_answer(int fd, bool seq);
 /* Tells the client that the guest has accepted. 0 or negative errno. */
 int vsock_host_accepted(int fd, u32 port);
 /* A descriptor was closed: clients may be taken again, if there were too many. */

@@ -175,7 +175,7 @@ int control_new(const struct control_config *config, struct control **out)
     c->config = *config;
     for (struct client *k = c->client; k < c->client + CLIENTS_MAX; k++)
         *k = (struct client){ .c = c, .fd = -1 };
-    r = listener_unix(&c->listener, "control socket", config->path);
+    r = listener_unix(&c->listener, "control socket", config->path, SOCK_STREAM);
     if (r == 0 && (listen(c->listener.fd, CLIENTS_MAX) < 0 ||
                    loop_fd_add(config->loop, &c->watch, c->listener.fd, EPOLLIN, client_arrived, c) < 0)) {
         r = err(-EIO, "control socket %s: cannot listen", config->path);

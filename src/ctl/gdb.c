@@ -173,7 +173,7 @@ static void on_stopped(void *arg)
 static int start(struct gdb *g)
 {
     const struct gdb_config *c = &g->config;
-    int r = c->path ? listener_unix(&g->listener, "--gdb", c->path) : listener_tcp(&g->listener, "--gdb", c->port);
+    int r = c->path ? listener_unix(&g->listener, "--gdb", c->path, SOCK_STREAM) : listener_tcp(&g->listener, "--gdb", c->port);
     if (r == 0)
         r = fdin_open(&g->in, c->loop, &in_ops, g);
     if (r == 0)

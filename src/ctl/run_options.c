@@ -523,7 +523,8 @@ const struct option run_option_table[] = {
      "after SECONDS (default: 120), the VM goes on then; 0: does not wait. Its console is that of --console, or none.", false, set_detach},
     {"vsock", "PATH",
      "Where the guest's vsock is on this host: a program connects to the Unix socket PATH and sends \"CONNECT PORT\" to reach the guest's port, "
-     "and reads \"OK\" and a number; the guest's connections to CID 2, port PORT, arrive at the Unix socket PATH_PORT. Default: "
+     "and reads \"OK\" and a number; the guest's connections to CID 2, port PORT, arrive at the Unix socket PATH_PORT. Messages instead of streams (SOCK_SEQPACKET) "
+     "come and go by PATH.seq, and by a PATH_PORT of that type. Default: "
      "the socket \"vsock\" in the VM's directory.", false, set_vsock},
     {"gdb", "PORT|unix:PATH[,wait][,i386]",
      "Takes a gdb, one at a time, at that port of 127.0.0.1 (where every user of this host can connect) or at a Unix "

@@ -51,15 +51,21 @@ static int open_control(struct run *run, bool (*line)(void *arg, char *line, FIL
     return run->control_path ? control_new(&config, &run->control) : err(-ENOMEM, "no memory");
 }
 
-/* --vsock PATH is known by the VM's name, too. */
+/* --vsock PATH, and its socket of messages, are known by the VM's name, too. */
 static int link_vsock(struct run *run)
 {
-    char path[PATH_MAX];
+    static const char *const names[] = {VSOCK_SOCKET_NAME, VSOCK_SOCKET_NAME VSOCK_SEQ_SUFFIX};
+    char path[PATH_MAX + sizeof(VSOCK_SEQ_SUFFIX)];
     if (!realpath(run->vsock_path, path))
         return err(-errno, "--vsock %s: %s", run->vsock_path, strerror(errno));
-    unlinkat(run->instance.dir_fd, VSOCK_SOCKET_NAME, 0);
-    return symlinkat(path, run->instance.dir_fd, VSOCK_SOCKET_NAME) == 0 ? 0 : err(-errno, "%s: cannot make a link: %s", run->instance.dir,
-                                                                                strerror(errno));
+    for (unsigned i = 0; i < ARRAY_SIZE(names); i++) {
+        if (i)
+            strcat(path, VSOCK_SEQ_SUFFIX);
+        unlinkat(run->instance.dir_fd, names[i], 0);
+        if (symlinkat(path, run->instance.dir_fd, names[i]) < 0)
+            return err(-errno, "%s: cannot make a link: %s", run->instance.dir, strerror(errno));
+    }
+    return 0;
 }
 
 static int open_vsock(struct run *run)

@@ -1,5 +1,6 @@
 /*
- * virtio sockets (see virtio_vsock.h; virtio 1.2, 5.10): the stream type. A connection is a file descriptor and two counts of bytes.
+ * virtio sockets (see virtio_vsock.h; virtio 1.2, 5.10): streams and, if the driver has asked for them, messages (SEQPACKET). A connection is a file descriptor and two
+ * counts of bytes.
  *
  * Queues: 0 to the guest, 1 from the guest, 2 events. The vCPU that notifies posts service() to the loop; packets, descriptors and their
  * readiness are all seen to there.
@@ -13,13 +14,18 @@
  * Credit (5.10.6.3): towards the guest no more is read from the descriptor than the guest has announced room for. From the guest at most
  * BUF_ALLOC bytes wait for the host's reader; a guest that sends more than that breaks the rules, and its connection is reset.
  *
+ * Messages (5.10.6.6.2). From the guest: packets up to the one with VIRTIO_VSOCK_SEQ_EOM wait in the same ring of bytes, whose `ends` has a bit for each byte that ends a message,
+ * so that the least messages cost no more memory than the largest; each goes to the host by one send(). To the guest: one message is taken from the socket at a time, whole, and goes in as
+ * many packets as the guest's buffers and credit make it. One that is larger than all the room that a side has announced can never be whole there: the connection is reset. Empty
+ * messages are left out, since a Unix socket shows one as its end, and so is VIRTIO_VSOCK_SEQ_EOR, which it does not carry.
+ *
  * What is to be said on a connection is a set of bits, so it cannot grow. Answers to packets that belong to no connection wait in a small
  * ring; while that is full, and the guest offers no buffers, nothing is taken from it (5.10.6.1.1).
  *
  * A saved state has no connections: what it is loaded into tells its guest that all are lost (5.10.6.7), except where it is the very
  * device that was saved, and nothing has happened since (a change of engines).
  *
- * Left out: SEQPACKET (a byte stream has no message boundaries to keep), legacy drivers (there are none).
+ * Left out: legacy drivers (there are none).
  *
  * Locking: the device's lock guards everything. Nothing here waits while it is held: descriptors do not block.
  */
@@ -28,8 +34,10 @@
 
 #include <errno.h>
 #include <linux/virtio_vsock.h>
+#include <poll.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/ioctl.h>
 #include <sys/random.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -64,6 +72,7 @@ struct conn {
     struct conn *hash_next, *prev, *next;
     struct address at;
     enum conn_state state;
+    bool seq;                                                      /* messages */
     u8 say;
     int fd;                                                        /* -1: closed */
     struct loop_fd watch;
@@ -74,9 +83,13 @@ struct conn {
     bool stuck;                                                    /* no credit, or no buffer in the ring */
     bool host_ended, host_gone;                                    /* the host's side sends no more; is not there any more */
     u8 shut;                                                       /* VIRTIO_VSOCK_SHUTDOWN_* that the guest was or is to be told */
+    u8 *message;                                                   /* taken from the host, and not all with the guest: message[message_at, message_len) */
+    u32 message_at, message_len;
     /* from the guest */
     u8 *buf;                                                       /* a ring of BUF_ALLOC bytes, once it is needed */
     u32 head, len;
+    u64 *ends;                                                     /* of messages: bits for its bytes */
+    u32 whole;                                                     /* messages, so many bits */
     u32 forwarded, told;                                           /* bytes that the host has taken; as the guest knows */
     u8 guest_shut;
     bool write_ended;                                              /* the end of the guest's data was passed on, or nobody wants it */
@@ -96,7 +109,7 @@ struct virtio_vsock {
     struct conn *first, *last;                                     /* all */
     unsigned conns;
     u32 next_port;
-    struct address reset[RESETS_MAX];                              /* answers to packets without a connection */
+    struct { struct address at; u16 type; } reset[RESETS_MAX];     /* answers to packets without a connection */
     unsigned reset_head, resets;
     u8 piece[PIECE_MAX];
 };
@@ -167,7 +180,7 @@ static void list_del(struct conn *c)
 }
 
 /* NULL: too many, or no memory. fd is the connection's from now on, also then. */
-static struct conn *conn_new(struct virtio_vsock *v, const struct address *at, int fd, enum conn_state state)
+static struct conn *conn_new(struct virtio_vsock *v, const struct address *at, int fd, enum conn_state state, bool seq)
 {
     struct conn *c = v->conns < CONNS_MAX ? calloc(1, sizeof(*c)) : NULL;
 
@@ -176,10 +189,12 @@ static struct conn *conn_new(struct virtio_vsock *v, const struct address *at, i
         vsock_host_closed(v->host);
         return NULL;
     }
-    *c = (struct conn){ .v = v, .at = *at, .fd = fd, .state = state, .hash_next = *bucket_of(v, at) };
+    *c = (struct conn){ .v = v, .at = *at, .fd = fd, .state = state, .seq = seq, .hash_next = *bucket_of(v, at) };
     *bucket_of(v, at) = c;
     list_add(c);
     v->conns++;
+    if (seq)                                                       /* a message goes at once, or not at all (unix(7)) */
+        setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &(int){ BUF_ALLOC }, sizeof(int));
     return c;
 }
 
@@ -210,6 +225,8 @@ static void conn_free(struct conn *c)
     list_del(c);
     c->v->conns--;
     free(c->buf);
+    free(c->ends);
+    free(c->message);
     free(c);
 }
 
@@ -224,7 +241,7 @@ static void finish(struct conn *c)
 {
     close_fd(c);
     c->state = CLOSING;
-    c->len = 0;
+    c->len = c->whole = 0;
     c->say = 0;
     say(c, SAY_RST);
 }
@@ -257,7 +274,7 @@ static void rewatch(struct conn *c)
     case CALLED_BY_HOST: break;
     case CALLED_BY_GUEST: want = EPOLLIN | EPOLLET; break;         /* a part of a line does not wake us up again */
     case OPEN:
-        want = (wants_read(c) ? EPOLLIN : 0) | (c->len ? EPOLLOUT : 0);
+        want = (wants_read(c) ? EPOLLIN : 0) | ((c->seq ? c->whole : c->len) ? EPOLLOUT : 0);
         on = want || (!c->host_gone && (c->host_ended || (c->guest_shut & VIRTIO_VSOCK_SHUTDOWN_RCV)));
         break;
     case CLOSING: on = false; break;
@@ -302,11 +319,11 @@ static bool take_buffer(struct virtio_vsock *v, u32 len)
 }
 
 /* Into the buffer that take_buffer() has found. */
-static void put_packet(struct virtio_vsock *v, const struct address *at, const struct conn *c, u16 op, u32 flags, const void *data, u32 len)
+static void put_packet(struct virtio_vsock *v, const struct address *at, u16 type, const struct conn *c, u16 op, u32 flags, const void *data, u32 len)
 {
     struct virtio_vsock_hdr h = {
         .src_cid = at->cid, .dst_cid = v->config.guest_cid, .src_port = at->port, .dst_port = at->guest_port, .len = len,
-        .type = VIRTIO_VSOCK_TYPE_STREAM, .op = op, .flags = flags,
+        .type = type, .op = op, .flags = flags,
         .buf_alloc = c ? BUF_ALLOC : 0, .fwd_cnt = c ? c->forwarded : 0,
     };
 
@@ -315,6 +332,12 @@ static void put_packet(struct virtio_vsock *v, const struct address *at, const s
         virtq_write(&v->rx, data, len);
     virtq_push(&v->virtio.queue[RX], &v->rx, (u32)sizeof(h) + len);
     v->events++;
+}
+
+static void put_conn_packet(struct conn *c, u16 op, u32 flags, const void *data, u32 len)
+{
+    put_packet(c->v, &c->at, c->seq ? VIRTIO_VSOCK_TYPE_SEQPACKET : VIRTIO_VSOCK_TYPE_STREAM, c, op, flags, data, len);
+    c->told = c->forwarded;
 }
 
 static bool say_one(struct conn *c, u8 what)
@@ -330,8 +353,7 @@ static bool say_one(struct conn *c, u8 what)
         i++;
     if (!take_buffer(c->v, 0))
         return false;
-    put_packet(c->v, &c->at, c, ops[i].op, what == SAY_SHUTDOWN ? c->shut : 0, NULL, 0);
-    c->told = c->forwarded;
+    put_conn_packet(c, ops[i].op, what == SAY_SHUTDOWN ? c->shut : 0, NULL, 0);
     c->say &= (u8)~what;
     return true;
 }
@@ -344,7 +366,7 @@ static bool say_all(struct virtio_vsock *v)
     for (; v->resets; v->resets--, v->reset_head = (v->reset_head + 1) % RESETS_MAX) {
         if (!take_buffer(v, 0))
             return false;
-        put_packet(v, &v->reset[v->reset_head], NULL, VIRTIO_VSOCK_OP_RST, 0, NULL, 0);
+        put_packet(v, &v->reset[v->reset_head].at, v->reset[v->reset_head].type, NULL, VIRTIO_VSOCK_OP_RST, 0, NULL, 0);
     }
     for (c = v->first; c; c = next) {
         next = c->next;
@@ -375,21 +397,89 @@ static void host_ends(struct conn *c, ssize_t n)
     tell_shut(c, c->host_gone ? SHUT_BOTH : VIRTIO_VSOCK_SHUTDOWN_SEND);
 }
 
-/* One buffer full. False: nothing more to be done now. */
-static bool read_once(struct conn *c)
+/* Room and a buffer: how many bytes go into the latter. 0: there is none now. */
+static u32 take_room(struct conn *c)
 {
     struct virtio_vsock *v = c->v;
-    u32 room = credit(c), want;
-    ssize_t n;
+    u32 room = credit(c);
 
     if (!room && !c->asked) {
         c->asked = true;
         say(c, SAY_ASK_CREDIT);
     }
     c->stuck = !room || !take_buffer(v, 1);
-    if (c->stuck)
+    return c->stuck ? 0 : (u32)MIN(MIN((u64)room, v->rx.in_len - sizeof(struct virtio_vsock_hdr)), (u64)PIECE_MAX);
+}
+
+/* An empty message looks like the end: but then the other side has not closed, or there is more. */
+static bool at_end(int fd)
+{
+    struct pollfd p = { .fd = fd, .events = POLLRDHUP };
+    int more = 0;
+
+    return poll(&p, 1, 0) == 1 && (ioctl(fd, FIONREAD, &more) < 0 || !more);
+}
+
+/* The next message of the host's. False: there is none now. */
+static bool take_message(struct conn *c)
+{
+    ssize_t n = recv(c->fd, NULL, 0, MSG_PEEK | MSG_TRUNC | MSG_DONTWAIT);
+
+    if (n < 0 && (errno == EAGAIN || errno == EINTR))
         return false;
-    want = (u32)MIN(MIN((u64)room, v->rx.in_len - sizeof(struct virtio_vsock_hdr)), (u64)PIECE_MAX);
+    if (n < 0 || (n == 0 && at_end(c->fd))) {
+        host_ends(c, n);
+        return false;
+    }
+    if (n > 0 && ((u64)n > BUF_ALLOC || (u64)n > c->guest_alloc || !(c->message = malloc((size_t)n)))) {
+        finish(c);
+        return false;
+    }
+    c->message_at = 0;
+    c->message_len = (u32)n;
+    if (recv(c->fd, c->message, (size_t)n, MSG_DONTWAIT) == n)
+        return true;
+    finish(c);                                                     /* cannot be: nobody else reads there */
+    return false;
+}
+
+static void drop_message(struct conn *c)
+{
+    free(c->message);
+    c->message = NULL;
+}
+
+/* A packet of a message, or all that there is. False: nothing more to be done now. */
+static bool read_message(struct conn *c)
+{
+    u32 n, left;
+
+    if (!c->message && !take_message(c))
+        return false;
+    if (!c->message)
+        return true;                                               /* an empty one */
+    n = take_room(c);
+    if (!n)
+        return false;
+    left = c->message_len - c->message_at;
+    n = MIN(n, left);
+    put_conn_packet(c, VIRTIO_VSOCK_OP_RW, n == left ? VIRTIO_VSOCK_SEQ_EOM : 0, c->message + c->message_at, n);
+    c->sent += n;
+    c->message_at += n;
+    if (n == left)
+        drop_message(c);
+    return true;
+}
+
+/* One buffer full. False: nothing more to be done now. */
+static bool read_once(struct conn *c)
+{
+    struct virtio_vsock *v = c->v;
+    u32 want = take_room(c);
+    ssize_t n;
+
+    if (!want)
+        return false;
     n = recv(c->fd, v->piece, want, MSG_DONTWAIT);
     if (n <= 0) {
         virtq_unpop(&v->virtio.queue[RX], &v->rx);
@@ -397,8 +487,7 @@ static bool read_once(struct conn *c)
             host_ends(c, n);
         return false;
     }
-    put_packet(v, &c->at, c, VIRTIO_VSOCK_OP_RW, 0, v->piece, (u32)n);
-    c->told = c->forwarded;
+    put_conn_packet(c, VIRTIO_VSOCK_OP_RW, 0, v->piece, (u32)n);
     c->sent += (u32)n;
     return (u32)n == want;
 }
@@ -409,8 +498,9 @@ static void to_guest(struct conn *c)
         c->stuck = true;
         return;
     }
-    for (unsigned i = 0; i < READS_PER_TURN && c->state == OPEN && wants_read(c); i++)
-        if (!read_once(c))
+    /* A message that has begun goes on to its end, or until there is no room: nothing of the descriptor's would bring us back to it. */
+    for (unsigned i = 0; (i < READS_PER_TURN || c->message) && c->state == OPEN && wants_read(c); i++)
+        if (c->seq ? !read_message(c) : !read_once(c))
             break;
 }
 
@@ -440,7 +530,7 @@ static void feed_stuck(struct virtio_vsock *v)
 static void host_deaf(struct conn *c)
 {
     c->forwarded += c->len;
-    c->len = 0;
+    c->len = c->whole = 0;
     c->write_ended = true;
     tell_shut(c, VIRTIO_VSOCK_SHUTDOWN_RCV);
 }
@@ -448,6 +538,8 @@ static void host_deaf(struct conn *c)
 /* All that the guest has sent is with the host: now its wish to end can be passed on. */
 static void check_ends(struct conn *c)
 {
+    if (c->seq && !c->whole && (c->state == DRAINING || (c->guest_shut & VIRTIO_VSOCK_SHUTDOWN_SEND)))
+        c->len = 0;                                                /* a message that never gets its end */
     if (c->len)
         return;
     if (c->state == DRAINING) {
@@ -470,9 +562,79 @@ static void forward(struct conn *c, u32 n)
         say(c, SAY_CREDIT);
 }
 
+/* --- messages from the guest --- */
+
+/* The length of the first whole message in the ring; 0: there is none. */
+static u32 first_message(const struct conn *c)
+{
+    if (!c->whole)
+        return 0;
+    for (u32 i = 0; i < c->len;) {
+        u32 at = (c->head + i) % (u32)BUF_ALLOC, bit = at % 64;
+        u64 word = c->ends[at / 64] >> bit;
+
+        if (word)
+            return i + (u32)__builtin_ctzll(word) + 1;             /* bits behind len are not set */
+        i += 64 - bit;
+    }
+    return 0;
+}
+
+/* The last byte in the ring ends a message. (It may do so already: an empty one follows.) */
+static void end_message(struct conn *c)
+{
+    u32 at = (c->head + c->len - 1) % (u32)BUF_ALLOC;
+    u64 bit = 1ull << at % 64;
+
+    c->whole += !(c->ends[at / 64] & bit);
+    c->ends[at / 64] |= bit;
+}
+
+/* The first message, of n bytes, is with the host. */
+static void sent_message(struct conn *c, u32 n)
+{
+    u32 at = (c->head + n - 1) % (u32)BUF_ALLOC;
+
+    c->ends[at / 64] &= ~(1ull << at % 64);
+    c->whole--;
+    c->head = (c->head + n) % (u32)BUF_ALLOC;
+    c->len -= n;
+    forward(c, n);
+}
+
+/* May free c. */
+static void flush_messages(struct conn *c)
+{
+    u32 n;
+
+    while ((n = first_message(c))) {
+        u32 straight = MIN(n, (u32)BUF_ALLOC - c->head);
+        struct iovec iov[2] = { { c->buf + c->head, straight }, { c->buf, n - straight } };
+        struct msghdr m = { .msg_iov = iov, .msg_iovlen = n > straight ? 2 : 1 };
+        ssize_t r = sendmsg(c->fd, &m, MSG_DONTWAIT | MSG_NOSIGNAL);
+
+        if (r < 0 && (errno == EAGAIN || errno == EINTR))
+            break;
+        if (r < 0 && errno == EMSGSIZE) {                          /* the host allows less for a socket than for us */
+            finish(c);
+            return;
+        }
+        if (r < 0) {
+            host_deaf(c);
+            break;
+        }
+        sent_message(c, n);
+    }
+    check_ends(c);
+}
+
 /* May free c. */
 static void flush(struct conn *c)
 {
+    if (c->seq) {
+        flush_messages(c);
+        return;
+    }
     while (c->len) {
         ssize_t n = send(c->fd, c->buf + c->head, MIN((u64)c->len, BUF_ALLOC - c->head), MSG_DONTWAIT | MSG_NOSIGNAL);
 
@@ -494,7 +656,9 @@ static bool keep(struct conn *c, struct virtq_chain *chain, u32 len)
 {
     if (!c->buf)
         c->buf = malloc(BUF_ALLOC);
-    if (!c->buf)
+    if (c->seq && !c->ends)
+        c->ends = calloc(BUF_ALLOC / 64, sizeof(*c->ends));
+    if (!c->buf || (c->seq && !c->ends))
         return false;
     while (len) {
         u32 at = (u32)((c->head + c->len) % BUF_ALLOC);
@@ -529,10 +693,42 @@ static u32 send_pieces(struct conn *c, struct virtq_chain *chain, u32 len)
     return (u32)n;
 }
 
-static void guest_data(struct conn *c, struct virtq_chain *chain, u32 len)
+/* True: as much as the guest may send has come without an end of a message. */
+static bool endless(const struct conn *c)
+{
+    return c->len == BUF_ALLOC && !c->whole;
+}
+
+static void guest_message(struct conn *c, struct virtq_chain *chain, u32 len, bool end)
+{
+    if (c->write_ended) {
+        forward(c, len);
+        return;
+    }
+    if (len && !keep(c, chain, len)) {
+        finish(c);
+        return;
+    }
+    if (end && c->len) {                                           /* else it is an empty one */
+        end_message(c);
+        flush_messages(c);
+    }
+    if (c->state != OPEN)
+        return;
+    if (endless(c))
+        finish(c);
+    else if (c->len >= TELL_AFTER && c->told != c->forwarded)      /* the rest of a large one may need all the room */
+        say(c, SAY_CREDIT);
+}
+
+static void guest_data(struct conn *c, struct virtq_chain *chain, u32 len, u32 flags)
 {
     if (c->state != OPEN || (c->guest_shut & VIRTIO_VSOCK_SHUTDOWN_SEND) || len > BUF_ALLOC - c->len) {
         finish(c);
+        return;
+    }
+    if (c->seq) {
+        guest_message(c, chain, len, flags & VIRTIO_VSOCK_SEQ_EOM);
         return;
     }
     if (len && !c->len && !c->write_ended)
@@ -545,19 +741,30 @@ static void guest_data(struct conn *c, struct virtq_chain *chain, u32 len)
 
 /* --- packets from the guest --- */
 
-static void answer_reset(struct virtio_vsock *v, const struct address *at)
+/* Of a type that there is, as the driver knows it. */
+static bool known_type(const struct virtio_vsock *v, u16 type)
 {
+    return type == VIRTIO_VSOCK_TYPE_STREAM || (type == VIRTIO_VSOCK_TYPE_SEQPACKET && virtio_has(&v->virtio, VIRTIO_VSOCK_F_SEQPACKET));
+}
+
+static void answer_reset(struct virtio_vsock *v, const struct address *at, u16 type)
+{
+    unsigned i = (v->reset_head + v->resets) % RESETS_MAX;
+
     bug_on(v->resets == RESETS_MAX);
-    v->reset[(v->reset_head + v->resets++) % RESETS_MAX] = *at;
+    v->reset[i].at = *at;
+    v->reset[i].type = known_type(v, type) ? type : VIRTIO_VSOCK_TYPE_STREAM;
+    v->resets++;
 }
 
 static void guest_calls(struct virtio_vsock *v, const struct address *at, const struct virtio_vsock_hdr *h)
 {
-    int fd = v->conns < CONNS_MAX ? vsock_host_call(v->host, at->cid, at->guest_port, at->port) : -EMFILE;
-    struct conn *c = fd >= 0 ? conn_new(v, at, fd, at->cid == VSOCK_CID_HOST ? OPEN : CALLED_BY_GUEST) : NULL;
+    bool seq = h->type == VIRTIO_VSOCK_TYPE_SEQPACKET;
+    int fd = v->conns < CONNS_MAX ? vsock_host_call(v->host, at->cid, at->guest_port, at->port, seq) : -EMFILE;
+    struct conn *c = fd >= 0 ? conn_new(v, at, fd, at->cid == VSOCK_CID_HOST ? OPEN : CALLED_BY_GUEST, seq) : NULL;
 
     if (!c) {
-        answer_reset(v, at);
+        answer_reset(v, at, h->type);
         return;
     }
     c->guest_alloc = h->buf_alloc;
@@ -607,7 +814,7 @@ static void conn_packet(struct conn *c, const struct virtio_vsock_hdr *h, struct
     switch (h->op) {
     case VIRTIO_VSOCK_OP_RESPONSE: guest_accepts(c); break;
     case VIRTIO_VSOCK_OP_SHUTDOWN: guest_shuts(c, h->flags); break;
-    case VIRTIO_VSOCK_OP_RW: guest_data(c, chain, h->len); break;
+    case VIRTIO_VSOCK_OP_RW: guest_data(c, chain, h->len, h->flags); break;
     case VIRTIO_VSOCK_OP_CREDIT_UPDATE: break;
     case VIRTIO_VSOCK_OP_CREDIT_REQUEST: say(c, SAY_CREDIT); break;
     case VIRTIO_VSOCK_OP_RST: guest_resets(c); return;
@@ -637,14 +844,14 @@ static void packet(struct virtio_vsock *v, struct virtq_chain *chain)
     if (c && c->state == CLOSING) {                                /* RST is on its way already */
         if (h.op == VIRTIO_VSOCK_OP_RST)
             conn_free(c);
-    } else if (c && h.type != VIRTIO_VSOCK_TYPE_STREAM) {
+    } else if (c && h.type != (c->seq ? VIRTIO_VSOCK_TYPE_SEQPACKET : VIRTIO_VSOCK_TYPE_STREAM)) {
         finish(c);
     } else if (c) {
         conn_packet(c, &h, chain);
-    } else if (h.op == VIRTIO_VSOCK_OP_REQUEST && h.type == VIRTIO_VSOCK_TYPE_STREAM) {
+    } else if (h.op == VIRTIO_VSOCK_OP_REQUEST && known_type(v, h.type)) {
         guest_calls(v, &at, &h);
     } else if (h.op != VIRTIO_VSOCK_OP_RST) {
-        answer_reset(v, &at);
+        answer_reset(v, &at, h.type);
     }
 }
 
@@ -687,7 +894,7 @@ static void open_event(struct conn *c, u32 events)
 
 static void answer_event(struct conn *c, u32 events)
 {
-    int r = vsock_host_answer(c->fd);
+    int r = vsock_host_answer(c->fd, c->seq);
 
     if (r < 0 || (r == 0 && (events & (EPOLLHUP | EPOLLERR)))) {
         finish(c);
@@ -731,7 +938,7 @@ static u32 free_port(struct virtio_vsock *v, u32 guest_port)
     return at.port;
 }
 
-static void on_incoming(void *arg, int fd, u32 cid, u32 from, u32 to)
+static void on_incoming(void *arg, int fd, u32 cid, u32 from, u32 to, bool seq)
 {
     struct virtio_vsock *v = arg;
     struct conn *c = NULL;
@@ -739,8 +946,8 @@ static void on_incoming(void *arg, int fd, u32 cid, u32 from, u32 to)
     lock(v);
     struct address at = { .cid = cid, .port = cid == VSOCK_CID_HOST ? free_port(v, to) : from, .guest_port = to };
 
-    if (virtio_running(&v->virtio) && !find(v, &at)) {
-        c = conn_new(v, &at, fd, CALLED_BY_HOST);
+    if (virtio_running(&v->virtio) && (!seq || virtio_has(&v->virtio, VIRTIO_VSOCK_F_SEQPACKET)) && !find(v, &at)) {
+        c = conn_new(v, &at, fd, CALLED_BY_HOST, seq);
     } else {
         close(fd);
         vsock_host_closed(v->host);
@@ -894,7 +1101,7 @@ int virtio_vsock_new(struct ram *ram, const struct log *log, struct loop *loop, 
     int r = -ENOMEM;
 
     if (v)
-        r = virtio_init(&v->virtio, &device_ops, &virtio_ops, VIRTIO_ID_VSOCK, ram, log, BIT(VIRTIO_VSOCK_F_STREAM), &v->config,
+        r = virtio_init(&v->virtio, &device_ops, &virtio_ops, VIRTIO_ID_VSOCK, ram, log, BIT(VIRTIO_VSOCK_F_STREAM) | BIT(VIRTIO_VSOCK_F_SEQPACKET), &v->config,
                         sizeof(v->config), size, ARRAY_SIZE(size));
     if (r < 0) {
         free(v);

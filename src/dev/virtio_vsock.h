@@ -1,5 +1,5 @@
 /*
- * virtio socket device (virtio 1.2, 5.10): stream connections between programs of the guest and programs of the host, or other guests.
+ * virtio socket device (virtio 1.2, 5.10): connections, of bytes or of messages, between programs of the guest and programs of the host, or other guests.
  *
  * Ends on the host are Unix sockets, which back/vsock_host.h finds. Everything is done on the loop's thread.
  */

@@ -5,6 +5,8 @@
  *   stream unix-listen PATH | unix PATH [PORT]   a Unix socket; with PORT the handshake of doppel's vsock
  *   stream ... echo                              gives back what comes, until its end (listeners go on with the next one)
  *   stream ... ping COUNT BYTES                  so many round trips; prints the microseconds of one
+ *   stream seq-...                               the same with messages (SOCK_SEQPACKET) instead of a stream
+ *   stream ... messages COUNT BYTES              sends so many, of up to so many bytes, four at a time; each has to come back as it was; prints the count
  *   stream ... pour BYTES | drink                sends so many bytes, reads to the end; prints MiB a second
  */
 #define _GNU_SOURCE
@@ -21,7 +23,7 @@
 
 #include <linux/vm_sockets.h>
 
-static char buf[65536];
+static char buf[262144];
 
 static void die(const char *what)
 {
@@ -49,12 +51,13 @@ static void put(int fd, const char *p, size_t len)
 
 static int socket_at(const char *kind, char **argv, int *used)
 {
+    int type = !strncmp(kind, "seq-", 4) ? SOCK_SEQPACKET : SOCK_STREAM;
     struct sockaddr_un u = { .sun_family = AF_UNIX };
     struct sockaddr_vm v = { .svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_ANY };
-    int is_unix = !strncmp(kind, "unix", 4), listens = strstr(kind, "listen") != NULL;
+    int is_unix = strstr(kind, "unix") != NULL, listens = strstr(kind, "listen") != NULL;
     struct sockaddr *a = is_unix ? (struct sockaddr *)&u : (struct sockaddr *)&v;
     socklen_t len = is_unix ? sizeof u : sizeof v;
-    int fd = socket(a->sa_family, SOCK_STREAM, 0);
+    int fd = socket(a->sa_family, type, 0);
 
     *used = 1;
     if (is_unix) {
@@ -71,9 +74,11 @@ static int socket_at(const char *kind, char **argv, int *used)
     if (is_unix && !listens && argv[1] && argv[1][0] >= '0' && argv[1][0] <= '9') {
         dprintf(fd, "CONNECT %s\n", argv[1]);
         *used = 2;
-        for (char c = 0; c != '\n';)
+        for (char c = 0; type == SOCK_STREAM && c != '\n';)
             if (read(fd, &c, 1) != 1)
                 die("refused");
+        if (type == SOCK_SEQPACKET && read(fd, buf, sizeof buf) < 4)
+            die("refused");
     }
     return fd;
 }
@@ -101,11 +106,41 @@ static void ping(int fd, int count, size_t bytes)
     printf("%.1f\n", (now() - t) / count * 1e6);
 }
 
+static size_t message(int i, size_t most)
+{
+    size_t size = 1 + i * 2654435761u % most;
+
+    for (size_t k = 0; k < size; k++)
+        buf[k] = (char)(i * 31 + k * 7 + (k >> 8));
+    return size;
+}
+
+static void messages(int fd, int count, size_t most)
+{
+    static char got[sizeof buf];
+
+    for (int i = 0, back = 0; back < count;) {
+        for (; i < count && i < back + 4; i++) {
+            size_t size = message(i, most);
+            if (write(fd, buf, size) != (ssize_t)size)
+                die("write");
+        }
+        size_t size = message(back, most);
+        ssize_t n = read(fd, got, sizeof got);
+        if (n != (ssize_t)size || memcmp(got, buf, size)) {
+            printf("message %d of %zu bytes came as %zd\n", back, size, n);
+            exit(1);
+        }
+        back++;
+    }
+    printf("%d\n", count);
+}
+
 static void pour(int fd, unsigned long long bytes)
 {
     double t = now();
     for (unsigned long long left = bytes; left;) {
-        size_t n = left < sizeof buf ? left : sizeof buf;
+        size_t n = left < 65536 ? left : 65536;
         put(fd, buf, n);
         left -= n;
     }
@@ -166,6 +201,8 @@ int main(int argc, char **argv)
             join(c);
         else if (!strcmp(*argv, "ping"))
             ping(c, atoi(argv[1]), atoi(argv[2]));
+        else if (!strcmp(*argv, "messages"))
+            messages(c, atoi(argv[1]), strtoul(argv[2], NULL, 10));
         else if (!strcmp(*argv, "pour"))
             pour(c, strtoull(argv[1], NULL, 10));
         else

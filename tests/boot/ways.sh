@@ -163,6 +163,21 @@ is "between guests: $MiB MiB there and back" "$(d exec b -- stream call 3 5000 <
 d exec b -- sh -c 'stream listen 6000 echo </dev/null >/dev/null 2>&1 &' </dev/null
 back() { [ "$(echo hello | d exec a -- stream call 4 6000 2>/dev/null)" = hello ]; }
 until_true back; is "between guests: the other way, by --vsock PATH" $? 0
+# Messages: each comes as it was sent, from one byte to 60,000, in all directions. (In the guest a port is a stream's or a message socket's.)
+d exec a -- sh -c 'stream seq-listen 5010 echo </dev/null >/dev/null 2>&1 &' </dev/null
+seq_connects() { host seq-unix "$R/a/vsock.seq" 5010 messages 1 1 >/dev/null 2>&1; }
+until_true seq_connects; is "messages: the host calls the guest" "$(host seq-unix "$R/a/vsock.seq" 5010 messages $((MiB * 40)) 60000)" $((MiB * 40))
+host seq-unix-listen "$R/a/vsock_79" echo </dev/null & job=$!
+listens() { [ -S "$R/a/vsock_79" ]; }
+until_true listens
+is "messages: the guest calls the host" "$(d exec a -- stream seq-call 2 79 messages $((MiB * 40)) 60000 </dev/null)" $((MiB * 40))
+like "messages: not to a stream's port" "$(d exec a -- stream call 2 79 ping 1 1 </dev/null 2>&1)" 'reset|refused'
+like "messages: not to a stream's port of the guest's" "$(host seq-unix "$R/a/vsock.seq" 5000 messages 1 1 2>&1)" refused
+kill $job; wait $job 2>/dev/null
+is "messages: between guests" "$(d exec b -- stream seq-call 3 5010 messages $((MiB * 40)) 60000 </dev/null)" $((MiB * 40))
+d exec b -- sh -c 'stream seq-listen 6010 echo </dev/null >/dev/null 2>&1 &' </dev/null
+seq_back() { [ "$(d exec a -- stream seq-call 4 6010 messages 10 1000 </dev/null 2>/dev/null)" = 10 ]; }
+until_true seq_back; is "messages: between guests, the other way, by --vsock PATH" $? 0
 like "between guests: nobody may use another guest's agent" "$(d exec b -- stream call 3 1019 </dev/null 2>&1 | head -c 3 | wc -c)" '^0$'
 
 # --- the agent, and ends ---

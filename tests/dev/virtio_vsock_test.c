@@ -1,6 +1,6 @@
 /*
  * virtio vsock from both sides: the guest's driver by hand, the host's programs by Unix sockets. Calls both ways and between guests, credit
- * both ways, each kind of end, what breaks the rules, resets, save and load.
+ * both ways, each kind of end, what breaks the rules, resets, save and load; messages (SEQPACKET) besides streams.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -35,6 +35,7 @@ static struct vsock_host *host;
 static struct virtio_vsock *vsock;
 static struct vdev d;
 static char dir[64], path[80];
+static u16 type;                                                   /* of the test's connections */
 static u64 packed;                                                 /* the feature, for the second round */
 
 /* A packet that the guest got. */
@@ -66,6 +67,7 @@ static void open_device(void)
 
 static int setup(void **state UNUSED)
 {
+    type = VIRTIO_VSOCK_TYPE_STREAM;
     strcpy(dir, "/tmp/doppel-vsock-XXXXXX");
     assert_non_null(mkdtemp(dir));
     snprintf(path, sizeof(path), "%s/s", dir);
@@ -123,7 +125,7 @@ static bool got_packet(void)
     assert_int_equal(hdr.len, len - sizeof(hdr));
     get(&g, at + sizeof(hdr), data, hdr.len);
     assert_int_equal(hdr.dst_cid, CID);
-    assert_int_equal(hdr.type, VIRTIO_VSOCK_TYPE_STREAM);
+    assert_int_equal(hdr.type, type);
     if (packed) {
         gq_add(&d.q[RX], (struct buf[]){ { BUFFERS + (d.q[RX].next_desc % QUEUE) * (u64)BUFFER, BUFFER, true } }, 1);
     } else {
@@ -145,7 +147,7 @@ static void expect(u16 op, u32 src_port)
 static struct virtio_vsock_hdr to(u64 cid, u32 port, u16 op)
 {
     return (struct virtio_vsock_hdr){ .src_cid = CID, .dst_cid = cid, .src_port = GUEST_PORT, .dst_port = port,
-                                      .type = VIRTIO_VSOCK_TYPE_STREAM, .op = op, .buf_alloc = 1 << 20 };
+                                      .type = type, .op = op, .buf_alloc = 1 << 20 };
 }
 
 static void packet(struct virtio_vsock_hdr h, const void *bytes, u32 len)
@@ -172,10 +174,15 @@ static void rw(u32 port, const void *bytes, u32 len)
 
 /* --- the host --- */
 
+static int socket_type(void)
+{
+    return type == VIRTIO_VSOCK_TYPE_STREAM ? SOCK_STREAM : SOCK_SEQPACKET;
+}
+
 static int listen_at(const char *where)
 {
     struct sockaddr_un a = { .sun_family = AF_UNIX };
-    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0);
+    int fd = socket(AF_UNIX, socket_type() | SOCK_NONBLOCK, 0);
 
     snprintf(a.sun_path, sizeof(a.sun_path), "%s", where);
     assert_int_equal(bind(fd, (struct sockaddr *)&a, sizeof(a)), 0);
@@ -186,9 +193,9 @@ static int listen_at(const char *where)
 static int client(const char *words)
 {
     struct sockaddr_un a = { .sun_family = AF_UNIX };
-    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0);
+    int fd = socket(AF_UNIX, socket_type() | SOCK_NONBLOCK, 0);
 
-    snprintf(a.sun_path, sizeof(a.sun_path), "%s", path);
+    snprintf(a.sun_path, sizeof(a.sun_path), "%s%s", path, type == VIRTIO_VSOCK_TYPE_STREAM ? "" : ".seq");
     assert_int_equal(connect(fd, (struct sockaddr *)&a, sizeof(a)), 0);
     assert_int_equal(send(fd, words, strlen(words), 0), strlen(words));
     turn();
@@ -750,6 +757,269 @@ static void test_many(void **state UNUSED)
     turn();
 }
 
+/* --- messages --- */
+
+static void start_messages(void)
+{
+    assert_true(vdev_start(&d, &g, DEV, BASE | packed | BIT(VIRTIO_VSOCK_F_SEQPACKET), QUEUE));
+    buffers(16, BUFFER);
+    type = VIRTIO_VSOCK_TYPE_SEQPACKET;
+}
+
+static void rw_flags(u32 port, const void *bytes, u32 len, u32 flags)
+{
+    struct virtio_vsock_hdr h = to(VSOCK_CID_HOST, port, VIRTIO_VSOCK_OP_RW);
+
+    h.len = len;
+    h.flags = flags;
+    packet(h, bytes, len);
+}
+
+static void expect_end(u32 port, u32 len, bool end)
+{
+    expect(VIRTIO_VSOCK_OP_RW, port);
+    assert_int_equal(hdr.len, len);
+    assert_int_equal(hdr.flags, end ? VIRTIO_VSOCK_SEQ_EOM : 0);
+}
+
+static void test_messages_from_host(void **state UNUSED)
+{
+    static u8 large[3 * (BUFFER - sizeof(struct virtio_vsock_hdr)) + 7];
+    const u32 room = BUFFER - sizeof(hdr);
+    u32 port, sum = 0;
+    int fd;
+
+    start_messages();
+    assert_true(vdev_features(&d) & BIT(VIRTIO_VSOCK_F_SEQPACKET));
+    fd = connected(&port);
+    for (u32 i = 0; i < sizeof(large); i++)
+        large[i] = (u8)(i * 11 >> 3);
+    send(fd, "first", 5, 0);
+    send(fd, "", 0, 0);                                            /* is left out, and is no end */
+    send(fd, large, sizeof(large), 0);
+    send(fd, large, room, 0);                                      /* just one buffer */
+    send(fd, "x", 1, 0);
+    expect_end(port, 5, true);
+    for (u32 n = 0; n < 4; n++) {
+        expect_end(port, n < 3 ? room : 7, n == 3);
+        assert_memory_equal(data, large + sum, hdr.len);
+        sum += hdr.len;
+    }
+    expect_end(port, room, true);
+    expect_end(port, 1, true);
+    send(fd, "last", 4, 0);
+    close(fd);
+    expect_end(port, 4, true);
+    expect(VIRTIO_VSOCK_OP_SHUTDOWN, port);
+    packet(to(VSOCK_CID_HOST, port, VIRTIO_VSOCK_OP_RST), NULL, 0);
+    assert_int_equal(virtio_vsock_conns(vsock), 0);
+}
+
+/* A message waits for credit and goes on where it was; one that the guest never has room for ends the connection. */
+static void test_messages_credit(void **state UNUSED)
+{
+    struct virtio_vsock_hdr h;
+    u8 text[] = "0123456789abcdefghij";
+    u32 port;
+    int fd;
+
+    start_messages();
+    fd = client("CONNECT 1234\n");
+    assert_true(got_packet());
+    port = hdr.src_port;
+    h = to(VSOCK_CID_HOST, port, VIRTIO_VSOCK_OP_RESPONSE);
+    h.buf_alloc = 20;
+    packet(h, NULL, 0);
+    assert_true(recv(fd, data, sizeof(data), 0) > 3);
+    send(fd, text, 15, 0);
+    send(fd, text, 20, 0);
+    expect_end(port, 15, true);
+    expect_end(port, 5, false);
+    expect(VIRTIO_VSOCK_OP_CREDIT_REQUEST, port);
+    assert_false(got_packet());
+    h = to(VSOCK_CID_HOST, port, VIRTIO_VSOCK_OP_CREDIT_UPDATE);
+    h.buf_alloc = 20;
+    h.fwd_cnt = 15;
+    packet(h, NULL, 0);
+    expect_end(port, 15, true);
+    assert_memory_equal(data, text + 5, 15);
+    h.fwd_cnt = 35;
+    packet(h, NULL, 0);
+    send(fd, text, 21, 0);
+    expect(VIRTIO_VSOCK_OP_RST, port);
+    assert_true(hung_up(fd));
+    close(fd);
+}
+
+static void test_messages_from_guest(void **state UNUSED)
+{
+    struct virtio_vsock_hdr h;
+    char where[96], got[64];
+    int l, fd;
+
+    start_messages();
+    snprintf(where, sizeof(where), "%s_52", path);
+    type = VIRTIO_VSOCK_TYPE_STREAM;                               /* a stream's listener takes no messages */
+    l = listen_at(where);
+    type = VIRTIO_VSOCK_TYPE_SEQPACKET;
+    packet(to(VSOCK_CID_HOST, 52, VIRTIO_VSOCK_OP_REQUEST), NULL, 0);
+    expect(VIRTIO_VSOCK_OP_RST, 52);
+    close(l);
+    unlink(where);
+    l = listen_at(where);
+    packet(to(VSOCK_CID_HOST, 52, VIRTIO_VSOCK_OP_REQUEST), NULL, 0);
+    fd = accept(l, NULL, NULL);
+    assert_true(fd >= 0);
+    expect(VIRTIO_VSOCK_OP_RESPONSE, 52);
+    rw_flags(52, "ab", 2, 0);
+    assert_int_equal(recv(fd, got, sizeof(got), MSG_DONTWAIT), -1); /* not whole */
+    rw_flags(52, "cd", 2, VIRTIO_VSOCK_SEQ_EOM | VIRTIO_VSOCK_SEQ_EOR);
+    rw_flags(52, "", 0, VIRTIO_VSOCK_SEQ_EOM);
+    rw_flags(52, "ef", 2, 0);
+    rw_flags(52, "", 0, VIRTIO_VSOCK_SEQ_EOM);                     /* ends the one before it */
+    rw_flags(52, "g", 1, VIRTIO_VSOCK_SEQ_EOM);
+    rw_flags(52, "never", 5, 0);
+    expect_text(fd, "abcd");
+    expect_text(fd, "ef");
+    expect_text(fd, "g");
+    h = to(VSOCK_CID_HOST, 52, VIRTIO_VSOCK_OP_SHUTDOWN);
+    h.flags = VIRTIO_VSOCK_SHUTDOWN_SEND;
+    packet(h, NULL, 0);
+    assert_true(hung_up(fd));                                      /* half a message is none */
+    h.type = VIRTIO_VSOCK_TYPE_STREAM;                             /* of another type than the connection */
+    packet(h, NULL, 0);
+    while (got_packet() && hdr.op != VIRTIO_VSOCK_OP_RST)
+        ;
+    assert_int_equal(hdr.op, VIRTIO_VSOCK_OP_RST);
+    close(fd);
+    close(l);
+}
+
+/* While the host reads nothing: the smallest messages, as many as there is room for, and the largest; all come, each by itself. */
+static void test_messages_wait(void **state UNUSED)
+{
+    static u8 block[8192], back[400000];
+    u32 port, alloc, n = 0, got = 0, freed;
+    ssize_t r;
+    int fd;
+
+    start_messages();
+    fd = connected(&port);
+    alloc = hdr.buf_alloc;
+    for (; n < 3000; n++)
+        rw_flags(port, &(u8){ (u8)n }, 1, VIRTIO_VSOCK_SEQ_EOM);
+    for (; turn(), (r = recv(fd, back, sizeof(back), MSG_DONTWAIT)) > 0; got++) {
+        assert_int_equal(r, 1);
+        assert_int_equal(back[0], (u8)got);
+    }
+    assert_int_equal(got, n);
+    freed = n;
+    for (u32 sent = 0; sent < alloc; sent += sizeof(block)) {      /* one of all the room there is, though the guest knows of less at first */
+        memset(block, (int)(sent / sizeof(block)), sizeof(block));
+        rw_flags(port, block, sizeof(block), sent + sizeof(block) == alloc ? VIRTIO_VSOCK_SEQ_EOM : 0);
+        while (got_packet())
+            freed = hdr.fwd_cnt;
+        if (sent >= 64 * KiB && sent + sizeof(block) < alloc)
+            assert_int_equal(freed, n);
+    }
+    turn();
+    assert_int_equal(recv(fd, back, sizeof(back), MSG_DONTWAIT), alloc);
+    for (u32 i = 0; i < alloc; i++)
+        assert_int_equal(back[i], i / sizeof(block));
+    for (u32 sent = 0; sent < alloc; sent += sizeof(block))        /* and one that never ends */
+        rw_flags(port, block, sizeof(block), 0);
+    while (got_packet() && hdr.op != VIRTIO_VSOCK_OP_RST)
+        ;
+    assert_int_equal(hdr.op, VIRTIO_VSOCK_OP_RST);
+    assert_true(hung_up(fd));
+    close(fd);
+}
+
+static void test_messages_last(void **state UNUSED)
+{
+    struct virtio_vsock_hdr h;
+    static u8 block[8192], back[65536];
+    u32 port, sent = 0, got = 0;
+    ssize_t n;
+    int fd;
+
+    start_messages();
+    fd = connected(&port);
+    for (; sent < 240 * KiB; sent += sizeof(block))
+        rw_flags(port, block, sizeof(block), VIRTIO_VSOCK_SEQ_EOM);
+    rw_flags(port, block, sizeof(block), 0);
+    h = to(VSOCK_CID_HOST, port, VIRTIO_VSOCK_OP_SHUTDOWN);
+    h.flags = 3;
+    packet(h, NULL, 0);
+    packet(to(VSOCK_CID_HOST, port, VIRTIO_VSOCK_OP_RST), NULL, 0);
+    for (; turn(), (n = recv(fd, back, sizeof(back), MSG_DONTWAIT)) > 0; got += (u32)n)
+        assert_int_equal(n, sizeof(block));
+    assert_int_equal(n, 0);
+    assert_int_equal(got, sent);
+    assert_int_equal(virtio_vsock_conns(vsock), 0);
+    close(fd);
+}
+
+static void test_messages_other_guests(void **state UNUSED)
+{
+    char where[160];
+    u32 len = sizeof("CONNECT 1234\n") - 1;
+    char more[] = "CONNECT 1234\nmore";
+    int l, fd;
+
+    start_messages();
+    snprintf(where, sizeof(where), "%s/.cid-9", dir);
+    assert_int_equal(mkdir(where, 0700), 0);
+    snprintf(where, sizeof(where), "%s/.cid-9/vsock.seq", dir);
+    l = listen_at(where);
+    packet(to(9, 80, VIRTIO_VSOCK_OP_REQUEST), NULL, 0);
+    fd = accept(l, NULL, NULL);
+    expect_text(fd, "CONNECT 80 FROM 7:1234\n");
+    send(fd, "OK 80\n", 6, 0);
+    send(fd, "hi", 2, 0);
+    expect(VIRTIO_VSOCK_OP_RESPONSE, 80);
+    expect_end(80, 2, true);
+    close(fd);
+    turn();
+    packet(to(9, 81, VIRTIO_VSOCK_OP_REQUEST), NULL, 0);           /* what is no line is no answer */
+    fd = accept(l, NULL, NULL);
+    send(fd, "OK 80\nhi", 8, 0);
+    while (got_packet() && hdr.src_port != 81)
+        ;
+    assert_int_equal(hdr.op, VIRTIO_VSOCK_OP_RST);
+    close(fd);
+    close(l);
+    fd = client("CONNECT 1234 FROM 9:555\n");
+    expect(VIRTIO_VSOCK_OP_REQUEST, 555);
+    packet(to(9, 555, VIRTIO_VSOCK_OP_RESPONSE), NULL, 0);
+    expect_text(fd, "OK 555\n");
+    close(fd);
+    turn();
+    while (got_packet())
+        ;
+    fd = client(more);                                             /* nor a request */
+    assert_true(hung_up(fd));
+    close(fd);
+    more[len - 1] = 0;
+    fd = client(more);
+    assert_true(hung_up(fd));
+    close(fd);
+    assert_false(got_packet());
+}
+
+/* A driver that knows streams only. */
+static void test_messages_not_wanted(void **state UNUSED)
+{
+    int fd;
+
+    start_with(8);
+    type = VIRTIO_VSOCK_TYPE_SEQPACKET;
+    fd = client("CONNECT 1234\n");
+    assert_true(hung_up(fd));
+    close(fd);
+    assert_false(got_packet());
+}
+
 int main(void)
 {
     static const struct CMUnitTest tests[] = {
@@ -770,6 +1040,13 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_reset, setup, teardown),
         cmocka_unit_test_setup_teardown(test_save_and_load, setup, teardown),
         cmocka_unit_test_setup_teardown(test_many, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_messages_from_host, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_messages_credit, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_messages_from_guest, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_messages_wait, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_messages_last, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_messages_other_guests, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_messages_not_wanted, setup, teardown),
     };
     /* All of it with split rings, and with packed ones. */
     int r = cmocka_run_group_tests_name("split", tests, NULL, NULL);

@@ -69,7 +69,7 @@ static struct vsock_host *host;
 static struct virtio_vsock *vsock;
 static struct vdev drv;
 static char dir[64], path[96], inside[96];
-static int client[CLIENTS] = { -1, -1, -1, -1 }, listener = -1;
+static int client[CLIENTS] = { -1, -1, -1, -1 }, listener = -1, seq_listener = -1;
 static unsigned starts;
 
 static void stop(void *arg)
@@ -96,6 +96,9 @@ static void set_up(void)
     snprintf(a.sun_path, sizeof(a.sun_path), "%s_1", path);
     listener = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
     bug_on(bind(listener, (struct sockaddr *)&a, sizeof(a)) < 0 || listen(listener, 16) < 0 || mkdir(inside, 0700) < 0);
+    snprintf(a.sun_path, sizeof(a.sun_path), "%s_2", path);
+    seq_listener = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    bug_on(bind(seq_listener, (struct sockaddr *)&a, sizeof(a)) < 0 || listen(seq_listener, 16) < 0);
     struct vsock_host_config cfg = { .path = path, .peers = dir, .cid = 3 };
 
     guest_new(&g);
@@ -119,7 +122,7 @@ static void packet(unsigned n, u32 val)
     static const u64 cids[] = { 2, 2, 2, 3, 9, 1, 1ull << 32 | 2, 0 };
     struct virtio_vsock_hdr h = {
         .src_cid = n >> 13 == 7 ? 5 : 3, .dst_cid = cids[n >> 4 & 7], .src_port = 1000 + (n >> 7 & 3), .op = n & 15,
-        .dst_port = n & 0x200 ? 1 + (n >> 10 & 1) : 0x40000000u + (n >> 10 & 3), .type = n >> 12 == 15 ? 2 : 1,
+        .dst_port = n & 0x200 ? 1 + (n >> 10 & 1) : 0x40000000u + (n >> 10 & 3), .type = (n >> 10 & 1) ^ (n >> 12 == 15) ? 2 : 1,
         .len = (n & 15) == VIRTIO_VSOCK_OP_RW ? val & 0xffff : 0, .flags = val >> 16 & 3, .buf_alloc = val >> 20 << 8, .fwd_cnt = val >> 24,
     };
     u64 at = AREA + (n & 7) * 0x20000ull;
@@ -141,8 +144,9 @@ static void host_program(unsigned n, u32 val)
     case 0: case 1:
         if (*fd >= 0)
             close(*fd);
-        *fd = n & 4 ? accept4(listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC) : socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-        snprintf(a.sun_path, sizeof(a.sun_path), "%s", path);
+        *fd = n & 4 ? accept4(n & 32 ? seq_listener : listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC)
+                    : socket(AF_UNIX, (n & 32 ? SOCK_SEQPACKET : SOCK_STREAM) | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+        snprintf(a.sun_path, sizeof(a.sun_path), "%s%s", path, n & 32 ? ".seq" : "");
         if (!(n & 4) && connect(*fd, (struct sockaddr *)&a, sizeof(a)) == 0)
             dprintf(*fd, val & 1 ? "CONNECT %u\n" : "CONNECT %u FROM 9:5\n", 1000 + (val >> 1 & 3));
         break;
@@ -226,7 +230,7 @@ static void fuzz_device(const u8 *data, size_t len)
             close(client[i]);
             client[i] = -1;
         }
-    for (int fd; (fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC)) >= 0;)
+    for (int fd; (fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC)) >= 0 || (fd = accept4(seq_listener, NULL, NULL, SOCK_CLOEXEC)) >= 0;)
         close(fd);
     turn();
     turn();
@@ -323,7 +327,7 @@ static void fuzz_tree(const u8 *data, size_t len)
     for (struct dirent *e; (e = readdir(d));)
         count++;
     closedir(d);
-    bug_on(count > 4 + (stat(inside, &st) == 0));                  /* ., .., s, s_1 */
+    bug_on(count > 6 + (stat(inside, &st) == 0));                  /* ., .., s, s.seq, s_1, s_2 */
     mkdir(inside, 0700);
 }
 
