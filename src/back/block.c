@@ -40,6 +40,28 @@ u64 block_req_len(const struct block_req *r)
     return len;
 }
 
+void block_gather(const struct block_req *r, u8 *buf, size_t len)
+{
+    for (unsigned i = 0; len; i++) {
+        size_t step = MIN(len, r->iov[i].iov_len);
+
+        memcpy(buf, r->iov[i].iov_base, step);
+        buf += step;
+        len -= step;
+    }
+}
+
+void block_scatter(const struct block_req *r, const u8 *buf, size_t len)
+{
+    for (unsigned i = 0; len; i++) {
+        size_t step = MIN(len, r->iov[i].iov_len);
+
+        memcpy(r->iov[i].iov_base, buf, step);
+        buf += step;
+        len -= step;
+    }
+}
+
 static bool in_disk(const struct block *b, const struct block_req *r)
 {
     u64 size = b->size, at = r->offset;
@@ -355,6 +377,8 @@ int block_open(const struct block_config *c, struct block **out)
     struct block *b;
     int r;
 
+    if (c->cache != BLOCK_CACHE_BACK && (c->overlay || block_nbd_is(c->path)))
+        return err(-EINVAL, "disk %s: cache= is for image files and block devices without an overlay; leave it out", c->path);
     base.readonly |= c->overlay != NULL;
     r = block_nbd_is(c->path) ? block_nbd_open(&base, &b) : block_file_open(&base, &b);
     if (r < 0)

@@ -42,6 +42,7 @@ struct block_req {
     int result;                                                    /* 0 or a negative errno: -EIO, -ENOSPC, ... */
     struct block_req *next;                                        /* the back end's own, like the rest */
     u8 step;
+    bool gated;
 };
 
 /* What a device counts of its requests. */
@@ -50,12 +51,15 @@ struct block_counts {
 };
 
 enum block_io { BLOCK_IO_AUTO, BLOCK_IO_URING, BLOCK_IO_THREADS };
+/* BACK: the host's page cache; THROUGH: the same, but a write is answered when it is on stable storage; NONE: past it (O_DIRECT). */
+enum block_cache { BLOCK_CACHE_BACK, BLOCK_CACHE_THROUGH, BLOCK_CACHE_NONE };
 
 struct block_config {
     const char *path;
     bool readonly;
     const char *overlay;                                           /* NULL: none; "": a temporary one; else its file, which is made if it is not there */
     enum block_io io;                                              /* how files are accessed; AUTO: what the host permits */
+    enum block_cache cache;                                        /* of files and block devices that have no overlay */
 };
 
 /* 0, or a negative errno with err() naming the file, the reason and the remedy: missing, unreadable, empty, a directory, in use, ... */

@@ -7,8 +7,8 @@
  *
  * A file whose size is no multiple of a sector gets a last sector that is filled up with zeroes on reading, and that a write extends the file to.
  * Discard and zeroes are fallocate(2); where the file system has no such thing, the first is nothing at all and the second writes zeroes.
- * The page cache is used, not O_DIRECT: so the guest's alignment is no affair of the host's, and much is answered at once. The price is that both memories
- * may hold the same.
+ * The page cache is used unless the user says otherwise: so the guest's alignment is no affair of the host's, and much is answered at once. The price is that both
+ * memories may hold the same. cache=none is O_DIRECT (block_direct.c), cache=writethrough O_DSYNC.
  *
  * Lock of the file: a whole-file open-file-description lock (fcntl(2)), exclusive for writers. It also keeps out the same image given twice in one
  * process, and QEMU. File systems that have no locks go without.
@@ -33,12 +33,14 @@ struct block_file {
     int fd;
     const void *zero;                                              /* ZERO_SIZE bytes; the kernel's page of zeroes, again and again */
     atomic_bool no_punch, no_zero_range, no_nowait;                /* what the file system turned out not to have */
+    bool through;                                                  /* O_DSYNC: a write waits for the storage */
+    struct block_direct direct;
     struct block_ring *ring;                                       /* NULL: the threads do it */
-    struct block_pool pool;
+    struct block_pool pool;                                        /* with direct access also beside the ring */
 };
 
-/* What request.step says of requests that are fallocate(2) in several ways. */
-enum { STEP_FIRST, STEP_ZERO_RANGE, STEP_PUNCH, STEP_ZEROES };
+/* What request.step says of requests that are fallocate(2) in several ways. SYNC: and are to be on stable storage. */
+enum { STEP_FIRST, STEP_ZERO_RANGE, STEP_PUNCH, STEP_ZEROES, STEP_SYNC };
 
 /* --- steps --- */
 
@@ -65,12 +67,16 @@ static void file_step(struct block *b, struct block_req *r, struct block_step *s
 {
     struct block_file *f = container_of(b, struct block_file, b);
 
+    if (r->step == STEP_SYNC) {
+        *s = (struct block_step){ .call = STEP_FDATASYNC };
+        return;
+    }
     switch (r->op) {
     case BLOCK_READ:
     case BLOCK_WRITE:
         block_consume(r, 0);                                       /* empty pieces at the front */
         *s = (struct block_step){ .call = r->op == BLOCK_READ ? STEP_READV : STEP_WRITEV, .offset = r->offset, .iov = r->iov,
-                                  .iovs = MIN(r->iovs, (unsigned)IOV_MAX) };
+                                  .iovs = MIN(r->iovs, (unsigned)IOV_MAX), .waits = f->through || f->direct.align };
         break;
     case BLOCK_DISCARD:
     case BLOCK_ZEROES:
@@ -114,10 +120,9 @@ static bool no_such_call(struct block_file *f, const struct block_req *r)
     }
 }
 
-static bool file_result(struct block *b, struct block_req *r, int res)
+/* True: it is done with. */
+static bool stepped(struct block_file *f, struct block_req *r, int res)
 {
-    struct block_file *f = container_of(b, struct block_file, b);
-
     if (res == -EINTR || res == -EAGAIN)
         return false;
     if ((res == -EOPNOTSUPP || res == -ENOSYS) && no_such_call(f, r))
@@ -126,6 +131,8 @@ static bool file_result(struct block *b, struct block_req *r, int res)
         r->result = res;
         return true;
     }
+    if (r->step == STEP_SYNC)
+        return true;
     if (r->op == BLOCK_READ || r->op == BLOCK_WRITE)
         return transferred(r, res);
     if (r->op == BLOCK_ZEROES && r->step == STEP_ZEROES) {
@@ -133,9 +140,22 @@ static bool file_result(struct block *b, struct block_req *r, int res)
         r->len -= (u64)res;
         if (!res)
             r->result = -EIO;
-        return !res || !r->len;
+        if (!res || r->len)
+            return !res;
     }
-    return true;
+    if (r->op == BLOCK_ZEROES && f->through)
+        r->step = STEP_SYNC;
+    return r->step != STEP_SYNC;
+}
+
+static bool file_result(struct block *b, struct block_req *r, int res)
+{
+    struct block_file *f = container_of(b, struct block_file, b);
+    bool done = stepped(f, r, res);
+
+    if (done && r->gated)
+        block_direct_leave(&f->direct);
+    return done;
 }
 
 static int do_step(struct block_file *f, const struct block_step *s)
@@ -153,8 +173,7 @@ static int do_step(struct block_file *f, const struct block_step *s)
     return n < 0 ? -errno : (int)n;
 }
 
-/* On a worker thread. */
-static int serve(struct block *b, struct block_req *r)
+static int serve_plain(struct block *b, struct block_req *r)
 {
     struct block_file *f = container_of(b, struct block_file, b);
     struct block_step s;
@@ -166,13 +185,21 @@ static int serve(struct block *b, struct block_req *r)
     return r->result;
 }
 
+/* On a worker thread. */
+static int serve(struct block *b, struct block_req *r)
+{
+    struct block_file *f = container_of(b, struct block_file, b);
+
+    return f->direct.align ? block_direct_serve(&f->direct, f->fd, r, b, serve_plain) : serve_plain(b, r);
+}
+
 /* What is in the page cache. A part of it is progress, too: the rest goes the long way. */
 static bool file_try(struct block *b, struct block_req *r)
 {
     struct block_file *f = container_of(b, struct block_file, b);
     ssize_t n;
 
-    if (f->no_nowait || r->iovs > IOV_MAX || block_req_len(r) > BLOCK_AT_ONCE_MAX)
+    if (f->no_nowait || f->direct.align || r->iovs > IOV_MAX || block_req_len(r) > BLOCK_AT_ONCE_MAX)
         return false;
     n = preadv2(f->fd, r->iov, (int)r->iovs, (off_t)r->offset, RWF_NOWAIT);
     if (n < 0 && (errno == EOPNOTSUPP || errno == EINVAL))
@@ -183,13 +210,27 @@ static bool file_try(struct block *b, struct block_req *r)
     return !r->iovs;
 }
 
+/* With direct access the ring takes what fits, and enters the gate for what changes something. */
+static bool for_ring(struct block_file *f, struct block_req *r)
+{
+    bool changes = r->op == BLOCK_WRITE || r->op == BLOCK_ZEROES || r->op == BLOCK_DISCARD;
+
+    r->gated = false;
+    if (!f->ring || !f->direct.align)
+        return f->ring;
+    if (!block_direct_fits(&f->direct, r) || (changes && !block_direct_enter(&f->direct)))
+        return false;
+    r->gated = changes;
+    return true;
+}
+
 static bool file_submit(struct block *b, struct block_req *r)
 {
     struct block_file *f = container_of(b, struct block_file, b);
 
     if (r->at_once && r->op == BLOCK_READ && file_try(b, r))
         return true;
-    if (f->ring)
+    if (for_ring(f, r))
         block_ring_submit(f->ring, r);
     else
         block_pool_submit(&f->pool, r);
@@ -222,7 +263,7 @@ static int check_kind(const char *path, mode_t mode)
 }
 
 /* stat() first: opening a pipe or a device can block or have effects. The second look is at what was really opened. */
-int block_file_fd(const char *path, bool readonly)
+int block_file_fd(const char *path, bool readonly, int flags)
 {
     struct stat st;
     int r, fd;
@@ -232,10 +273,12 @@ int block_file_fd(const char *path, bool readonly)
     r = check_kind(path, st.st_mode);
     if (r < 0)
         return r;
-    fd = open(path, (readonly ? O_RDONLY : O_RDWR) | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+    fd = open(path, (readonly ? O_RDONLY : O_RDWR) | O_CLOEXEC | O_NONBLOCK | O_NOCTTY | flags);
+    if (fd < 0 && errno == EINVAL && (flags & O_DIRECT))
+        return err(-EINVAL, "disk %s: its file system has no direct access (O_DIRECT); leave cache=none out", path);
     if (fd < 0)
         return open_error(path, readonly, errno);
-    fcntl(fd, F_SETFL, 0);                                         /* O_NONBLOCK has io_uring give up where it should wait */
+    fcntl(fd, F_SETFL, flags & O_DIRECT);                          /* O_NONBLOCK has io_uring give up where it should wait; O_DSYNC is not touched by it */
     r = fstat(fd, &st) < 0 ? open_error(path, readonly, errno) : check_kind(path, st.st_mode);
     if (r == 0)
         r = block_file_lock(fd, path, readonly);
@@ -253,6 +296,15 @@ int block_file_lock(int fd, const char *path, bool readonly)
     return err(-EBUSY, "disk %s: it is in use by another virtual machine or program; stop that, or append ,readonly wherever it is used", path);
 }
 
+/* The last block must be there: past the page cache there is nobody to fill it up. */
+static int check_size(struct block_file *f, u64 size)
+{
+    if (!f->direct.align || size % f->direct.align == 0)
+        return 0;
+    return err(-EINVAL, "disk %s: %llu bytes are no multiple of %u, which cache=none needs; give it another size (truncate), or leave cache=none out", f->b.path,
+               (unsigned long long)size, f->direct.align);
+}
+
 static int file_size(struct block *b, u64 *size)
 {
     struct block_file *f = container_of(b, struct block_file, b);
@@ -262,7 +314,7 @@ static int file_size(struct block *b, u64 *size)
         return err(-errno, "disk %s: cannot find out its size: %s; check the file", b->path, strerror(errno));
     if (!S_ISBLK(st.st_mode))
         *size = (u64)st.st_size;
-    return 0;
+    return check_size(f, *size);
 }
 
 static u64 file_time_ns(struct block *b)
@@ -278,6 +330,10 @@ static int file_grow(struct block *b, u64 size)
 {
     struct block_file *f = container_of(b, struct block_file, b);
     struct stat st;
+    int r = check_size(f, size);
+
+    if (r < 0)
+        return r;
 
     if (fstat(f->fd, &st) == 0 && !S_ISREG(st.st_mode))
         return err(-EINVAL, "disk %s: it is a block device, whose size the host says; make it larger there", b->path);
@@ -290,6 +346,7 @@ static void file_free(struct block_file *f)
 {
     if (f->fd >= 0)
         close(f->fd);
+    block_direct_destroy(&f->direct);
     if (f->zero)
         munmap((void *)f->zero, ZERO_SIZE);
     block_destroy(&f->b);
@@ -315,11 +372,11 @@ static int start(struct block_file *f, enum block_io io)
 {
     int r = io == BLOCK_IO_THREADS ? -ENOSYS : block_ring_open(&f->b, f->fd, &ring_ops, &f->ring);
 
-    if (r == 0) {
-        f->b.kind = "raw, io_uring";
+    if (r == 0)
+        f->b.kind = f->direct.align ? "raw, direct, io_uring" : f->through ? "raw, written through, io_uring" : "raw, io_uring";
+    if (r == 0 && !f->direct.align)
         return 0;
-    }
-    if (io == BLOCK_IO_URING)
+    if (r < 0 && io == BLOCK_IO_URING)
         return err(r, "disk %s: this host does not permit io_uring: %s; leave io=uring out", f->b.path, strerror(-r));
     return block_pool_open(&f->pool, &f->b, serve);
 }
@@ -327,12 +384,14 @@ static int start(struct block_file *f, enum block_io io)
 int block_file_open(const struct block_config *c, struct block **out)
 {
     struct block_file *f = calloc(1, sizeof(*f));
+    bool direct = c->cache == BLOCK_CACHE_NONE;
     int r;
 
     if (!f)
         return err(-ENOMEM, "disk %s: out of memory", c->path);
     f->fd = -1;
-    r = block_init(&f->b, &file_ops, "raw, threads", c->path, c->readonly);
+    f->through = c->cache == BLOCK_CACHE_THROUGH;
+    r = block_init(&f->b, &file_ops, direct ? "raw, direct, threads" : f->through ? "raw, written through, threads" : "raw, threads", c->path, c->readonly);
     if (r == 0) {
         f->zero = mmap(NULL, ZERO_SIZE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (f->zero == MAP_FAILED) {
@@ -341,7 +400,9 @@ int block_file_open(const struct block_config *c, struct block **out)
         }
     }
     if (r == 0)
-        r = f->fd = block_file_fd(c->path, c->readonly);
+        r = f->fd = block_file_fd(c->path, c->readonly, direct ? O_DIRECT : f->through ? O_DSYNC : 0);
+    if (r >= 0 && direct)
+        r = block_direct_init(&f->direct, f->fd, c->path);
     if (r >= 0)
         r = start(f, c->io);
     if (r < 0) {

@@ -50,12 +50,14 @@ int block_nbd_open(const struct block_config *c, struct block **out);
 int block_overlay_open(const struct block_config *c, struct block *base, struct block **out);
 u64 block_time_ns(struct block *b);                                /* 0: nobody knows */
 /* The descriptor of an image file or block device, locked; a negative errno with err(). */
-int block_file_fd(const char *path, bool readonly);
+int block_file_fd(const char *path, bool readonly, int flags);     /* flags: of open(2), more of them */
 int block_file_lock(int fd, const char *path, bool readonly);
 
 /* Helpers for requests. */
 void block_consume(struct block_req *r, size_t len);               /* len bytes of a read or write are done */
 u64 block_req_len(const struct block_req *r);                      /* bytes that are left of it */
+void block_gather(const struct block_req *r, u8 *buf, size_t len); /* the next len bytes of a write; of a read: */
+void block_scatter(const struct block_req *r, const u8 *buf, size_t len);
 
 /* --- threads --- */
 
@@ -88,6 +90,24 @@ int block_pool_open(struct block_pool *p, struct block *b, int (*serve)(struct b
 void block_pool_submit(struct block_pool *p, struct block_req *r);
 bool block_pool_close(struct block_pool *p);                       /* as block_close(); p may be all zero */
 
+/* --- direct access --- */
+
+/* See block_direct.c. align 0: there is none. */
+struct block_direct {
+    unsigned align, mem_align;                                     /* bytes, of offsets and lengths and of buffers */
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    unsigned shared, want_alone;                                   /* who changes something; who waits to be alone, or is */
+    bool alone;
+};
+int block_direct_init(struct block_direct *d, int fd, const char *path); /* err() */
+void block_direct_destroy(struct block_direct *d);
+bool block_direct_fits(const struct block_direct *d, const struct block_req *r);
+bool block_direct_enter(struct block_direct *d);                   /* for what changes something and fits; false: a worker is to do it */
+void block_direct_leave(struct block_direct *d);
+/* On a worker thread; plain() does what fits. The result. */
+int block_direct_serve(struct block_direct *d, int fd, struct block_req *r, struct block *b, int (*plain)(struct block *b, struct block_req *r));
+
 /* --- io_uring --- */
 
 /*
@@ -101,6 +121,7 @@ struct block_step {
     unsigned iovs;
     const void *buf;
     int mode;
+    bool waits;                                                    /* it takes as long as the storage does */
 };
 struct block_ring_ops {
     void (*step)(struct block *b, struct block_req *r, struct block_step *s);

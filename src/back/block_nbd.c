@@ -83,28 +83,6 @@ static int answered(void *arg, int *error)
     return 1;
 }
 
-static void gather(const struct block_req *r, u8 *buf, size_t len)
-{
-    for (unsigned i = 0; len; i++) {
-        size_t step = MIN(len, r->iov[i].iov_len);
-
-        memcpy(buf, r->iov[i].iov_base, step);
-        buf += step;
-        len -= step;
-    }
-}
-
-static void scatter(const struct block_req *r, const u8 *buf, size_t len)
-{
-    for (unsigned i = 0; len; i++) {
-        size_t step = MIN(len, r->iov[i].iov_len);
-
-        memcpy(r->iov[i].iov_base, buf, step);
-        buf += step;
-        len -= step;
-    }
-}
-
 static bool make_buffer(struct job *j)
 {
     if (!j->buf)
@@ -127,7 +105,7 @@ static s64 send_command(struct nbd *n, struct job *j)
             return -1;
         if (r->op == BLOCK_READ)
             return n->lib.aio_pread(n->h, j->buf, j->len, r->offset, done, 0);
-        gather(r, j->buf, j->len);
+        block_gather(r, j->buf, j->len);
         return n->lib.aio_pwrite(n->h, j->buf, j->len, r->offset, done, 0);
     case BLOCK_FLUSH:
         return n->can_flush ? n->lib.aio_flush(n->h, done, 0) : 0;
@@ -190,7 +168,7 @@ static void command_done(struct nbd *n, struct job *j)
     }
     switch (r->op) {
     case BLOCK_READ:
-        scatter(r, j->buf, j->len);
+        block_scatter(r, j->buf, j->len);
         block_consume(r, j->len);
         break;
     case BLOCK_WRITE:

@@ -927,7 +927,7 @@ static int open_named(struct overlay *o, const char *path)
         if (o->fd >= 0)
             close(o->fd);
     }
-    o->fd = r = block_file_fd(path, o->b.readonly);
+    o->fd = r = block_file_fd(path, o->b.readonly, 0);
     if (r < 0)
         return r;
     return o->b.readonly || !blank(o) ? load(o, path) : create(o, path);

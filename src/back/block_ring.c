@@ -74,7 +74,7 @@ static bool push(struct block_ring *g, struct block_req *r)
     struct block_step s;
 
     g->ops->step(g->b, r, &s);
-    if (s.call == STEP_WRITEV && block_req_len(r) <= DIRECT_MAX) {
+    if (s.call == STEP_WRITEV && !s.waits && block_req_len(r) <= DIRECT_MAX) {
         ssize_t n = pwritev(g->fd, s.iov, (int)s.iovs, (off_t)s.offset);
 
         stepped(g, r, n < 0 ? -errno : (int)n);

@@ -148,6 +148,12 @@ static bool disk_attribute(struct vm_disk *d, const char *word)
         d->block.io = BLOCK_IO_URING;
     else if (!strcmp(word, "io=threads"))
         d->block.io = BLOCK_IO_THREADS;
+    else if (!strcmp(word, "cache=writeback"))
+        d->block.cache = BLOCK_CACHE_BACK;
+    else if (!strcmp(word, "cache=writethrough"))
+        d->block.cache = BLOCK_CACHE_THROUGH;
+    else if (!strcmp(word, "cache=none"))
+        d->block.cache = BLOCK_CACHE_NONE;
     else
         return false;
     return true;
@@ -474,7 +480,9 @@ const struct option run_option_table[] = {
      "writes goes to a temporary file (in TMPDIR, else /var/tmp) and is gone afterwards, FILE is only read; overlay=FILE2: it goes to FILE2, which is made if it "
      "is not there, and is there the next time; on-full=pause|error, what happens when the host has "
      "no room for what the guest writes: the guest is paused until \"resume\" at the monitor prompt (the default), or "
-     "sees an I/O error; io=uring|threads, how the host's file is accessed (the default is io_uring where the host permits it).", true, set_disk},
+     "sees an I/O error; io=uring|threads, how the host's file is accessed (the default is io_uring where the host permits it); cache=writeback|writethrough|none, of files and block "
+     "devices: the host's page cache is used, and what the guest flushes is brought to the storage (the default); or every write is; or the page cache is not used (O_DIRECT), "
+     "which spares the host memory for disks that are large and read once, and costs where it would have had the answer.", true, set_disk},
     {"share", "FOLDER:TAG[,ATTRIBUTE...]",
      "Shares a folder of this host with the guest, which mounts it by its tag: mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144 TAG /mnt (Debian's "
      "standard kernel has 9p, its cloud kernel has not). Up to 4 times. The guest does there what you may do on this host, and reaches nothing outside: links are its own "

@@ -69,15 +69,22 @@ fi
 tools="mkdir -p /mnt/t; mount -t ext4 -o ro /dev/vda /mnt/t"
 
 # ---- all back ends, at the same time ----
-for i in a b c d f; do image "$tmp/$i.img"; done
+for i in a b c d f n t; do image "$tmp/$i.img"; done
 [ -f "$tmp/tools.img" ] || image "$tmp/tools.img"
 disks=(--disk "$tmp/tools.img,readonly" --disk "$tmp/a.img,io=uring" --disk "$tmp/b.img,io=threads" --disk "$tmp/c.img,overlay=$tmp/c.over" --disk "$tmp/d.img,overlay"
-    --disk "$tmp/f.img,bus=nvme")
-names="vdb vdc vdd vde nvme0n1"
+    --disk "$tmp/f.img,bus=nvme" --disk "$tmp/t.img,cache=writethrough,bus=nvme")
+names="vdb vdc vdd vde nvme0n1 nvme1n1"
 "$DOPPEL" run --disk "$tmp/a.img,io=uring" --kernel /nowhere 2>&1 | grep -q 'does not permit io_uring' && disks[3]=$tmp/a.img,io=threads
+next=f
+if "$DOPPEL" run --disk "$tmp/n.img,cache=none" --kernel /nowhere 2>&1 | grep -q 'cache=none'; then
+    skip "verified: cache=none" "no direct access in $tmp"
+else
+    disks+=(--disk "$tmp/n.img,cache=none") names+=" vd$next" next=g
+fi
 if [ -n "$have_nbd" ]; then
     serve slow --filter=delay memory 16M delay-read=1ms delay-write=2ms
-    disks+=(--disk "$(uri slow)") names+=" vdf"
+    disks+=(--disk "$(uri slow)") names+=" vd$next"
+    next=$([ $next = f ] && echo g || echo h)
 fi
 qemu_nbd=''
 if command -v qemu-nbd >/dev/null; then
@@ -86,12 +93,12 @@ if command -v qemu-nbd >/dev/null; then
     qemu_nbd=$!
     end=$((SECONDS + 60))
     until [ -S "$tmp/qemu.sock" ] || [ $SECONDS -ge $end ]; do sleep 0.1; done
-    disks+=(--disk "$(uri qemu)") names+=" vd$([ -n "$have_nbd" ] && echo g || echo f)"
+    disks+=(--disk "$(uri qemu)") names+=" vd$next"
 fi
 sum=$(sha256sum <"$tmp/c.img")
 fio="/mnt/t/fio --name=verify --thread --direct=1 --ioengine=io_uring --iodepth=16 --rw=randwrite --bsrange=1k-128k --size=${fio_mib}M --verify=crc32c --verify_fatal=1
     --verify_state_save=0 --do_verify=1 --end_fsync=1 --loops=$fio_loops"
-in_guest="modprobe nvme; for d in $names; do /disk_work verify /dev/\$d $verify_seconds >/tmp/\$d & done; wait; for d in $names; do echo \"\$d: \$(cat /tmp/\$d)\"; done"
+in_guest="modprobe nvme; until [ -b /dev/nvme0n1 ] && [ -b /dev/nvme1n1 ]; do sleep 0.1; done; for d in $names; do /disk_work verify /dev/\$d $verify_seconds >/tmp/\$d & done; wait; for d in $names; do echo \"\$d: \$(cat /tmp/\$d)\"; done"
 [ -z "$have_fio" ] || in_guest+="; $tools; for d in $names; do { ${fio//$'\n'/ } --filename=/dev/\$d >/tmp/\$d 2>&1 && echo verified >>/tmp/\$d; } & done; wait
     for d in $names; do echo \"fio \$d: \$(tail -n 1 /tmp/\$d)\"; done"
 BOOT_SECONDS=$((BOOT_SECONDS + 4 * verify_seconds + (fio_loops - 1) * 300)) doppel "${run[@]}" --cpus 2 "${disks[@]}" -- sh -c "$in_guest" </dev/null

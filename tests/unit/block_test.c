@@ -538,6 +538,68 @@ static void test_permissions(void **state)
     assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 0);
 }
 
+/* Written through, and past the page cache: the same disk, to any sector and from any buffer; and what cannot be. */
+static void test_cache(void **state)
+{
+    static u8 model[256 * 1024], buf[64 * 1024 + 512], whole[sizeof(model)];
+    struct block_config c = { .path = path("cached"), .io = how };
+    struct block *b;
+
+    (void)state;
+    for (c.cache = BLOCK_CACHE_THROUGH; c.cache <= BLOCK_CACHE_NONE; c.cache++) {
+        unsigned seed = c.cache;
+
+        make("cached", sizeof(model));
+        memset(model, 0, sizeof(model));
+        if (block_open(&c, &b) < 0) {                              /* this file system has no such thing */
+            assert_int_equal(c.cache, BLOCK_CACHE_NONE);
+            assert_non_null(strstr(err_last(), "cache=none"));
+            continue;
+        }
+        assert_non_null(strstr(block_kind(b), c.cache == BLOCK_CACHE_NONE ? "direct" : "written through"));
+        for (unsigned i = 0; i < 400; i++) {
+            size_t len = ((size_t)rand_r(&seed) % 128 + 1) * 512, at = (size_t)rand_r(&seed) % ((sizeof(model) - len) / 512 + 1) * 512;
+            u8 *data = buf + (rand_r(&seed) % 2 ? 0 : (size_t)rand_r(&seed) % 512);
+
+            switch (rand_r(&seed) % 5) {
+            case 0:
+            case 1:
+                memset(data, (int)i, len);
+                memcpy(model + at, data, len);
+                assert_int_equal(io(b, BLOCK_WRITE, at, data, len), 0);
+                break;
+            case 2:
+                memset(model + at, 0, len);
+                assert_int_equal(range(b, BLOCK_ZEROES, at, len, i % 2), 0);
+                break;
+            case 3:
+                assert_int_equal(io(b, BLOCK_FLUSH, 0, NULL, 0), 0);
+                break;
+            default:
+                assert_int_equal(io(b, BLOCK_READ, at, data, len), 0);
+                assert_memory_equal(data, model + at, len);
+            }
+        }
+        for (size_t at = 0; at < sizeof(whole); at += 64 * 1024)
+            assert_int_equal(io(b, BLOCK_READ, at, whole + at, 64 * 1024), 0);
+        assert_memory_equal(whole, model, sizeof(model));
+        assert_true(block_close(b));
+        make("odd", 100 * 1024 + 100);
+        c.path = path("odd");
+        if (c.cache == BLOCK_CACHE_NONE) {
+            assert_int_equal(block_open(&c, &b), -EINVAL);
+            assert_non_null(strstr(err_last(), "no multiple"));
+        }
+        c.path = path("cached");
+        c.overlay = "";
+        assert_int_equal(block_open(&c, &b), -EINVAL);
+        assert_non_null(strstr(err_last(), "cache="));
+        c.overlay = NULL;
+    }
+    c = (struct block_config){ .path = "nbd://127.0.0.1:1/", .cache = BLOCK_CACHE_NONE };
+    assert_int_equal(block_open(&c, &b), -EINVAL);
+}
+
 /* The host has no more room (here by a limit on file sizes): the request's result says so, and nobody is killed by SIGXFSZ. */
 static void test_full(void **state)
 {
@@ -573,7 +635,7 @@ int main(void)
         cmocka_unit_test(test_read_write), cmocka_unit_test(test_bounds), cmocka_unit_test(test_odd_size), cmocka_unit_test(test_size_changes),
         cmocka_unit_test(test_many_pieces), cmocka_unit_test(test_close_waits), cmocka_unit_test(test_lock), cmocka_unit_test(test_no_disks),
         cmocka_unit_test(test_permissions), cmocka_unit_test(test_full), cmocka_unit_test(test_discard_and_zeroes), cmocka_unit_test(test_at_once),
-        cmocka_unit_test(test_grow), cmocka_unit_test(test_hold_full), cmocka_unit_test(test_no_uring),
+        cmocka_unit_test(test_grow), cmocka_unit_test(test_hold_full), cmocka_unit_test(test_no_uring), cmocka_unit_test(test_cache),
     };
     static const char *const name[] = { [BLOCK_IO_URING] = "io_uring", [BLOCK_IO_THREADS] = "threads" };
     struct block *b;

@@ -162,6 +162,8 @@ static void disks(void **state UNUSED)
     assert_string_equal(o.disk[0].block.path, "a");
     assert_true(o.disk[0].full_is_error && o.disk[0].block.io == BLOCK_IO_THREADS);
     assert_true(!o.disk[1].full_is_error && o.disk[1].block.readonly && o.disk[1].block.io == BLOCK_IO_URING);
+    accepts(&o, "--disk a,cache=none --disk b,cache=writethrough --disk c,cache=writeback");
+    assert_true(o.disk[0].block.cache == BLOCK_CACHE_NONE && o.disk[1].block.cache == BLOCK_CACHE_THROUGH && o.disk[2].block.cache == BLOCK_CACHE_BACK);
     rejects("--disk ,readonly", "--disk");
     rejects("--disk /dev/null,readwrite", "attribute");
 }
