@@ -250,6 +250,10 @@ is "apt-get install from this host" "$(in_vm doppel-hello)" "hello from a packag
 ssh=(ssh -q -F none -i "$tmp/key" -p $port -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o BatchMode=yes -o ConnectTimeout=60)
 is "ssh through a published port" "$(timeout 120 "${ssh[@]}" root@127.0.0.1 'whoami; cat /etc/hostname' </dev/null)" $'root\nseeded'
 is "ssh as the seed's user, with sudo" "$(timeout 120 "${ssh[@]}" ann@127.0.0.1 'whoami; sudo whoami' </dev/null)" $'ann\nroot'
+MiB=${SOAK_LONG:+256}; MiB=${MiB:-16}
+head -c $((MiB << 20)) /dev/urandom >"$tmp/data"; sum=$(sha256sum <"$tmp/data")
+is "ssh: $MiB MiB in" "$(timeout 900 "${ssh[@]}" root@127.0.0.1 sha256sum <"$tmp/data")" "$sum"
+is "ssh: $MiB MiB in and out" "$(timeout 900 "${ssh[@]}" root@127.0.0.1 cat <"$tmp/data" | sha256sum)" "$sum"
 in_vm systemctl poweroff >/dev/null
 wait $vm; is "poweroff: status" "$?" 0
 run image info sid --check; is "the image is as it was" "$status $out" "0 sid: the disk is as it was"
