@@ -130,7 +130,7 @@ END
 }
 
 if "$DOPPEL" doctor 2>/dev/null | grep -q 'kvm  *real'; then
-    export REFUSE=$build/hostile/kvm_refuse.so ONCE=$build/hostile/once.elf
+    export REFUSE=$build/hostile/kvm_refuse.so ONCE=$build/hostile/once.elf PEER=$build/boot/netpeer
     export DOPPEL SWITCH=$build/kvm/switch ENGINE_TEST=$build/kvm/engine_test SYS_RUNNER=$build/sys/sys_runner SYS_IMAGES=$build/sys
     (cd "$tmp" && timeout -k 10 600 bash "$top/tests/kvm/inside.sh") >"$tmp/result" 2>&1
     is "all of it ran" $? 0
@@ -166,11 +166,11 @@ if nested_build "$tmp/nested" 2>"$tmp/err"; then
     cp "$build"/sys/*.bin "$tmp/nested/root/sysbin/"
     rm -f "$tmp/nested/root/sysbin/debug32.bin"             # QEMU 7.2 itself dies of its breakpoints: nested-differs.txt
     rm -f "$tmp/nested/root/sysbin/xmc64.bin"               # TCG 7.2 goes on with code that another processor has changed (as smp64, for longer)
-    cp "$top/tests/kvm/inside.sh" "$build/hostile/once.elf" "$build/hostile/kvm_refuse.so" "$tmp/nested/root/"
+    cp "$top/tests/kvm/inside.sh" "$build/hostile/once.elf" "$build/hostile/kvm_refuse.so" "$build/boot/netpeer" "$tmp/nested/root/"
     # QEMU's processors are slow: the interpreter inside needs a tenth of a second for what takes this host two milliseconds.
     # QEMU's machine itself hangs now and then (its kernel, too: no time limit inside ends it): then it has one more chance.
     for attempt in 1 2; do
-        nested_run "$tmp/nested" 900 "export REFUSE=/kvm_refuse.so ONCE=/once.elf DOPPEL=/bin/doppel SWITCH=/bin/switch ENGINE_TEST=/bin/engine_test \
+        nested_run "$tmp/nested" 900 "export REFUSE=/kvm_refuse.so ONCE=/once.elf PEER=/netpeer DOPPEL=/bin/doppel SWITCH=/bin/switch ENGINE_TEST=/bin/engine_test \
             SYS_RUNNER=/bin/sys_runner SYS_IMAGES=/sysbin STEP_SHORT=500 STEP_LONG=3000 SYS_SECONDS=20; sh /inside.sh" >"$tmp/result"
         [ -z "$nested_status" ] || break
         echo "# attempt $attempt: QEMU's machine did not end; its last line: $(tail -n 1 "$tmp/result")"

@@ -1,6 +1,7 @@
 # What boot/kvm.sh runs where /dev/kvm is real: on the host, or inside QEMU (then by busybox's sh). Prints TAP lines without numbers.
 #
 #   $REFUSE $ONCE   hostile/kvm_refuse.so and a kernel that ends by itself (hostile/kvm.sh); may be missing
+#   $PEER           boot/netpeer; may be missing
 #   $DOPPEL $SWITCH $ENGINE_TEST $SYS_RUNNER   programs        $SYS_IMAGES   folder of sys programs        $DOPPEL_GUEST   the default guest
 cmdline=$(cat "$DOPPEL_GUEST/cmdline")
 
@@ -37,6 +38,29 @@ out=$(timeout 100 "$DOPPEL" run --engine kvm --quiet --cpus 2 --disk a.img,reado
 is "disk: read by the guest, read-only flag" "$(echo $out)" "$(echo $sum 1)"
 is "disk: written by the guest" "$(sha256sum <b.img)" "$sum"
 rm -f a.img b.img
+
+# A network card: an address, and streams both ways of which every byte is compared.
+peer()                                              # file, arguments: in the background, until it listens
+{
+    file=$1
+    shift
+    "$PEER" "$@" >"$file" 2>&1 &
+    for n in $(seq 100); do grep -q listening "$file" && break; sleep 0.1; done
+}
+if [ -n "${PEER:-}" ]; then
+    ip link set lo up 2>/dev/null
+    mkdir -p rd; cp "$PEER" rd/netpeer
+    (cd rd && echo netpeer | cpio -o -H newc 2>/dev/null) | cat "$DOPPEL_GUEST/initrd" - >with-peer
+    port=$((20000 + $$ % 20000))
+    peer sends listen 127.0.0.1 $port send 4194304; peer receives listen 127.0.0.1 $((port + 1)) recv 4194304
+    out=$(timeout 200 "$DOPPEL" run --engine kvm --quiet --cpus 2 --net user --kernel "$DOPPEL_GUEST/vmlinuz" --initrd with-peer --append "$cmdline" -- sh -c '
+        n=0; until ip -o -4 addr show dev eth0 | grep -q inet || [ $n = 600 ]; do sleep 0.1; n=$((n + 1)); done; ip -o -4 addr show dev eth0 | sed "s/.*inet //;s/ .*//"
+        /netpeer connect 10.0.2.2 $0 recv 4194304 | sed "s/, .*//"; /netpeer connect 10.0.2.2 $1 send 4194304 | sed "s/, .*//"' $port $((port + 1)) 2>&1 </dev/null)
+    is "network: address, and streams both ways" "$(echo $out)" "10.0.2.15/24 4194304 bytes 4194304 bytes"
+    wait
+    is "network: the host received" "$(sed -n '$s/, .*//p' receives)" "4194304 bytes"
+    rm -rf rd with-peer sends receives
+fi
 
 # The guest goes from engine to engine while it boots, and answers at last. Between unlike engines a few moves suffice: inside QEMU an interpreter is
 # an emulator in an emulator.
