@@ -108,7 +108,7 @@ static int list_images(void)
         printf("%-20s %-12s %9s %9s  %s\n", "NAME", "SUITE", "SIZE MiB", "USED MiB", "CREATED");
     for (char **n = names; *n; n++) {
         r = image_open(&i, *n);
-        if (r == -EINVAL)
+        if (r == -EBADMSG)
             printf("%-20s %s\n", *n, "(damaged)");
         if (r == 0)
             printf("%-20s %-12.12s %9llu %9llu  %s\n", *n, origin(&i.info), (unsigned long long)(i.info.size / MiB),

@@ -171,9 +171,11 @@ static int copy_small(const struct image *i, const char *from, const char *name)
     ssize_t n = -1;
     int in = open(from, O_RDONLY | O_CLOEXEC), out = openat(i->fd, name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0444);
     int error = in < 0 || out < 0 ? errno : 0;
-    while (!error && (n = read(in, buf, sizeof(buf))) != 0)
-        if (n < 0 || write(out, buf, (size_t)n) != n)
-            error = errno ? errno : EIO;
+    while (!error && (n = read(in, buf, sizeof(buf))) != 0) {
+        ssize_t w = n < 0 ? -1 : write(out, buf, (size_t)n);
+        if (w != n)
+            error = w < 0 ? errno : ENOSPC;                        /* a part was written: the disk is full */
+    }
     if (in >= 0)
         close(in);
     if (out >= 0 && close(out) < 0 && !error)
@@ -193,8 +195,9 @@ static int add_kernel(struct image *i)
         r = copy_small(i, g->initrd, "initrd");
     free(g);
     int fd = r < 0 ? -1 : openat(i->fd, "cmdline", O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0444);
-    if (r == 0 && (fd < 0 || write(fd, cmdline, sizeof(cmdline) - 1) != sizeof(cmdline) - 1))
-        r = write_failed(errno);
+    ssize_t w = fd < 0 ? -1 : write(fd, cmdline, sizeof(cmdline) - 1);
+    if (r == 0 && w != sizeof(cmdline) - 1)
+        r = write_failed(w < 0 ? errno : ENOSPC);
     if (fd >= 0)
         close(fd);
     return r;

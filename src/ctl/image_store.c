@@ -178,7 +178,7 @@ static json_int_t get_integer(const json_t *o, const char *key)
 
 static int damaged(const struct image *i, const char *what)
 {
-    return err(-EINVAL, "image %s: %s; remove it (doppel image rm %s) and build or import it again", i->name, what, i->name);
+    return err(-EBADMSG, "image %s: %s; remove it (doppel image rm %s) and build or import it again", i->name, what, i->name);
 }
 
 static int read_info(struct image *i)

@@ -41,7 +41,7 @@ struct image {
 /* A path below dir into out. 0, or -ENAMETOOLONG with err(). */
 int image_path(const struct image *i, const char *name, char out[PATH_MAX]);
 
-/* For a VM, which shares it: 0; -ENOENT with err() when there is none; -EBUSY; -EINVAL: damaged. */
+/* For a VM, which shares it: 0; -ENOENT with err() when there is none; -EBUSY; -EBADMSG: damaged. */
 int image_open(struct image *i, const char *name);
 void image_close(struct image *i);
 

@@ -113,6 +113,76 @@ run image import "$tmp/small.img" a/b; is "import under a bad name: status" "$st
 (ulimit -f 2000; run image import "$tmp/small.img" full; is x "$status" 1 >"$tmp/full") ; like "import without room: status" "$(cat "$tmp/full")" '^ok'
 is "failed imports leave nothing" "$(ls -A "$tmp/store")" small
 
+# A disk with a boot sector, which firmware boots: it greets at COM1 and goes to the debug exit port.
+if [ -r /usr/share/seabios/bios-256k.bin ]; then
+    truncate -s 1M "$tmp/sector.img"
+    #        xor ax,ax  mov ds,ax  mov si,7c16   lodsb  test al,al  jz  mov dx,3f8  out dx,al  jmp  mov al,5  out f4,al  hlt
+    printf '\x31\xc0\x8e\xd8\xbe\x17\x7c\xac\x84\xc0\x74\x06\xba\xf8\x03\xee\xeb\xf5\xb0\x05\xe6\xf4\xf4the boot sector runs\n\0' | dd of="$tmp/sector.img" conv=notrunc status=none
+    printf '\x55\xaa' | dd of="$tmp/sector.img" bs=1 seek=510 conv=notrunc status=none
+    chmod a+r "$tmp/sector.img"
+    run image import "$tmp/sector.img" sector; is "import of a disk with a boot sector: status" "$status" 0
+    run image info sector; like "import of a disk with a boot sector: info" "$out" 'boots by   firmware'
+    run run sector --engine "$ENGINE" --quiet --net none --debug-exit; is "a boot sector that was imported runs: status" "$status" 11
+    like "a boot sector that was imported runs: output" "$out" 'the boot sector runs'
+    run run sector -- true; is "a command in what firmware boots: status" "$status" 1
+    like "a command in what firmware boots: told" "$err" 'boots by firmware, and its own system starts programs'
+    run image rm sector
+else
+    skip "a disk with a boot sector" "the package seabios is not installed"
+fi
+
+# Progress, at a terminal of 100 columns, and at a narrow one.
+at_terminal() { timeout -k 10 300 script -qec "stty rows 30 cols $1; $(printf '%q ' "${user[@]}" "$D" image import "$tmp/small.img" "bar$1")" /dev/null </dev/null; }
+like "a bar at a terminal" "$(at_terminal 100)" $'\r\033\\[K\\[#*\\.*\\] .*copying the disk.*copying the disk: [0-9.]+ s'
+narrow=$(at_terminal 60); like "lines at a narrow one" "$narrow" 'doppel: copying the disk'
+is "no bar there" "$(grep -c $'\033' <<<"$narrow")" 0
+run image rm bar100; run image rm bar60
+
+# No room on the store's disk, in a name space where that is a small one.
+if "${user[@]}" unshare -Urm true 2>/dev/null; then
+    "${user[@]}" unshare -Urm sh -c 'mount -t tmpfs -o size=8m none "$1/store" && shift && "$@"; echo "$?"; ls -A "$DOPPEL_IMAGES"' sh "$tmp" \
+        "$D" image import "$tmp/small.img" crowded >"$tmp/out" 2>"$tmp/err"
+    is "import with the disk full: status, nothing is left" "$(cat "$tmp/out")" 1
+    like "import with the disk full: told" "$(cat "$tmp/err")" 'No space left on device'
+    "${user[@]}" unshare -Urm sh -c 'mount -t tmpfs -o size=24m none "$1/store" && shift && "$@"; echo "$?"; ls -A "$DOPPEL_IMAGES"' sh "$tmp" \
+        "$D" image build debian crowded >"$tmp/out" 2>"$tmp/err"
+    is "build with the disk full: status, nothing is left" "$(cat "$tmp/out")" 1
+    like "build with the disk full: told" "$(cat "$tmp/err")" 'No space left|no space|not enough|could not'
+else
+    skip "a full disk" "this host permits no user namespace"
+fi
+
+# What is known of an image, damaged in each way: a clear word, and it can be removed.
+damage()                                            # name, command in the image's folder, told
+{
+    local at=$tmp/store/hurt
+    cp -a "$tmp/store/small" "$at"; chmod -R u+w "$at"; chmod u+w "$at/image.json"
+    (cd "$at" && eval "$2")
+    own "$at"
+    for verb in "image info hurt" "run hurt --quiet --net none"; do
+        # shellcheck disable=SC2086
+        run $verb; is "$1: ${verb%% hurt*}: status" "$status" 1
+        like "$1: ${verb%% hurt*}: told" "$err" "image hurt: .*$3"
+    done
+    run image list; like "$1: listed so" "$status $out" '^0 .*hurt +\(damaged\)'
+    run image rm hurt; is "$1: rm" "$status $(ls -A "$tmp/store")" "0 small"
+}
+damage "no image.json" 'rm image.json' 'image.json'
+damage "an empty image.json" ': >image.json' 'image.json'
+damage "an image.json of other types" 'echo "{\"version\": \"x\", \"size\": [], \"digest\": 7}" >image.json' ''
+damage "an image.json that is a list" 'echo "[1]" >image.json' 'image.json'
+damage "a huge image.json" 'truncate -s 3G image.json' 'image.json'
+damage "an image.json that is a FIFO" 'rm image.json; mkfifo image.json' 'image.json'
+damage "a version to come" 'sed -i "s/\"version\": 1/\"version\": 9/" image.json' ''
+damage "no disk" 'rm root.img' 'root.img is missing'
+damage "a disk that is a link" 'mv root.img r; ln -s r root.img' 'root.img is missing'
+damage "a disk that is a FIFO" 'rm root.img; mkfifo root.img' 'root.img is missing'
+cp -a "$tmp/store/small" "$tmp/store/hurt"; chmod u+w "$tmp/store/hurt" "$tmp/store/hurt/cmdline"; printf 'a\0b' >"$tmp/store/hurt/cmdline"
+run run hurt --quiet; is "a damaged cmdline: status" "$status" 1
+rm -f "$tmp/store/hurt/vmlinuz"; run image rm hurt; is "a damaged cmdline: rm" "$status" 0
+ln -s "$tmp/store/small" "$tmp/store/linked"; run image info linked; is "an image that is a link: status" "$status" 1
+rm "$tmp/store/linked"
+
 chmod u+w "$tmp/store/small/root.img"; run image info small; is "only the mode changed: fine" "$status" 0
 cp -p "$tmp/store/small/root.img" "$tmp/saved.img"
 truncate -s 1M "$tmp/store/small/root.img"; run run small --quiet; is "a truncated disk: status" "$status" 1
@@ -158,6 +228,20 @@ gone() { d image list >/dev/null 2>&1; [ "$(left)" = 0 ]; }
 until_true gone && ok "a build that was killed leaves nothing behind the next command" || not_ok "a build that was killed leaves nothing" "$(ls -lA "$tmp/store")"
 (ulimit -f 8000; run image build debian full; echo "$status" >"$tmp/full"); is "no room for a build: status" "$(cat "$tmp/full")" 1
 is "no room for a build: nothing is left" "$(ls -A "$tmp/store")" ""
+
+# --- make install: what it puts in place runs, builds guests and comes as far as mmdebstrap, without the tree ---
+mkdir "$tmp/b"; cp -r "$guest" "$tmp/b/guest"; cp "$DOPPEL" "$tmp/b/doppel"; "$DOPPEL" --man >"$tmp/b/doppel.1"
+"$top/guest/build" --compile-init "$tmp/b/init" && "$top/guest/build" --compile-agent "$tmp/b/agent"
+env -u MAKEFLAGS make -s -C "$top" B="$tmp/b" -o all -o "$tmp/b/init" -o "$tmp/b/agent" PREFIX=/usr DESTDIR="$tmp/inst" install >"$tmp/out" 2>&1
+is "make install: status" "$? $(find "$tmp/inst" -name image-build -perm 755 | wc -l)" "0 1"
+I=$tmp/inst/usr/bin/doppel
+is "make install: the default guest" "$(timeout 300 "${user[@]}" "$I" run --engine "$ENGINE" --quiet --net none -- echo installed 2>&1)" installed
+printf '#!/bin/sh\nfor root; do case $root in */work/root) ls "${root%%/*}"; cmp "${root%%/*}/agent" "%s/inst/usr/share/doppel/agent" && echo same agent;; esac; done; exit 9\n' "$tmp" >"$tmp/fake/mmdebstrap"
+timeout 300 "${user[@]}" env PATH="$tmp/fake:$PATH" "$I" image build debian:bookworm --mirror http://127.0.0.1:9/debian installed >"$tmp/out" 2>&1
+like "make install: image build has its script, kernel and agent" "$? $(cat "$tmp/out")" '^1 .*preparing the kernel.*installing Debian bookworm.*same agent.*mmdebstrap could not install'
+guests() { find "$tmp/home/.cache/doppel" -name "guest$1" | wc -l; }
+mv "$tmp/inst/usr/share/doppel/vmlinuz" "$tmp/vmlinuz.away"
+is "make install: a guest is built where there is none" "$(timeout 300 "${user[@]}" "$I" run --engine "$ENGINE" --quiet --net none -- echo built 2>&1) $(guests '')" "built 1"
 
 # --- a Debian ---
 key=$( (cat "$0" "$top"/image/* "$top"/guest/* "$top"/agent/* "$top"/src/back/tree.c "$guest/manifest"; sed -n 's/^VERSION_CODENAME=//p' /etc/os-release) | sha256sum |

@@ -62,6 +62,13 @@ as dd if=/dev/urandom of="$shared/data" bs=1M count=$mib 2>/dev/null
 as sh -c "echo secret >'$tmp/outside/secret'; ln -s '$tmp/outside/secret' '$shared/out'; ln -s ../outside '$shared/up'; mkdir '$shared/m' '$shared/many'"
 as sh -c "cd '$shared/many' && seq $files | xargs touch"
 sum=$(md5sum <"$shared/data")
+# What a host's folder may hold: names with any byte, a FIFO with something in it, a socket, and (as root, where that is allowed) a device.
+mkdir "$shared/odd"
+printf 1 >"$shared/odd/"$'new\nline'; printf 2 >"$shared/odd/"$'\377\376'; printf 3 >"$shared/odd/ -x"; mkfifo "$shared/odd/fifo"
+perl -MIO::Socket::UNIX -e 'IO::Socket::UNIX->new(Local => $ARGV[0], Listen => 1) or die' "$shared/odd/socket"
+device=$(mknod "$shared/odd/device" c 1 5 2>/dev/null && echo "character special file")
+exec 8<>"$shared/odd/fifo"; echo leak >&8
+[ "$(id -u)" != 0 ] || chown -R 65534:65534 "$shared/odd"
 
 # One guest for all that works: mount command, name, share attributes.
 inside='
@@ -70,6 +77,12 @@ inside='
     echo "out $(cat /mnt/out 2>&1 | grep -c secret) $(ls /mnt/up 2>/dev/null | grep -c secret)"
     (echo x >/mnt/out) 2>/dev/null
     echo "many $(ls /mnt/many 2>/dev/null | wc -l) $(ls /mnt/many 2>/dev/null | sort -n | uniq | tail -n 1)"
+    echo "odd $(cat "/mnt/odd/new
+line" "/mnt/odd/$(printf "\377\376")" "/mnt/odd/ -x" 2>&1) $(find /mnt/odd -print0 | tr -cd "\0" | wc -c)"
+    echo "fifo $(stat -c %F /mnt/odd/fifo) $(sh -c "timeout 1 cat /mnt/odd/fifo; echo \$?" 2>/dev/null)"
+    echo "socket $(stat -c %F /mnt/odd/socket) $(cat /mnt/odd/socket 2>/dev/null; echo $?)"
+    echo "device $(stat -c %F /mnt/odd/device 2>/dev/null)"
+    echo "dots $(cat /mnt/odd/../../../../../../etc/hostname) $(cat /mnt/../../outside/secret 2>/dev/null)"
     mknod /mnt/null c 1 3 2>/dev/null; echo "null $?"
     echo "uid $(stat -c %u /mnt/data)"'
 try()                                               # name, guest, attributes
@@ -96,12 +109,17 @@ try()                                               # name, guest, attributes
     else
         is "$name: $files files in a folder" "$(grep ^many <<<"$out")" "many $files $files"
     fi
+    is "$name: names with any byte" "$(grep ^odd <<<"$out")" "odd 123 $([ -n "$device" ] && echo 7 || echo 6)"
+    is "$name: a FIFO of the host's is a name" "$(grep ^fifo <<<"$out")" "fifo fifo 143"
+    is "$name: a socket of the host's is a name" "$(grep ^socket <<<"$out")" "socket socket 1"
+    is "$name: so is a device" "$(grep ^device <<<"$out")" "device $device"
+    is "$name: .. ends at the guest's own root" "$(grep ^dots <<<"$out")" "dots doppel "
     is "$name: no device nodes" "$(grep -c '^null 0' <<<"$out") $(ls "$shared/null" 2>/dev/null)" "0 "
     is "$name: own files are root's" "$(grep ^uid <<<"$out")" "uid 0"
     as sh -c "rm -rf '$shared'/m '$shared'/copy '$shared'/result; mkdir '$shared/m'"
     doppel run --quiet --share "$shared:work$3,ro" -- sh -c "${!mount} { cat /mnt/script | wc -l; echo x >/mnt/new; rm -f /mnt/script; mkdir /mnt/m/x; mv /mnt/data /mnt/m
         chmod 777 /mnt/data; echo x >>/mnt/data; ln /mnt/data /mnt/m/l; } 2>/dev/null; true"
-    is "$name: read-only" "$out $(ls "$shared" | tr '\n' ' ')$(ls "$shared/m")$(md5sum <"$shared/data")" "$(wc -l <"$tmp/matrix") data m many out script up $sum"
+    is "$name: read-only" "$out $(ls "$shared" | tr '\n' ' ')$(ls "$shared/m")$(md5sum <"$shared/data")" "$(wc -l <"$tmp/matrix") data m many odd out script up $sum"
 }
 
 # Runs a guest in the background; when it has made the file "ready", does what is given, and waits for its end.
