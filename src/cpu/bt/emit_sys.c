@@ -1,5 +1,5 @@
 /*
- * System instructions that kernels execute all the time, inline: the interrupt flag, PUSHF, SWAPGS, STAC and CLAC, SYSCALL and SYSRET, time, segment bases,
+ * System instructions that kernels execute all the time, inline: the interrupt flag, PUSHF, POPF, SWAPGS, STAC and CLAC, SYSCALL and SYSRET, time, segment bases,
  * reads of control registers. Intel SDM vol. 2. What is not here is done by interp's handlers; bt.c goes on behind them without much ado.
  *
  * Supervisor code that is translated runs at CPL 0 (bt.c, usable()); in a user view, what is privileged is left to the handler, which raises what is to be raised.
@@ -112,6 +112,47 @@ static bool emit_pushf(struct tr *t, const struct op *op)
         return false;
     flags_image(t);
     return tr_push(t, S1);
+}
+
+/* Arithmetic flags = those of the image in reg, R11 or S1. Uses S0. */
+static void put_arithmetic(struct emit *e, unsigned reg)
+{
+    mov_rr(e, S0, RAX);
+    op_rr(e, false, X_STORE, reg, RAX);
+    PUT(e, 0xc1, 0xe0, 8);                                         /* shl eax, 8: AH = SF ZF AF PF CF */
+    PUT(e, 0x41, 0x0f, 0xba, 0xe0 | (reg & 7), 11, 0x0f, 0x92, 0xc0); /* bt r11d or r15d, 11; setc al */
+    PUT(e, 0x04, 0x7f, 0x9e);                                      /* add al, 0x7f; sahf */
+    mov_rr(e, RAX, S0);
+}
+
+/*
+ * What changes but IF, DF and arithmetic flags is the handler's, and so is IF = 1 while an interrupt waits, which is taken at once. The handler needs no flags:
+ * they are all loaded.
+ */
+static bool emit_popf(struct tr *t, const struct op *op)
+{
+    static const struct ea top = { RSP, REG_ZERO, 0, SEG_SS, 0 };
+    const u32 here = FLAG_IF | FLAG_DF;
+    struct emit *e = &t->e;
+    struct place p;
+    unsigned s;
+    if (!supervisor(t) || op->size != 8 || !tr_mem(t, &top, 8, MMU_READ, TR_NO_SCRATCH, &p, &s))
+        return false;
+    op_mem(e, true, X_LOAD, S1, p.base, p.index, p.scale, p.disp);
+    t->kept = NO_REG;
+    load_byte(e, S0, OFF(irq_wait));
+    PUT(e, 0x45, 0x85, 0xf6);                                      /* test r14d, r14d */
+    tr_cold(t, jump_if(e, CC_NZ), COLD_HANDLER);
+    op_rr(e, false, X_STORE, S1, S0);
+    op_gs(e, false, 0x33, S0, OFF(flags));                         /* xor r14d, [flags] */
+    PUT(e, 0x41, 0xf7, 0xc0 | (S0 & 7));                           /* test r14d, imm */
+    put32(e, FLAG_TF | FLAG_IOPL | FLAG_NT | FLAG_AC | FLAG_ID);
+    tr_cold(t, jump_if(e, CC_NZ), COLD_HANDLER);
+    alu_imm(e, false, 4, S0, (s32)here);
+    op_gs(e, false, 0x31, S0, OFF(flags));                         /* xor [flags], r14d */
+    put_arithmetic(e, S1);
+    tr_rsp_move(t, 8);
+    return true;
 }
 
 /* ---- views ---- */
@@ -236,12 +277,7 @@ static bool emit_sysret(struct tr *t, const struct op *op, bool *last)
     segment_set(t, SEG_CS, (u16)(base + 16) | 3, SEG_FLAT_CODE64 | SEG_FLAT_DPL3);
     segment_set(t, SEG_SS, amd ? (u16)(base + 8) : (u16)(base + 8) | 3, SEG_FLAT_DATA | SEG_FLAT_DPL3);
     store_byte_imm(e, 3, OFF(cpl));
-    mov_rr(e, S0, RAX);
-    op_rr(e, false, X_STORE, R11, RAX);
-    PUT(e, 0xc1, 0xe0, 8);                                         /* shl eax, 8: AH = SF ZF AF PF CF */
-    PUT(e, 0x41, 0x0f, 0xba, 0xe0 | (R11 & 7), 11, 0x0f, 0x92, 0xc0); /* bt r11d, 11; setc al */
-    PUT(e, 0x04, 0x7f, 0x9e);                                      /* add al, 0x7f; sahf */
-    mov_rr(e, RAX, S0);
+    put_arithmetic(e, R11);
     view_set(t, VIEW_USER);
     mov_rr(e, S1, RCX);
     tr_exit_indirect(t);
@@ -354,6 +390,7 @@ bool tr_system(struct tr *t, const struct op *op, bool *last)
     case ZYDIS_MNEMONIC_CLI: return emit_cli(t);
     case ZYDIS_MNEMONIC_STI: return emit_sti(t);
     case ZYDIS_MNEMONIC_PUSHFQ: return emit_pushf(t, op);
+    case ZYDIS_MNEMONIC_POPFQ: return emit_popf(t, op);
     case ZYDIS_MNEMONIC_STAC: case ZYDIS_MNEMONIC_CLAC: return emit_stac(t, op, last);
     case ZYDIS_MNEMONIC_SYSCALL: return emit_syscall(t, op, last);
     case ZYDIS_MNEMONIC_SYSRET: return emit_sysret(t, op, last);

@@ -6,8 +6,8 @@
  * x87 and PKRU are not the processor's: they are taken from struct fp and struct icpu. "In use" is what interp means by it, other than all zero, since the
  * processor's own XINUSE knows what the monitor has had in the registers.
  *
- * All that is not usual is interp's: a closed gate, an area that is not plain RAM on one or two pages, whatever faults, x87 state other than the initial one that
- * is to be loaded, another value of PKRU. Owned by the vCPU's thread.
+ * All that is not usual is interp's: a closed gate, x87's registers in the processor, an area that is not plain RAM on one or two pages, whatever faults, another value
+ * of PKRU. Owned by the vCPU's thread.
  */
 #include "cpu/bt/fpstate.h"
 #include "cpu/bt/tr.h"
@@ -197,18 +197,28 @@ static void load_native(const struct fp *f, u64 hw)
     asm volatile("xrstor64 %0" : : "m"(f->image), "a"((u32)hw), "d"(0));
 }
 
-/* What the processor does not load is what it is to become already. */
-static bool others_stay(const struct icpu *c, const struct span *s, u64 want, u64 load, const u32 off[XS_COMPONENTS])
+/* A change of PKRU changes views: interp's. */
+static bool pkru_stays(const struct icpu *c, const struct span *s, u64 load, const u32 off[XS_COMPONENTS])
 {
     struct fp *f = c->fp;
     u32 pkru = 0;
-    if (load & XSTATE_X87 || (want & XSTATE_X87 && x87_in_use(f)))
-        return false;
     if (load & XSTATE_PKRU) {
         span_read(s, f->image, off[XS_PKRU], 4);
         memcpy(&pkru, f->image + off[XS_PKRU], 4);
     }
-    return !(want & XSTATE_PKRU) || pkru == c->pkru;
+    return pkru == c->pkru;
+}
+
+/* x87's registers are in struct fp. */
+static void restore_x87(struct fp *f, const struct span *s, bool load)
+{
+    if (load) {
+        span_read(s, f->image, 0, 24);
+        span_read(s, f->image, 32, 128);
+        get_x87(f, f->image, true);
+    } else if (x87_in_use(f)) {
+        init_x87(f);
+    }
 }
 
 static int restore(struct icpu *c, const struct op *op, bool compact_only)
@@ -228,7 +238,7 @@ static int restore(struct icpu *c, const struct op *op, bool compact_only)
     load = want & h.bv;
     mxcsr_too = h.xcomp & XCOMP_COMPACT ? load & XSTATE_SSE : want & (XSTATE_SSE | XSTATE_AVX);
     end = layout(f, h.xcomp, load, off);
-    if ((end > XS_EXTENDED && !span_open(c, op, end, MMU_READ, &s)) || !others_stay(c, &s, want, load, off))
+    if ((end > XS_EXTENDED && !span_open(c, op, end, MMU_READ, &s)) || (want & XSTATE_PKRU && !pkru_stays(c, &s, load, off)))
         return by_handler(c, op);
     if (mxcsr_too) {
         span_read(&s, f->image, 24, 4);
@@ -236,6 +246,8 @@ static int restore(struct icpu *c, const struct op *op, bool compact_only)
         if (mxcsr & ~f->mxcsr_mask)
             return by_handler(c, op);
     }
+    if (want & XSTATE_X87)
+        restore_x87(f, &s, load & XSTATE_X87);
     if (load & XSTATE_SSE)
         span_read(&s, f->image, 160, 256);
     for (unsigned n = XS_AVX; n < XS_COMPONENTS; n++)

@@ -73,6 +73,15 @@ enum { XS_X87, XS_SSE, XS_AVX, XS_OPMASK = 5, XS_ZMM_HI256, XS_HI16_ZMM, XS_PKRU
 #define FP_TRACKED (XSTATE_AVX | XSTATE_AVX512)                    /* in fp.in_use; SSE counts as in use always */
 #define FP_NATIVE (XSTATE_SSE | FP_TRACKED)                        /* what a translator keeps in the processor's registers */
 
+#define FSW_EXCEPTIONS 0x3fu
+/* FSW.ES and FSW.B follow from the flags and masks. */
+static inline void fp_x87_summary(struct fp_legacy *l)
+{
+    l->fsw &= (u16) ~(FSW_ES | FSW_B);
+    if (l->fsw & ~l->fcw & FSW_EXCEPTIONS)
+        l->fsw |= FSW_ES | FSW_B;
+}
+
 /* How an op's memory operand is reached when it is not one plain run of bytes. */
 enum fp_mask_kind {
     FP_PLAIN,
@@ -205,8 +214,6 @@ int fp_bind_x87(struct icpu *c, const struct decoded *d, struct op *op);
 /* MMX instructions address registers by number: makes TOP zero and all registers valid, as each of them does. */
 void fp_mmx_enter(struct fp *f);
 void fp_mmx_undo(struct fp *f, u16 fsw, u8 ftw);                   /* the instruction has faulted: what TOP and the tags were before */
-/* FSW.ES and FSW.B follow from the flags and masks. */
-void fp_x87_summary(struct fp_legacy *l);
 void fp_x87_init(struct fp *f);                                    /* as FNINIT; registers keep their contents */
 
 /* xsave.c */

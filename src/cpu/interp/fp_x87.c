@@ -13,18 +13,10 @@
 
 #include "cpu/interp/fp.h"
 
-#define FSW_EXCEPTIONS 0x3fu
 #define FSW_NO_RESULT 0x19u                                        /* IE, OE, UE */
 #define FCW_INIT 0x37fu
 
 /* ---- the image ---- */
-
-void fp_x87_summary(struct fp_legacy *l)
-{
-    l->fsw &= (u16) ~(FSW_ES | FSW_B);
-    if (l->fsw & ~l->fcw & FSW_EXCEPTIONS)
-        l->fsw |= FSW_ES | FSW_B;
-}
 
 /* Changes TOP; each physical register keeps its contents. */
 static void set_top(struct fp_legacy *l, unsigned top)

@@ -3,6 +3,7 @@
  *
  * It also ends the blocking of NMIs, whether it completes or faults (SDM vol. 3A 6.7.1).
  */
+#include "cpu/interp/access.h"
 #include "cpu/interp/sys.h"
 
 #define FLAGS_ALWAYS (FLAGS_ARITH | FLAG_TF | FLAG_DF | FLAG_NT)
@@ -99,15 +100,33 @@ static int iret_nested_task(struct icpu *c, const struct op *op)
     return r == OP_TRAP ? deliver_fault(c) : r;
 }
 
+/* Pops n values. In 64-bit mode they are mostly in one page of plain RAM. */
+static int frame_get(struct icpu *c, struct stack *s, unsigned size, u64 *val, unsigned n)
+{
+    const u8 *p = s->flat && size == 8 ? tlb_hit(c, s->rsp, 8 * n, MMU_READ) : NULL;
+    for (unsigned i = 0; i < n; i++) {
+        if (likely(p))
+            val[i] = host_load_u64(p + 8 * i);
+        else if (stack_get(c, s, size, &val[i]))
+            return OP_FAULT;
+    }
+    if (likely(p))
+        s->rsp += 8 * n;
+    return 0;
+}
+
 static int iret_protected(struct icpu *c, const struct op *op)
 {
     struct stack s;
     struct desc d;
     struct x86_seg cs, ss = c->x->seg[SEG_SS];
-    u64 rip, sel, flags, rsp, ss_sel;
+    u64 frame[3], outer_frame[2], rip, sel, flags, rsp;
     stack_current(c, &s);
-    if (stack_get(c, &s, op->size, &rip) || stack_get(c, &s, op->size, &sel) || stack_get(c, &s, op->size, &flags))
+    if (frame_get(c, &s, op->size, frame, 3))
         return OP_FAULT;
+    rip = frame[0];
+    sel = frame[1];
+    flags = frame[2];
     if (op->size == 4 && flags & FLAG_VM && c->cpl == 0 && !in_long_mode(c))
         return iret_to_v86(c, &s, rip, (u16)sel, flags);
     if (return_code_check(c, (u16)sel, &d))
@@ -115,10 +134,9 @@ static int iret_protected(struct icpu *c, const struct op *op)
     desc_to_seg(&d, (u16)sel, &cs);
     bool outer = (sel & 3) > c->cpl;
     if (outer || in_64bit(c)) {            /* 64-bit mode always pops SS:RSP */
-        if (stack_get(c, &s, op->size, &rsp) || stack_get(c, &s, op->size, &ss_sel))
+        if (frame_get(c, &s, op->size, outer_frame, 2) || return_stack_check(c, (u16)outer_frame[1], sel & 3, &cs, &ss))
             return OP_FAULT;
-        if (return_stack_check(c, (u16)ss_sel, sel & 3, &cs, &ss))
-            return OP_FAULT;
+        rsp = outer_frame[0];
     } else {
         rsp = s.rsp;
     }

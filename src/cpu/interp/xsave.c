@@ -89,42 +89,6 @@ static u64 in_use(const struct icpu *c)
 
 /* ---- components to and from memory ---- */
 
-static void get_x87(struct fp *f, const u8 *p, bool wide)
-{
-    struct fp_legacy *l = &f->x87;
-
-    memcpy(&l->fcw, p, 2);
-    l->fcw = (l->fcw & 0x1f3f) | 0x40;
-    memcpy(&l->fsw, p + 2, 2);
-    l->ftw = p[4];
-    memcpy(&l->fop, p + 6, 2);
-    l->fop &= 0x7ff;
-    if (wide) {
-        memcpy(&l->fip, p + 8, 8);
-        memcpy(&l->fdp, p + 16, 8);
-        f->fcs = f->fds = 0;
-    } else {
-        u32 w[4];
-
-        memcpy(w, p + 8, sizeof w);
-        l->fip = w[0];
-        f->fcs = (u16)w[1];
-        l->fdp = w[2];
-        f->fds = (u16)w[3];
-    }
-    for (unsigned n = 0; n < 8; n++)
-        memcpy(&l->st[n], p + 32 + 16 * n, 10);
-    fp_x87_summary(l);
-}
-
-static void init_x87(struct fp *f)
-{
-    f->x87.fsw = 0;                                                /* so that nothing rotates */
-    fp_x87_init(f);
-    for (unsigned n = 0; n < 8; n++)
-        f->x87.st[n].mant = f->x87.st[n].exp = 0;
-}
-
 static void put_mxcsr(const struct fp *f, u8 *p)
 {
     memcpy(p, &f->mxcsr, 4);

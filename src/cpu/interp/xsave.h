@@ -71,6 +71,47 @@ static inline void put_x87(const struct fp *f, u8 *p, bool wide)
         memset(p + 6, 0, 18);
 }
 
+static inline void get_x87(struct fp *f, const u8 *p, bool wide)
+{
+    struct fp_legacy *l = &f->x87;
+
+    memcpy(&l->fcw, p, 2);
+    l->fcw = (l->fcw & 0x1f3f) | 0x40;
+    memcpy(&l->fsw, p + 2, 2);
+    l->ftw = p[4];
+    memcpy(&l->fop, p + 6, 2);
+    l->fop &= 0x7ff;
+    if (wide) {
+        memcpy(&l->fip, p + 8, 8);
+        memcpy(&l->fdp, p + 16, 8);
+        f->fcs = f->fds = 0;
+    } else {
+        u32 w[4];
+
+        memcpy(w, p + 8, sizeof w);
+        l->fip = w[0];
+        f->fcs = (u16)w[1];
+        l->fdp = w[2];
+        f->fds = (u16)w[3];
+    }
+    for (unsigned n = 0; n < 8; n++)
+        memcpy(&l->st[n], p + 32 + 16 * n, 10);
+    fp_x87_summary(l);
+}
+
+static inline void init_x87(struct fp *f)
+{
+    struct fp_legacy *l = &f->x87;
+
+    l->fcw = 0x37f;
+    l->fsw = l->ftw = 0;
+    l->fop = 0;
+    l->fip = l->fdp = 0;
+    f->fcs = f->fds = 0;
+    for (unsigned n = 0; n < 8; n++)
+        l->st[n].mant = l->st[n].exp = 0;
+}
+
 /* Offset of each component in an area; standard, or compacted for the components in xcomp. Returns the area's size. */
 static inline u32 layout(const struct fp *f, u64 xcomp, u64 which, u32 off[XS_COMPONENTS])
 {
