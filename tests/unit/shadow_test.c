@@ -857,9 +857,9 @@ static void test_thrashing(void **state)
         assert_int_equal(writes(f, VIEW_USER, USER + i * PAGE_SIZE), stamp(DATA + (i ^ 1) * PAGE_SIZE));
     assert_false(shadow_pays(f->c, 0));
     assert_true(host_mappings(f) < 300);
-    shadow_ran(f->c, 0, 10000000, 0);                              /* not so soon again */
+    shadow_ran(f->c, 0, 10000000, 0, 0);                              /* not so soon again */
     assert_false(shadow_pays(f->c, 0));
-    shadow_ran(f->c, 0, 1000000000, 0);
+    shadow_ran(f->c, 0, 1000000000, 0, 0);
     assert_true(shadow_pays(f->c, 0));
 }
 
@@ -885,16 +885,16 @@ static void test_pays(void **state)
     shadow_started(f->c, 3);
     assert_false(shadow_pays(f->c, 3));
     assert_true(shadow_pays(f->c, SHADOW_CONTEXTS));
-    shadow_ran(f->c, 3, 1000000, 300);                             /* a short life, many misses */
+    shadow_ran(f->c, 3, 1000000, 300, 0);                             /* a short life, many misses */
     assert_false(shadow_pays(f->c, 3));
-    shadow_ran(f->c, 3, 20000000, 10);
+    shadow_ran(f->c, 3, 20000000, 10, 0);
     assert_true(shadow_pays(f->c, 3));
     f->c->bt.shadow->stats.fill_cycles += 3000000;
-    shadow_ran(f->c, 3, 5000000, 0);                               /* most of its time goes into fills */
+    shadow_ran(f->c, 3, 5000000, 0, 0);                               /* most of its time goes into fills */
     assert_false(shadow_pays(f->c, 3));
-    shadow_ran(f->c, 3, 3000000, 0);                               /* it has to wait */
+    shadow_ran(f->c, 3, 3000000, 0, 0);                               /* it has to wait */
     assert_false(shadow_pays(f->c, 3));
-    shadow_ran(f->c, 3, 3000000, 0);
+    shadow_ran(f->c, 3, 3000000, 0, 0);
     assert_true(shadow_pays(f->c, 3));
 }
 

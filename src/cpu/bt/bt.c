@@ -29,14 +29,22 @@
 #include "cpu/interp/ops.h"
 #include "cpu/stats.h"
 
-unsigned bt_key(const struct icpu *c)
+/* Supervisor code has one score for all address spaces; where it reaches user pages, theirs counts. */
+static void ways_set(struct icpu *c)
+{
+    bool possible = shadow_possible(c), super = possible && shadow_pays(c, SHADOW_CONTEXTS), space = possible && shadow_pays(c, c->tlb->context);
+    c->bt.way[VIEW_SUPER] = super;
+    c->bt.way[VIEW_SUPER_OPEN] = c->x->cr4 & CR4_SMAP ? space : super;
+    c->bt.way[VIEW_USER] = space;
+}
+
+unsigned bt_key(struct icpu *c)
 {
     enum tlb_view_id view = c->tlb->cur;
-    if (!shadow_possible(c))
-        return view;
-    if (c->bt.bt->choose && !(view == VIEW_SUPER || (c->cpl != 3 && !(c->x->cr4 & CR4_SMAP)) ? shadow_pays(c, SHADOW_CONTEXTS) : shadow_pays(c, c->tlb->context)))
-        return view;
-    return view | KEY_SHADOW;
+    if (!c->bt.bt->choose)
+        return shadow_possible(c) ? view | KEY_SHADOW : view;
+    ways_set(c);
+    return c->bt.way[view] ? view | KEY_SHADOW : view;
 }
 
 #define ANSWER_CYCLES 10000                                        /* a few us: what a signal costs */
@@ -50,7 +58,7 @@ void bt_account(struct icpu *c, unsigned context)
     const u64 *count = c->v->count;
     u64 misses = count[COUNT_TLB_WALK_READ] + count[COUNT_TLB_WALK_WRITE];
     u64 troubles = count[COUNT_TRAP_PF] + count[COUNT_TLB_FLUSH_ALL] + count[COUNT_TLB_FLUSH_PAGE] + count[COUNT_TLB_FLUSH_NONGLOBAL];
-    shadow_ran(c, context, now - t->since, misses - t->misses);
+    shadow_ran(c, context, now - t->since, misses - t->misses, troubles - t->troubles);
     t->calm = troubles == t->troubles ? t->calm + (now - t->since) : 0;
     t->troubles = troubles;
     if (t->calm > CALM_CYCLES)
@@ -62,6 +70,7 @@ void bt_account(struct icpu *c, unsigned context)
         t->space[context] = space;
         shadow_started(c, context);
     }
+    ways_set(c);
 }
 
 void bt_rebias(struct icpu *c, unsigned key)
@@ -71,8 +80,21 @@ void bt_rebias(struct icpu *c, unsigned key)
     c->bt.nbias = 0 - d;
 }
 
+/* So many misses of the software TLB are reason enough to look whether the shadow would have been spared them. True: it is the shadow's turn. */
+#define MISSES_LOOK 1024u
+
+static bool missed_much(struct icpu *c, const struct tb *tb)
+{
+    const struct bt *t = c->bt.bt;
+    const u64 *count = c->v->count;
+    if (!t->choose || tb->key & KEY_SHADOW || count[COUNT_TLB_WALK_READ] + count[COUNT_TLB_WALK_WRITE] - t->misses < MISSES_LOOK)
+        return false;
+    bt_account(c, c->tlb->context);
+    return bt_key(c) & KEY_SHADOW;
+}
+
 /* ---- handlers of the interpreter's ---- */
-static int op_done(struct icpu *c, struct tb *tb, const struct op *op, int r)
+static int op_done(struct icpu *c, struct tb *tb, const struct op *op, int r, bool turn)
 {
     if (r != OP_NEXT) {
         c->bt.op = op;
@@ -85,7 +107,7 @@ static int op_done(struct icpu *c, struct tb *tb, const struct op *op, int r)
         c->bt.insns += (u64)(op - tb->b->op) + 1;
         return BT_EXIT_RIP;
     }
-    if (unlikely((tb->key & 3u) != c->tlb->cur)) {                 /* STAC, CLAC: what follows sees memory otherwise */
+    if (unlikely((tb->key & 3u) != c->tlb->cur || turn)) {         /* STAC, CLAC: what follows sees memory otherwise */
         c->bt.insns += (u64)(op - tb->b->op) + 1;
         return BT_EXIT_RIP;
     }
@@ -125,7 +147,7 @@ static int run_op(struct icpu *c, u32 site)
         icpu_claim(c);
     int r = op->fn(c, op);
     vcpu_where(c->v, was);
-    return op_done(c, tb, op, r);
+    return op_done(c, tb, op, r, unlikely(missed_much(c, tb)));
 }
 
 static bool usable(const struct icpu *c)
@@ -172,6 +194,8 @@ static int carry_on(struct icpu *c, int r)
         return BT_EXIT_END;
     if (r == OP_END)
         fixed_follow(c);
+    if (unlikely(c->bt.expected) && c->cpl == 3)
+        shadow_expected(c);
     unsigned key = bt_key(c);
     bt_rebias(c, key);
     bt_fp_begin(c);
@@ -193,7 +217,7 @@ int bt_run_light(struct icpu *c, u32 site, int (*fn)(struct icpu *c, const struc
     c->r[REG_RIP] = tb->la;
     vcpu_left(c->v, COUNT_HANDLERS);
     bt_fp_leave(c);
-    return op_done(c, tb, op, fn(c, op));
+    return op_done(c, tb, op, fn(c, op), false);
 }
 
 /* ---- translations ---- */

@@ -233,7 +233,7 @@ static inline void bt_poll_open(struct icpu *c)
 int bt_run_op(struct icpu *c, u32 site);
 int bt_run_light(struct icpu *c, u32 site, int (*fn)(struct icpu *c, const struct op *op));
 void bt_rebias(struct icpu *c, unsigned key);                      /* icpu.bt.bias for the guest's RSP */
-unsigned bt_key(const struct icpu *c);
+unsigned bt_key(struct icpu *c);                                   /* the present one; brings icpu.bt.way up to date */
 void bt_account(struct icpu *c, unsigned context);                 /* the time since the last call was this context's */
 /* icpu_bt.single set for one run; extended state is in struct fp afterwards. */
 void bt_run_single(struct icpu *c);

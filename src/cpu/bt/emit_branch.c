@@ -33,7 +33,7 @@ static void exit_by_table(struct tr *t, size_t mask, size_t table)
 
 void tr_exit_indirect(struct tr *t)
 {
-    exit_by_table(t, OFF(bt.mask_jump), OFF(bt.jump[0][0]) + ((t->tb->key & ~3u) | t->view) * sizeof t->c->bt.jump[0]);
+    exit_by_table(t, OFF(bt.mask_jump), OFF(bt.jump[0][0]) + tr_key(t) * sizeof t->c->bt.jump[0]);
 }
 
 static void exit_indirect_plain(struct tr *t)                      /* without PEXT: by C */

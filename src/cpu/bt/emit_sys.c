@@ -156,23 +156,70 @@ static bool emit_popf(struct tr *t, const struct op *op)
 }
 
 /* ---- views ---- */
-/* What follows runs in another view: RSP's bias is that view's. Flags are kept; uses S0 and S1. */
+/* What follows runs in another view, as tlb_views() would have it. Flags are kept; uses S0 and S1. */
 static void view_set(struct tr *t, unsigned view)
 {
     struct emit *e = &t->e;
     t->kept = NO_REG;
-    if (t->shadow) {
-        tr_rsp_get(t, S1);
-        t->view = view;
-        tr_rsp_set(t, S1);
-    }
-    t->view = view;
     op_gs(e, true, X_LOAD, S1, OFF(tlb));
     op_mem(e, true, X_LOAD, S0, S1, NO_REG, 0, (s32)(offsetof(struct tlb, view) + view * sizeof(struct tlb_view *)));
     _Static_assert(offsetof(struct tlb_view, e) == 0, "the view is where its entries are");
     op_gs(e, true, X_STORE, S0, OFF(view));
     op_mem(e, false, 0xc7, 0, S1, NO_REG, 0, offsetof(struct tlb, cur));
     put32(e, view);
+}
+
+static void clear_word(struct emit *e, size_t off)
+{
+    op_gs(e, true, 0xc7, 0, off);
+    put32(e, 0);
+}
+
+/* RSP's bias is that of the view, and of the way to memory, in which it goes on; there to the target, or where RCX says. */
+static void go_on(struct tr *t, unsigned view, bool shadow, bool rcx, u64 target)
+{
+    bool was = t->shadow;
+    if (was || shadow)
+        tr_rsp_get(t, S1);
+    t->view = view;
+    t->shadow = shadow;
+    if (shadow) {
+        tr_rsp_set(t, S1);
+    } else if (was) {
+        clear_word(&t->e, OFF(bt.bias));
+        clear_word(&t->e, OFF(bt.nbias));
+        tr_rsp_set(t, S1);
+    }
+    if (rcx) {
+        mov_rr(&t->e, S1, RCX);
+        tr_exit_indirect(t);
+    } else {
+        tr_exit(t, target);
+    }
+}
+
+/* Ends the block in another view: with --mmu auto by the way to memory that is this view's now (bt_key()), which need not be the one that was the former's. */
+static void leave_view(struct tr *t, unsigned view, bool rcx, u64 target)
+{
+    struct emit *e = &t->e;
+    unsigned from = t->view;
+    bool was = t->shadow;
+    view_set(t, view);
+    if (!t->t->choose) {
+        go_on(t, view, was, rcx, target);
+        return;
+    }
+    op_gs(e, true, X_LOAD, S0, OFF(bt.way[0]) + view * sizeof t->c->bt.way[0]);
+    u8 *shadow = jump_unless_zero(e, S0);
+    go_on(t, view, false, rcx, target);
+    if (!e->overflow)
+        aim(shadow, e->p);
+    t->view = from;
+    t->shadow = was;
+    tr_mark(t, t->i, MARK_COLD);
+    put_swap_rcx(e, S0);
+    go_on(t, view, true, rcx, target);
+    t->shadow = was;
 }
 
 static unsigned closed_view(const struct tr *t)                    /* with AC = 0 */
@@ -191,8 +238,7 @@ static bool emit_stac(struct tr *t, const struct op *op, bool *last)
     store_byte(&t->e, S0, OFF(flags) + 2);
     if (view == t->view)
         return true;
-    view_set(t, view);
-    tr_exit_view(t, t->tb->la + op->off + op->len, view);
+    leave_view(t, view, false, t->tb->la + op->off + op->len);
     *last = true;
     return true;
 }
@@ -236,8 +282,7 @@ static bool emit_syscall(struct tr *t, const struct op *op, bool *last)
     store_byte_imm(e, 0, OFF(cpl));
     mov_imm64(e, S0, 1);
     alu_imm(e, false, 0, S0, 0);                                   /* add: result 1, so all flags are 0 */
-    view_set(t, view);
-    tr_exit_view(t, f->lstar, view);
+    leave_view(t, view, false, f->lstar);
     *last = true;
     return true;
 }
@@ -278,9 +323,7 @@ static bool emit_sysret(struct tr *t, const struct op *op, bool *last)
     segment_set(t, SEG_SS, amd ? (u16)(base + 8) : (u16)(base + 8) | 3, SEG_FLAT_DATA | SEG_FLAT_DPL3);
     store_byte_imm(e, 3, OFF(cpl));
     put_arithmetic(e, R11);
-    view_set(t, VIEW_USER);
-    mov_rr(e, S1, RCX);
-    tr_exit_indirect(t);
+    leave_view(t, VIEW_USER, true, 0);
     *last = true;
     return true;
 }

@@ -277,8 +277,9 @@ static bool plant_ahead(struct bt *t, const struct tb *tb, const struct tb_mark 
         if (l->place[-1] != 0xe9 || !plant(t, l->place - 1))       /* conditional ones are no place to leave */
             goto not;
     }
-    if (m < end && !plant(t, to))
-        goto not;
+    for (unsigned op = m < end ? m->op : 0; m < end && m->op == op; m++) /* a branch may have more than one way out */
+        if (kick_place(m) && !plant(t, tb->start + m->off))
+            goto not;
     if (t->plants > 0)
         return true;
 not:

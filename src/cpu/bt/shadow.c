@@ -281,6 +281,25 @@ static void page_compare(struct shadow *s, struct shadow_window *w, u64 la)
         drops_flush(s, w, &d);
 }
 
+/* ---- what pays: constants, in cycles ---- */
+#define SIGNAL_CYCLES 8000u                                        /* the host's part of a fill that is not measured here */
+#define MISS_CYCLES 25000u                                         /* so long has to run on the software TLB, for each miss of it, what a fill would have paid for */
+#define RUN_MIN BIT(22)                                            /* nothing is decided on less */
+#define RUN_LONG BIT(27)                                           /* what is longer ago counts half */
+#define WAIT_MAX BIT(32)
+#define FILLS_MAX 8192u
+#define WAIT_THRASHING BIT(28)
+#define TROUBLE_MISSES 32u                                         /* misses that a page fault or flush of the guest excuses: they may be its doing */
+#define AGAIN_MAX 1024u                                            /* so many others are what the shadow would have had to fill once at most: its turn */
+#define REPLACED_PAGES 8u                                          /* whoever loses so many pages and all, or nearly all, is another address space at the same root */
+
+/* It uses more than the host's mappings can hold: for a while it is better off with the software TLB, whatever else may be. */
+static void score_thrashing(struct shadow_score *p)
+{
+    if (p->pays)
+        *p = (struct shadow_score){ .wait = MIN(MAX(2 * p->wait, WAIT_THRASHING), WAIT_MAX) };
+}
+
 /* ---- contexts ---- */
 static bool four_level(const struct x86 *x)
 {
@@ -335,6 +354,23 @@ static void slots_update(struct shadow *s, u64 windows)
     }
 }
 
+static unsigned user_pages(const struct shadow *s, unsigned ctx)
+{
+    unsigned n = 0;
+    for (u64 m = s->space[ctx].windows; m; m &= m - 1)
+        n += s->window[__builtin_ctzll(m)].pages;
+    return n;
+}
+
+/* A root that has been freed is soon that of a new process: what it held before is gone then. */
+static void stale_compare(struct icpu *c, struct shadow *s, unsigned ctx)
+{
+    unsigned before = user_pages(s, ctx);
+    context_compare(s, ctx);
+    if (before >= REPLACED_PAGES && user_pages(s, ctx) <= before / 8)
+        shadow_started(c, ctx);
+}
+
 void shadow_context(struct icpu *c, unsigned ctx)
 {
     struct shadow *s = c->bt.shadow;
@@ -344,7 +380,7 @@ void shadow_context(struct icpu *c, unsigned ctx)
     if (comparable(c, s)) {
         space_compare(s, SHADOW_SUPER, !use_global(c));
         if (s->space[ctx].stale || s->space[SHADOW_LOW(ctx)].stale)
-            context_compare(s, ctx);
+            stale_compare(c, s, ctx);
     }
     if (ctx != s->current) {
         u64 before = s->space[s->current].windows | s->space[SHADOW_LOW(s->current)].windows;
@@ -431,22 +467,6 @@ void shadow_flush_in(struct icpu *c, u64 la, unsigned ctx)
         shadow_flush(c, FLUSH_PAGE, la, ctx);
     else
         context_stale(s, ctx);
-}
-
-/* ---- what pays: constants, in cycles ---- */
-#define SIGNAL_CYCLES 4000u                                        /* the host's part of a fill that is not measured here */
-#define MISS_CYCLES 25000u                                         /* so long has to run on the software TLB, for each miss of it, what a fill would have paid for */
-#define RUN_MIN BIT(22)                                            /* nothing is decided on less */
-#define RUN_LONG BIT(27)                                           /* what is longer ago counts half */
-#define WAIT_MAX BIT(32)
-#define FILLS_MAX 8192u
-#define WAIT_THRASHING BIT(28)
-
-/* It uses more than the host's mappings can hold: for a while it is better off with the software TLB, whatever else may be. */
-static void score_thrashing(struct shadow_score *p)
-{
-    if (p->pays)
-        *p = (struct shadow_score){ .wait = MIN(MAX(2 * p->wait, WAIT_THRASHING), WAIT_MAX) };
 }
 
 /* ---- fills ---- */
@@ -737,6 +757,11 @@ void shadow_started(struct icpu *c, unsigned ctx)
     c->bt.shadow->score[ctx] = (struct shadow_score){ .pays = ctx == SHADOW_SUPER };
 }
 
+static void score_return(struct shadow_score *p)
+{
+    *p = (struct shadow_score){ .pays = true, .wait = p->wait / 2 };
+}
+
 /* On the shadow for now: more than a quarter of the time spent on it is too much, and what failed once has to wait twice as long. */
 static void score_shadow(struct shadow_score *p, u64 cost)
 {
@@ -752,8 +777,14 @@ static void score_shadow(struct shadow_score *p, u64 cost)
     }
 }
 
-static void score_software(struct shadow_score *p, u64 misses)
+static void score_software(struct shadow_score *p, u64 misses, u64 troubles)
 {
+    p->again += misses;
+    p->again -= MIN(p->again, troubles * TROUBLE_MISSES);
+    if (p->again >= AGAIN_MAX) {
+        score_return(p);
+        return;
+    }
     p->fills = MIN(p->fills + misses, FILLS_MAX);                  /* what thrashes the software TLB would be filled once */
     if (p->run < RUN_MIN / 4)
         return;
@@ -767,7 +798,7 @@ static void score_software(struct shadow_score *p, u64 misses)
     }
 }
 
-void shadow_ran(struct icpu *c, unsigned ctx, u64 run, u64 misses)
+void shadow_ran(struct icpu *c, unsigned ctx, u64 run, u64 misses, u64 troubles)
 {
     struct shadow *s = c->bt.shadow;
     struct shadow_score *p = &s->score[ctx];
@@ -776,7 +807,7 @@ void shadow_ran(struct icpu *c, unsigned ctx, u64 run, u64 misses)
     if (p->pays)
         score_shadow(p, cost - s->cost_seen);
     else
-        score_software(p, misses);
+        score_software(p, misses, troubles);
     s->cost_seen = cost;
 }
 
@@ -784,7 +815,7 @@ void shadow_calm(struct icpu *c, unsigned ctx)
 {
     struct shadow_score *p = &c->bt.shadow->score[ctx];
     if (!p->pays)
-        *p = (struct shadow_score){ .pays = true, .wait = p->wait / 2 };
+        score_return(p);
 }
 
 bool shadow_pays(const struct icpu *c, unsigned ctx)

@@ -56,6 +56,7 @@ struct shadow_stats {
 /* What decides between the shadow and the software TLB for an address space. */
 struct shadow_score {
     u64 run, cost, fills;                                          /* cycles that it ran, that the shadow cost it; pages that it had filled; decaying */
+    u64 again;                                                     /* misses of the software TLB that the shadow would not have had, as far as can be told */
     u64 wait;                                                      /* cycles that it has to run on the software TLB before it is tried again */
     bool pays;
 };
@@ -113,11 +114,11 @@ bool shadow_guest(const struct icpu *c, enum tlb_view_id view, u64 host, u64 *la
 
 /*
  * Whether the shadow pays for a context (SHADOW_CONTEXTS: the supervisor). shadow_ran() is told now and then, at least when contexts are switched, that
- * ctx ran for so many cycles and had so many misses of the software TLB (0 while it is on the shadow). shadow_started(): another address space took
- * the context over.
+ * ctx ran for so many cycles and had so many misses of the software TLB (0 while it is on the shadow) and so many page faults and flushes of the guest.
+ * shadow_started(): another address space took the context over.
  */
 void shadow_started(struct icpu *c, unsigned ctx);
-void shadow_ran(struct icpu *c, unsigned ctx, u64 cycles, u64 misses);
+void shadow_ran(struct icpu *c, unsigned ctx, u64 cycles, u64 misses, u64 troubles);
 void shadow_calm(struct icpu *c, unsigned ctx);                    /* it changes no mappings these days: the shadow is worth another try */
 bool shadow_pays(const struct icpu *c, unsigned ctx);
 

@@ -244,8 +244,10 @@ void bt_context_changed(struct icpu *c, unsigned context)
     if (t->choose)
         bt_account(c, t->context);
     t->context = context;
-    if (c->bt.shadow)
+    if (c->bt.shadow) {
         shadow_context(c, context);
+        bt_key(c);                                                 /* which may have found another address space there */
+    }
 }
 
 /* ---- translations ---- */

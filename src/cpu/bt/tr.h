@@ -62,6 +62,12 @@ struct tr {
     unsigned marks;
 };
 
+/* With which it goes on: that of the block, unless the last op leads to another view. */
+static inline unsigned tr_key(const struct tr *t)
+{
+    return t->view | (t->shadow ? KEY_SHADOW : 0);
+}
+
 static inline const struct item *tr_item(const struct tr *t)
 {
     return &t->item[t->i];
@@ -149,12 +155,11 @@ void tr_recode(struct emit *e, const struct decoded *d, const struct recode *r);
 bool tr_recoded(struct tr *t, const struct op *op, unsigned n, enum mmu_access access);
 
 /* ---- ways out ---- */
-/* Ends the block: continues at the linear address target, with the current key, or with that of another view. */
+/* Ends the block: continues at the linear address target, with tr_key(). */
 void tr_exit(struct tr *t, u64 target);
-void tr_exit_view(struct tr *t, u64 target, unsigned view);
 void tr_exit_if(struct tr *t, unsigned cc, u64 target);            /* conditional; the block goes on */
 void tr_count(struct tr *t);                                       /* the ops so far, this one included, are completed (if they are counted): before a way out of one's own */
-void tr_exit_indirect(struct tr *t);                               /* target in S1, in t->view */
+void tr_exit_indirect(struct tr *t);                               /* target in S1, with tr_key() */
 void tr_return(struct tr *t, u64 next);                            /* next has been pushed as a call's return address. Uses S0 */
 /* Leaves the block for C with rip = target: boundary work is to be done (events, mode). */
 void tr_exit_boundary(struct tr *t, u64 target);

@@ -183,11 +183,11 @@ void tr_call_light(struct tr *t, int (*fn)(struct icpu *c, const struct op *op))
     put_handler_call(t, t->i, t->t->light, NULL);
 }
 
-static u32 link_new(struct tr *t, u64 target, unsigned view, u8 *place)
+static u32 link_new(struct tr *t, u64 target, u8 *place)
 {
     struct bt *bt = t->t;
     u32 n = bt->links++;
-    bt->link[n] = (struct link){ .target = target, .place = place, .from = (u32)(t->tb - bt->tb), .key = (u8)((t->tb->key & ~3u) | view) };
+    bt->link[n] = (struct link){ .target = target, .place = place, .from = (u32)(t->tb - bt->tb), .key = (u8)tr_key(t) };
     return n;
 }
 
@@ -203,7 +203,7 @@ void tr_return(struct tr *t, u64 next)
     op_gs(e, true, X_STORE, S0, OFF(bt.ret[0][0]) + key * sizeof t->c->bt.ret[0] + (next & RETURN_MASK) * sizeof t->c->bt.ret[0][0]);
     if (e->overflow)
         return;
-    u32 n = link_new(t, next, t->view, place);
+    u32 n = link_new(t, next, place);
     struct link *l = &t->t->link[n];
     l->stub = t->t->rw + t->t->lookup[key];
     l->ret = true;
@@ -232,17 +232,12 @@ static unsigned last_completed(const struct tr *t)
     return t->ended ? t->i : t->i + 1u;
 }
 
-void tr_exit_view(struct tr *t, u64 target, unsigned view)
+void tr_exit(struct tr *t, u64 target)
 {
     put_count(t, last_completed(t));
     u8 *place = jump(&t->e);
     struct cold *k = tr_cold(t, place, COLD_LINK);
-    k->link = link_new(t, target, view, place);
-}
-
-void tr_exit(struct tr *t, u64 target)
-{
-    tr_exit_view(t, target, t->view);
+    k->link = link_new(t, target, place);
 }
 
 void tr_exit_if(struct tr *t, unsigned cc, u64 target)
@@ -256,7 +251,7 @@ void tr_exit_if(struct tr *t, unsigned cc, u64 target)
     }
     place = jump_if(&t->e, cc);
     struct cold *k = tr_cold(t, place, COLD_LINK);
-    k->link = link_new(t, target, t->view, place);
+    k->link = link_new(t, target, place);
 }
 
 void tr_exit_boundary(struct tr *t, u64 target)

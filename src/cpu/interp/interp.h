@@ -149,6 +149,7 @@ struct icpu_bt {
     u64 delta_changes;             /* counts changes of delta */
     u64 expected;                  /* address of a page fault of the guest that shadow_expected() may make good; 0: none */
     u64 delta[3][512] __attribute__((aligned(64))); /* host less linear address, by view and PML4 slot: shadow.h */
+    u64 way[3];                    /* --mmu auto: by view, is the shadow its way now, since it can be and pays? */
     s64 x_offset;                  /* from here to v->x, if that can be a displacement, else 0 */
     u64 itlb[BT_ITLB_SIZE];        /* supervisor code: linear page to cpage.secret */
     const u8 *jump[BT_KEYS][BT_JUMPS]; /* by key: where indirect branches go, checked there */
