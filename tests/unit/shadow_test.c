@@ -898,6 +898,45 @@ static void test_pays(void **state)
     assert_true(shadow_pays(f->c, 3));
 }
 
+/* Misses without page faults or flushes are what the shadow would have been spared: it is back before the time that it has to wait is over. */
+static void test_returns(void **state)
+{
+    struct fixture *f = *state;
+    f->c->bt.shadow->score[3] = (struct shadow_score){ .wait = BIT(32) };
+    for (unsigned i = 0; i < 100; i++)                             /* a program that maps and touches: each fault costs some misses more */
+        shadow_ran(f->c, 3, 1000000, 500, 60);
+    assert_false(shadow_pays(f->c, 3));
+    for (unsigned i = 0; i < 3; i++)
+        shadow_ran(f->c, 3, 100000, 300, 0);
+    assert_false(shadow_pays(f->c, 3));
+    shadow_ran(f->c, 3, 100000, 300, 1);
+    assert_true(shadow_pays(f->c, 3));
+    f->c->bt.shadow->stats.fill_cycles += 3000000;                 /* it was wrong: the former wait counts, halved and doubled */
+    shadow_ran(f->c, 3, 5000000, 0, 100);
+    assert_false(shadow_pays(f->c, 3));
+    assert_int_equal(f->c->bt.shadow->score[3].wait, BIT(32));
+}
+
+/* The root of page tables that a process left is the next one's: that one begins anew. Not so where only some pages are gone. */
+static void test_replaced(void **state)
+{
+    struct fixture *f = *state;
+    u64 one = f->v.x.cr3, two = new_table(f);
+    for (unsigned gone = 8; gone <= 16; gone += 8) {
+        for (unsigned i = 0; i < 16; i++) {
+            put(f, USER + i * PAGE_SIZE, 1, (DATA + (i ^ 1) * PAGE_SIZE) | P | U | W | A | D);
+            assert_int_equal(reads(f, VIEW_USER, USER + i * PAGE_SIZE), stamp(DATA + (i ^ 1) * PAGE_SIZE));
+        }
+        f->c->bt.shadow->score[0].pays = true;
+        context(f, two, 1);
+        shadow_flush(f->c, FLUSH_NONGLOBAL, 0, 0);
+        for (unsigned i = 0; i < gone; i++)
+            *entry_at(f, slot_of(f, one, USER + i * PAGE_SIZE, 1)) = 0;
+        context(f, one, 0);
+        assert_int_equal(shadow_pays(f->c, 0), gone == 8);
+    }
+}
+
 /* ---- random: edits of page tables, flushes, switches and accesses, against a walk of our own ---- */
 #define SPACES 3u
 #define PLACES 10u                   /* regions of 2 MiB in which pages are */
@@ -1252,7 +1291,7 @@ int main(void)
         TEST(test_closed), TEST(test_open_slot), TEST(test_rights), TEST(test_around), TEST(test_end_of_ram), TEST(test_large), TEST(test_huge),
         TEST(test_revalidate), TEST(test_invlpg), TEST(test_expected), TEST(test_reuse), TEST(test_moved),
         TEST(test_changed_without_flush), TEST(test_contexts), TEST(test_low_supervisor), TEST(test_user_global), TEST(test_odd_states),
-        TEST(test_protect), TEST(test_tracked), TEST(test_mappings), TEST(test_windows), TEST(test_regions_run_out), TEST(test_thrashing), TEST(test_no_address_space), TEST(test_pays),
+        TEST(test_protect), TEST(test_tracked), TEST(test_mappings), TEST(test_windows), TEST(test_regions_run_out), TEST(test_thrashing), TEST(test_no_address_space), TEST(test_pays), TEST(test_returns), TEST(test_replaced),
         TEST(test_random), TEST(test_costs),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);
