@@ -133,7 +133,7 @@ static void times(struct stats *s, const struct vcpu *v, const struct sampler *s
     stats_group_end(s);
     stats_group(s, "exit-time");
     for (unsigned i = 0; i < COUNTS && all; i++)
-        if (vcpu_count_group(i) == GROUP_EXITS && i != COUNT_POLLED && i != COUNT_KICKS && i != COUNT_KICK_STEPS)
+        if (vcpu_count_group(i) == GROUP_EXITS && i != COUNT_POLLED && i != COUNT_KICKS && i != COUNT_KICKS_AGAIN && i != COUNT_KICK_STEPS)
             stats_real(s, vcpu_count_name(i), (double)sampler_left(sampler, v->id, i) * 100 / (double)all, "%");
     stats_group_end(s);
 }

@@ -438,6 +438,10 @@ static void bt_run(struct icpu *c)
         atomic_thread_fence(memory_order_seq_cst);
         if (unlikely(t->plants))
             bt_unplant(t);
+        if (unlikely(t->again)) {
+            t->again = false;
+            bt_signal_again(false);
+        }
         if (unlikely(atomic_load(&c->v->events)) && !c->bt.single)
             break;
         if (unlikely(c->bt.expected) && c->cpl == 3)

@@ -364,10 +364,14 @@ static bool kick(struct icpu *c, struct bt *t, struct bt_trap *s)
         s->flags &= ~(u64)TRAP_FLAG;                               /* C looks at stop before it comes back */
         return true;
     }
-    if (pc < t->rx + t->first ? kick_routine(c, t, pc, s) : (tb = tb_at(t, pc)) ? kick_code(c, t, tb, pc, s) : kick_cold(c, t, pc, s))
-        return true;
-    vcpu_count(c->v, COUNT_KICK_STEPS);
-    s->flags |= TRAP_FLAG;
+    if (!(pc < t->rx + t->first ? kick_routine(c, t, pc, s) : (tb = tb_at(t, pc)) ? kick_code(c, t, tb, pc, s) : kick_cold(c, t, pc, s))) {
+        vcpu_count(c->v, COUNT_KICK_STEPS);
+        s->flags |= TRAP_FLAG;
+    }
+    if (!t->again && (t->plants || s->flags & TRAP_FLAG)) {
+        t->again = true;
+        bt_signal_again(true);
+    }
     return true;
 }
 
@@ -376,9 +380,14 @@ static bool trap(struct icpu *c, struct bt *t, struct bt_trap *s)
     const u8 *before = (const u8 *)(uintptr_t)(s->pc - 1);
     if (s->what == TRAP_KICK)
         vcpu_count(c->v, COUNT_KICKS);
+    if (s->what == TRAP_AGAIN) {
+        t->again = false;
+        if (atomic_load(&c->bt.stop))
+            vcpu_count(c->v, COUNT_KICKS_AGAIN);
+    }
     if (s->what == TRAP_STEP && planted(t, before))
         s->pc = (u64)(uintptr_t)before;
-    if (s->what == TRAP_KICK || (s->what == TRAP_STEP && atomic_load(&c->bt.inside)))
+    if (s->what == TRAP_KICK || s->what == TRAP_AGAIN || (s->what == TRAP_STEP && atomic_load(&c->bt.inside)))
         return kick(c, t, s);
     return s->what != TRAP_STEP && fault(c, t, s);
 }

@@ -17,6 +17,7 @@
 #include <sys/rseq.h>
 #endif
 #include <sys/syscall.h>
+#include <time.h>
 #include <ucontext.h>
 #include <unistd.h>
 
@@ -24,14 +25,21 @@
 #include "cpu/vcpu.h"
 
 #define STACK_BYTES (128 * KiB)
-#define KICK_SIGNAL (SIGRTMIN + 1)
+/*
+ * Not a real-time signal: those are lost where RLIMIT_SIGPENDING has been reached, and queue up where one is enough. By default this one is ignored, and debuggers let it
+ * pass.
+ */
+#define KICK_SIGNAL SIGURG
+#define AGAIN_NS 1000000
 
 static _Thread_local struct {
     struct icpu *vcpu;
-    bool ready;
+    bool ready, timed;
     int thread;
+    void *stack;                                                   /* NULL: the thread's own */
+    timer_t timer;                                                 /* if timed: sends this thread its kick again */
 } here;
-static pthread_key_t stack_key;
+static pthread_key_t end_key;
 static pthread_once_t key_once = PTHREAD_ONCE_INIT;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -62,13 +70,14 @@ static void handler(int sig, siginfo_t *si, void *ucontext)
     greg_t *g = ((ucontext_t *)ucontext)->uc_mcontext.gregs;
     struct bt_trap s = { .pc = (u64)g[REG_RIP], .flags = (u64)g[REG_EFL], .error = (u64)g[REG_ERR], .address = (u64)(uintptr_t)si->si_addr };
     int saved = errno;
-    s.what = sig == SIGFPE || sig == SIGILL ? TRAP_ARITHMETIC : sig == SIGTRAP ? TRAP_STEP : sig == SIGSEGV || sig == SIGBUS ? TRAP_MEMORY : TRAP_KICK;
+    s.what = sig == SIGFPE || sig == SIGILL ? TRAP_ARITHMETIC : sig == SIGTRAP ? TRAP_STEP : sig == SIGSEGV || sig == SIGBUS ? TRAP_MEMORY
+             : si->si_code == SI_TIMER ? TRAP_AGAIN : TRAP_KICK;
     s.has_address = sig == SIGSEGV && (si->si_code == SEGV_MAPERR || si->si_code == SEGV_ACCERR);
     for (unsigned i = 0; i < 16; i++)
         s.r[i] = (u64)g[greg[i]];
 
     if (!here.vcpu || !bt_trap(here.vcpu, &s)) {
-        if (s.what != TRAP_KICK)
+        if (s.what != TRAP_KICK && s.what != TRAP_AGAIN)
             chain(sig, si, ucontext);
         errno = saved;
         return;
@@ -108,16 +117,22 @@ void bt_signal_close(void)
     pthread_mutex_unlock(&lock);
 }
 
-static void stack_drop(void *p)                                    /* at the thread's end */
+static void thread_end(void *arg UNUSED)
 {
+    if (here.timed)
+        timer_delete(here.timer);
+    here.timed = false;
+    if (!here.stack)
+        return;
     stack_t ss = { .ss_flags = SS_DISABLE };
     sigaltstack(&ss, NULL);
-    munmap(p, STACK_BYTES);
+    munmap(here.stack, STACK_BYTES);
+    here.stack = NULL;
 }
 
 static void make_key(void)
 {
-    pthread_key_create(&stack_key, stack_drop);
+    pthread_key_create(&end_key, thread_end);
 }
 
 /* The thread's own alternate stack will do, if it has one. */
@@ -135,9 +150,23 @@ static int stack_make(void)
         munmap(p, STACK_BYTES);
         return err(-e, "no signal stack (sigaltstack): %s", strerror(e));
     }
-    pthread_once(&key_once, make_key);
-    pthread_setspecific(stack_key, p);
+    here.stack = p;
     return 0;
+}
+
+/* Of the time that the thread runs: it is not late while others have the processor. Where there are no timers any more it has to do without. */
+static void timer_make(void)
+{
+    struct sigevent e = { .sigev_notify = SIGEV_THREAD_ID, .sigev_signo = KICK_SIGNAL };
+    e._sigev_un._tid = here.thread;
+    here.timed = timer_create(CLOCK_THREAD_CPUTIME_ID, &e, &here.timer) == 0;
+}
+
+void bt_signal_again(bool on)
+{
+    struct itimerspec t = { .it_value.tv_nsec = on ? AGAIN_NS : 0 };
+    if (here.timed)
+        timer_settime(here.timer, 0, &t, NULL);
 }
 
 int bt_signal_here(struct icpu *c)
@@ -154,6 +183,9 @@ int bt_signal_here(struct icpu *c)
         pthread_sigmask(SIG_UNBLOCK, &ours, NULL);
         here.ready = true;
         here.thread = (int)syscall(SYS_gettid);
+        pthread_once(&key_once, make_key);
+        pthread_setspecific(end_key, &here);
+        timer_make();
     }
     here.vcpu = c;
     return 0;

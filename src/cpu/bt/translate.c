@@ -756,7 +756,7 @@ static void begin(struct tr *t, struct icpu *c, struct bt *bt, struct block *b)
     t->view = key & 3;
     t->shadow = key & KEY_SHADOW;
     t->kept = NO_REG;
-    t->i = t->colds = t->marks = 0;
+    t->i = t->colds = t->marks = t->shadowed = 0;
     t->gates = 0;
     t->small = 0;
     t->rcx_saved = false;
