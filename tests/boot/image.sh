@@ -341,5 +341,30 @@ is "ssh: $MiB MiB in and out" "$(timeout 900 "${ssh[@]}" root@127.0.0.1 cat <"$t
 in_vm systemctl poweroff >/dev/null
 wait $vm; is "poweroff: status" "$?" 0
 run image info sid --check; is "the image is as it was" "$status $out" "0 sid: the disk is as it was"
+is "a command in it, without systemd" "$(d run sid --engine "$ENGINE" --quiet -- sh -c 'cat /proc/1/comm; whoami; stat -c %a /usr/bin/su; ls -d "/lib/modules/$(uname -r)/kernel" | wc -l; getent hosts localhost >/dev/null && echo hosts' 2>&1 </dev/null)" \
+    $'init\nroot\n4755\n1\nhosts'
 run image rm sid; is "rm: status, and nothing is left" "$status $(ls -A "$tmp/store")" "0 "
+
+# --- long form: the standard kernel, and cloud-init itself ---
+if [ -n "${SOAK_LONG-}" ]; then
+    cp "$cache/packages/standard.deb" "$tmp/home/.cache/doppel/packages/" 2>/dev/null
+    own "$tmp/home"
+    run image build debian --packages cloud-init,openssh-server,sudo --kernel standard --size 3G ci
+    is "a Debian with cloud-init and the standard kernel is built" "$status" 0
+    mkdir "$tmp/home/shared"; echo shared >"$tmp/home/shared/f"; own "$tmp/home/shared"
+    timeout -k 10 1800 "${user[@]}" "$D" run ci --engine "$ENGINE" --quiet --name vm --memory 1G --cloud-init "$tmp/user-data" --share "$tmp/home/shared:work" </dev/null >"$tmp/vm.out" 2>&1 &
+    vm=$!
+    until_true listed
+    like "cloud-init is done" "$(timeout -k 10 1500 "${user[@]}" "$D" exec vm --wait 600 -- cloud-init status --wait 2>&1 </dev/null)" 'status: done'
+    like "cloud-init: by NoCloud" "$(in_vm cloud-id)" 'nocloud'
+    is "cloud-init: the host's name" "$(in_vm hostname)" seeded
+    is "cloud-init: commands" "$(in_vm sh -c 'cat /root/ran; ls "/root/a word"')" $'42\n/root/a word'
+    is "cloud-init: a file, a user" "$(in_vm sh -c "cat \"/etc/doppel/it's\"; id -nG ann")" $'two\nlines\nann adm sudo'
+    is "cloud-init: doppel's own unit keeps out" "$(in_vm systemctl is-active doppel-seed)" inactive
+    is "the standard kernel" "$(in_vm uname -r | grep -c cloud)" 0
+    is "the standard kernel mounts 9p" "$(in_vm sh -c 'mount -t 9p -o trans=virtio,version=9p2000.L work /mnt && cat /mnt/f')" shared
+    in_vm systemctl poweroff >/dev/null
+    wait $vm; is "poweroff: status" "$?" 0
+    run image rm ci
+fi
 done_testing
