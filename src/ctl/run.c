@@ -468,6 +468,9 @@ static int prepare(struct run *run)
         r = loop_new(&run->loop);
     if (r == 0)
         r = run_io_open(run, &console_ops);
+    /* Before the engine, whose handler of SIGSEGV is to see each fault first: most are the guest's. */
+    if (r == 0 && run->tty)
+        terminal_open(STDIN_FILENO);
     if (r == 0)
         r = run_ways_open(run, on_monitor_line);
     if (r == 0)
@@ -493,7 +496,7 @@ static int loop_and_machine(struct run *run)
     if (r < 0)
         return r;
     run_io_on_drained(run, on_drained, run);
-    if (run->tty && terminal_open(STDIN_FILENO) == 0)
+    if (run->tty)
         terminal_raw();
     r = vm_start(run->vm);
     if (r == 0)

@@ -126,6 +126,23 @@ fi
 is "monitor: Ctrl-A X ends" $? 0
 like "monitor: info shows the processor" "$(tr -d '\r' <"$tmp/out")" $'state: running.*\nrip [0-9a-f]{16}'
 
+# The terminal is raw from the guest's start to its end, whatever faults the engine takes: a key arrives without a newline, and is not echoed by the host.
+for engine in interp bt; do
+    : >"$tmp/typed"; mkfifo "$tmp/keys-$engine"; exec 9<>"$tmp/keys-$engine"
+    timeout -k 10 "$BOOT_SECONDS" script -qec "stty rows 30 cols 100; '$DOPPEL' run --quiet --net none --engine $engine -- sh -c 'stty raw -echo; echo go; head -c 1 | od -An -tx1; echo end'; stty -a" \
+        /dev/null <"$tmp/keys-$engine" >"$tmp/typed" 2>&1 &
+    job=$!
+    for ((i = 0; i < BOOT_SECONDS * 5; i++)); do grep -q '^go' "$tmp/typed" && break; sleep 0.2; done
+    printf '~' >&9
+    for ((i = 0; i < 300; i++)); do grep -q '^ *7e' "$tmp/typed" && break; sleep 0.2; done
+    exec 9>&-
+    wait $job
+    typed=$(tr -d '\r' <"$tmp/typed")
+    like "terminal, $engine: a key arrives as it is typed" "$typed" $'go\n+ *7e'
+    is "terminal, $engine: the host does not echo it" "$(grep -c '~' "$tmp/typed")" 0
+    like "terminal, $engine: it is given back as it was" "$typed" $'[^-]icanon.*[^-]echo '
+done
+
 # A guest that stood still has the right time afterwards.
 (for _ in $(seq "$BOOT_SECONDS"); do grep -q '~# ' "$tmp/paused" && break; sleep 1; done
     printf '\1cpause\n'; sleep 8; printf 'resume\n\n'; sleep 3; date +%s >"$tmp/sent"; printf 'echo at $(date +%%s)\npoweroff\n') 2>/dev/null |
