@@ -7,7 +7,8 @@
  *
  * The life of a command: a doorbell says that submission queue entries are there; fetch() copies each one, as long as there is a request to hold it
  * and, reserved from the beginning, a place in the completion queue. PRPs become pieces of guest memory, the back end does the rest: what the host's
- * page cache has comes back at once, else nvme_done() completes it on a thread of the back end.
+ * page cache has comes back at once, else nvme_done() completes it on a thread of the back end. Drivers of virtual machines have doorbells in memory, too
+ * (nvme_shadow.c), and ring only when we sleep.
  *
  * The driver may change queues and lists at any time: all is copied once and checked there. Queues outside of memory are fatal (CSTS.CFS); other nonsense is
  * answered with the specification's status.
@@ -180,7 +181,15 @@ static bool fetch(struct nvme *n, unsigned id)
     struct nvme_sq *q = &n->sq[id];
     struct nvme_request *r = n->free;
 
-    if (!q->exists || q->deleting || q->head == q->tail || !r || !nvme_has_place(&n->cq[q->cq]))
+    if (!q->exists || q->deleting || !r)
+        return false;
+    if (q->head == q->tail)
+        nvme_take_tail(n, id);
+    if (q->head == q->tail)
+        return false;
+    if (!nvme_has_place(&n->cq[q->cq]))
+        nvme_take_head(n, q->cq);
+    if (!nvme_has_place(&n->cq[q->cq]))
         return false;
     if (ram_read(n->config.ram, q->gpa + q->head * sizeof(r->cmd), &r->cmd, sizeof(r->cmd)) < 0) {
         fatal(n, "a submission queue lies outside of memory");
@@ -203,7 +212,8 @@ static void fetch_all(struct nvme *n)
     unsigned budget = 2 * NVME_ENTRIES_MAX;
     bool more = true;
 
-    while (more && budget && nvme_running(n)) {
+    while (budget && nvme_running(n) && (more || nvme_listen(n))) {
+        budget--;
         more = false;
         for (unsigned i = 0; i <= n->config.queues && nvme_running(n); i++)
             for (unsigned burst = 0; burst < 8 && budget && fetch(n, i); burst++) {
@@ -233,6 +243,7 @@ static void forget(struct nvme *n)
     n->events = 0;
     n->changed_told = false;
     n->stopping = false;
+    n->shadowed = false;
     n->csts = 0;
     n->intms = 0;
     pci_intx(&n->fn, false);
@@ -340,12 +351,9 @@ static void doorbell(struct nvme *n, unsigned index, u32 val)
         return;
     n->counts.notifications++;
     if (index & 1) {
-        struct nvme_cq *q = &n->cq[id];
-
-        /* Only over what is there: else places would be taken that are reserved. */
-        if (!q->exists || val >= q->entries || (val + q->entries - q->head) % q->entries > nvme_used(q))
+        if (!n->cq[id].exists)
             return;
-        q->head = (u16)val;
+        nvme_set_head(&n->cq[id], val);
     } else {
         if (!n->sq[id].exists || val >= n->sq[id].entries)
             return;
@@ -567,7 +575,7 @@ static void nvme_state(struct device *d, struct stream *s)
     u8 events = (u8)n->events;
     u32 cc = n->cc;
 
-    if (!stream_section(s, "nvme", 1))
+    if (!stream_section(s, "nvme", 2))
         return;
     if (s->load)
         forget(n);
@@ -577,6 +585,9 @@ static void nvme_state(struct device *d, struct stream *s)
     stream_u32(s, &n->intms);
     stream_u64(s, &n->asq);
     stream_u64(s, &n->acq);
+    stream_bool(s, &n->shadowed);
+    stream_u64(s, &n->shadow);
+    stream_u64(s, &n->event);
     stream_bool(s, &n->stopping);
     stream_bool(s, &n->changed);
     stream_bool(s, &n->changed_told);
@@ -594,6 +605,9 @@ static void nvme_state(struct device *d, struct stream *s)
         n->master = pci_bus_master(&n->fn);
         if (events > NVME_EVENTS_MAX || ((n->csts & CSTS_RDY) && (!n->sq[0].exists || !n->cq[0].exists)))
             stream_bad(s, "an NVMe controller's state makes no sense");
+        if (!s->error && n->shadowed && (!ram_has(n->config.ram, n->shadow, PAGE_SIZE) || !ram_has(n->config.ram, n->event, PAGE_SIZE) ||
+                                         ((n->shadow | n->event) & ~PAGE_MASK)))
+            stream_bad(s, "an NVMe controller's doorbells lie outside of memory");
         for (unsigned i = 0; i <= n->config.queues; i++)
             if (!s->error && !queue_valid(n, i))
                 stream_bad(s, "a queue of an NVMe controller makes no sense");

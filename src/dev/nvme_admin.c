@@ -6,7 +6,7 @@
 #include "dev/nvme_int.h"
 
 enum { ADMIN_DELETE_SQ, ADMIN_CREATE_SQ, ADMIN_LOG, ADMIN_DELETE_CQ = 4, ADMIN_CREATE_CQ, ADMIN_IDENTIFY, ADMIN_ABORT = 8, ADMIN_SET_FEATURES, ADMIN_GET_FEATURES,
-       ADMIN_EVENT = 0xc };
+       ADMIN_EVENT = 0xc, ADMIN_DOORBELLS = 0x7c };
 enum { LOG_PAGE_ERRORS = 1, LOG_PAGE_HEALTH, LOG_PAGE_FIRMWARE, LOG_PAGE_CHANGED };
 
 
@@ -31,6 +31,7 @@ static void identify_controller(const struct nvme *n, u8 *p)
     put32(p + 80, NVME_VERSION);
     put32(p + 92, EVENT_NAMESPACE);
     p[111] = 1;                                                    /* an I/O controller */
+    put16(p + 256, BIT(8));                                        /* doorbells in memory */
     p[258] = 3;                                                    /* Abort commands at a time, less one */
     p[259] = NVME_EVENTS_MAX - 1;
     p[260] = 1 << 1 | 1;                                           /* one firmware slot, read-only */
@@ -153,6 +154,7 @@ static int create_cq(struct nvme *n, const struct nvme_command *c)
     if (!ram_has(n->config.ram, c->prp[0], entries * sizeof(struct nvme_completion)))
         return SC_DATA_TRANSFER;
     n->cq[id] = (struct nvme_cq){ .exists = true, .interrupts = c->cdw[1] & 2, .phase = true, .vector = (u16)vector, .entries = entries, .gpa = c->prp[0] };
+    nvme_shadow_created(n, id, true);
     return SC_SUCCESS;
 }
 
@@ -171,6 +173,7 @@ static int create_sq(struct nvme *n, const struct nvme_command *c)
     if (!ram_has(n->config.ram, c->prp[0], entries * sizeof(struct nvme_command)))
         return SC_DATA_TRANSFER;
     n->sq[id] = (struct nvme_sq){ .exists = true, .cq = (u16)cq, .entries = entries, .gpa = c->prp[0] };
+    nvme_shadow_created(n, id, false);
     return SC_SUCCESS;
 }
 
@@ -279,6 +282,7 @@ int nvme_admin_command(struct nvme_request *r, u32 *dw0)
     case ADMIN_SET_FEATURES: return feature(r, true, dw0);
     case ADMIN_GET_FEATURES: return feature(r, false, dw0);
     case ADMIN_EVENT: return wait_event(r);
+    case ADMIN_DOORBELLS: return nvme_shadow_config(n, c);
     default: return SC_INVALID_OPCODE;
     }
 }

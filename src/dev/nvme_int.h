@@ -1,6 +1,6 @@
 /*
  * What the NVMe controller's files have in common, for those alone: registers, queues, save and load are nvme.c's, where the locking is told; admin commands
- * nvme_admin.c's; data, I/O commands and what comes back of them nvme_io.c's.
+ * nvme_admin.c's; doorbells in memory nvme_shadow.c's; data, I/O commands and what comes back of them nvme_io.c's.
  */
 #pragma once
 
@@ -62,6 +62,7 @@ struct nvme_sq {
     u64 gpa;
     u16 delete_cid;                                                /* of the command that waits for the last of its commands */
     unsigned outstanding;
+    u32 event;                                                     /* EventIdx as it was written last, and one; 0: not yet */
 };
 
 struct nvme_cq {
@@ -71,6 +72,7 @@ struct nvme_cq {
     u32 entries;
     u64 gpa;
     unsigned reserved;                                             /* places for commands that were fetched */
+    u32 event;
 };
 
 struct nvme_part {
@@ -102,6 +104,8 @@ struct nvme {
     char serial[20];
     u32 cc, csts, aqa, intms;
     u64 asq, acq;
+    bool shadowed;                                                 /* doorbells are in memory: shadow, and event says which are to be rung */
+    u64 shadow, event;
     bool master, stopping, gone, dirty, flushing;
     u32 feature[FEATS];
     struct nvme_sq sq[NVME_QUEUES_MAX + 1];
@@ -133,6 +137,13 @@ static inline unsigned nvme_used(const struct nvme_cq *q)
 static inline bool nvme_has_place(const struct nvme_cq *q)
 {
     return nvme_used(q) + q->reserved + 1 < q->entries;
+}
+
+/* What the driver has taken; only over what is there: else places would be taken that are reserved. */
+static inline void nvme_set_head(struct nvme_cq *q, u32 head)
+{
+    if (head < q->entries && (head + q->entries - q->head) % q->entries <= nvme_used(q))
+        q->head = (u16)head;
 }
 
 static inline u64 nvme_lbas(const struct nvme *n)
@@ -167,3 +178,10 @@ int nvme_admin_command(struct nvme_request *r, u32 *dw0);
 int nvme_copy_data(struct nvme_request *r, void *buf, u32 len, bool to_guest); /* between a buffer and the command's data, of which there are len bytes */
 void nvme_host_error(struct nvme *n, const struct block_req *io);
 void nvme_tell_events(struct nvme *n);                             /* asynchronous ones that the driver waits for */
+
+/* nvme_shadow.c; all but the first do nothing while doorbells are registers alone. */
+int nvme_shadow_config(struct nvme *n, const struct nvme_command *c); /* the status */
+void nvme_shadow_created(struct nvme *n, unsigned id, bool cq);
+void nvme_take_tail(struct nvme *n, unsigned id);                  /* of a submission queue, from memory */
+void nvme_take_head(struct nvme *n, unsigned id);                  /* of a completion queue */
+bool nvme_listen(struct nvme *n);                                  /* who goes on rings; true: somebody did go on, look again */

@@ -271,6 +271,101 @@ else
     skip "network disks" "nbdkit is not installed"
 fi
 
+# ---- servers that answer wrong ----
+# A server of 16 MiB of 0x42 for one client, which follows the protocol until a request lies behind the first MiB; then: "short": half of the data, and the
+# connection ends; "magic": a reply that is none; "handle": an answer to nobody; "errno": an error that does not exist; "silent": an end without a word.
+cat >"$tmp/liar.pl" <<'PERL'
+use strict; use IO::Socket::UNIX; use Socket;
+my ($path, $mode) = @ARGV;
+$SIG{PIPE} = 'IGNORE';
+my $s = IO::Socket::UNIX->new(Type => SOCK_STREAM, Local => $path, Listen => 4) or die "$path: $!";
+my $c;
+sub get { my ($n) = @_; my $b = ''; while (length $b < $n) { my $r = sysread $c, $b, $n - length $b, length $b; return undef unless $r } $b }
+sub say_ { my ($b) = @_; my $at = 0; while ($at < length $b) { my $r = syswrite $c, $b, length($b) - $at, $at; return unless $r; $at += $r } }
+while ($c = $s->accept) {
+    say_('NBDMAGIC' . 'IHAVEOPT' . pack('n', 3));
+    my $flags = get(4) // next;
+    my $on = 0;
+    while (!$on) {
+        my $o = get(16) // last;
+        my ($opt, $len) = (unpack 'x8NN', $o);
+        my $data = $len ? get($len) : '';
+        if ($opt == 1) { say_(pack('Q>n', 16 << 20, 1) . ((unpack('N', $flags) & 2) ? '' : "\0" x 124)); $on = 1 }
+        elsif ($opt == 2) { say_(pack('Q>NNN', 0x3e889045565a9, 2, 1, 0)); last }
+        else { say_(pack('Q>NNN', 0x3e889045565a9, $opt, 0x80000001, 0)) }
+    }
+    while ($on and defined(my $q = get(28))) {
+        my ($type, $handle, $at, $len) = (unpack('x6n', $q), substr($q, 8, 8), unpack('x16Q>N', $q));
+        get($len) if $type == 1;
+        last if $type == 2;
+        my $ok = pack('NN', 0x67446698, 0) . $handle;
+        my $data = $type == 0 ? "\x42" x $len : '';
+        if ($at < 1 << 20) { say_($ok . $data) }
+        elsif ($mode eq 'short') { say_($ok . substr($data, 0, $len / 2)); last }
+        elsif ($mode eq 'magic') { say_(pack('NN', 0x12345678, 0) . $handle . $data) }
+        elsif ($mode eq 'handle') { say_(pack('NN', 0x67446698, 0) . 'nobody!!' . $data) }
+        elsif ($mode eq 'errno') { say_(pack('NN', 0x67446698, 987654321) . $handle) }
+        else { last }
+    }
+    close $c;
+}
+PERL
+liars="short magic handle errno silent" liar_disks=() liar_pids=() names=(vda vdb vdc vdd vde)
+for m in $liars; do
+    perl "$tmp/liar.pl" "$tmp/$m.sock" $m 2>"$tmp/$m.log" &
+    liar_pids+=($!)
+    end=$((SECONDS + 60))
+    until [ -S "$tmp/$m.sock" ] || [ $SECONDS -ge $end ]; do sleep 0.1; done
+    liar_disks+=(--disk "$(uri "$m")")
+done
+doppel "${run[@]}" "${liar_disks[@]}" -- sh -c 'for d in vda vdb vdc vdd vde; do
+    well=$(dd if=/dev/$d bs=4k count=4 2>/dev/null | tr -d B | wc -c); dd if=/dev/$d of=/dev/null bs=64k skip=32 count=1 2>/tmp/e; echo "$d: $well $? $(grep -o "Input/output error" /tmp/e)"; done' </dev/null
+i=0
+for m in $liars; do
+    is "nbd: a server that answers wrong ($m)" "$(grep "^${names[i]}:" <<<"$out")" "${names[i]}: 0 1 Input/output error"
+    i=$((i + 1))
+done
+is "nbd: servers that answer wrong: doppel's status" "$status" 0
+kill "${liar_pids[@]}"; wait "${liar_pids[@]}" 2>/dev/null
+
+# ---- images that change while they are used ----
+# Cut short: what is not there any more is an I/O error, what is left is as it was, and a write makes the file longer again. Another file under the name: nobody notices. A second user: refused.
+for i in a b c d e; do image "$tmp/$i.img"; tr '\0' x <"$tmp/$i.img" | dd of="$tmp/$i.img" conv=notrunc bs=1M 2>/dev/null; done
+rm -f "$tmp/d.over"
+[ -p "$tmp/in" ] || mkfifo "$tmp/in"
+"$DOPPEL" "${run[@]}" --disk "$tmp/a.img" --disk "$tmp/b.img,io=threads" --disk "$tmp/c.img,bus=nvme" --disk "$tmp/d.img,overlay=$tmp/d.over" --disk "$tmp/e.img" <"$tmp/in" >"$tmp/out" 2>"$tmp/err" &
+job=$!
+exec 9>"$tmp/in"
+wait_for "$tmp/out" '~# ' "$BOOT_SECONDS"
+for d in a d; do
+    "$DOPPEL" run --engine "$ENGINE" --disk "$tmp/$d.img" -- true </dev/null >"$tmp/second.out" 2>"$tmp/second.err"
+    is "in use: a second machine with $d.img is refused" "$? $(grep -c 'in use by another' "$tmp/second.err")" "1 1"
+done
+"$DOPPEL" run --engine "$ENGINE" --disk "$tmp/a.img,overlay=$tmp/d.over" -- true </dev/null >/dev/null 2>"$tmp/second.err"
+is "in use: and with its overlay" "$? $(grep -c 'in use by another' "$tmp/second.err")" "1 1"
+echo 'modprobe nvme; until [ -b /dev/nvme0n1 ]; do sleep 0.1; done; dd if=/dev/zero of=/dev/vdc bs=64k seek=16 count=1 conv=fsync 2>/dev/null; echo over "written"' >&9
+wait_for "$tmp/out" 'over written' 60
+for i in a b c d; do truncate -s 1M "$tmp/$i.img"; done
+truncate -s 64K "$tmp/d.over"
+mv "$tmp/e.img" "$tmp/e.old"; image "$tmp/e.img"
+cat >&9 <<'IN'
+look() { dd if=/dev/$1 of=/dev/null iflag=direct bs=64k skip=$2 count=1 2>/dev/null && echo yes || echo no; }
+for d in vda vdb nvme0n1 vdc; do echo "cut $d: $(look $d 4) $(look $d 128)"; done
+for d in vda vdb nvme0n1; do dd if=/dev/zero of=/dev/$d oflag=direct bs=64k seek=128 count=1 2>/dev/null; echo "longer $d: $(look $d 128) $(look $d 200)"; done
+echo "over vdc: $(look vdc 16)"
+echo "swapped: $(dd if=/dev/vdd bs=64k skip=100 count=1 2>/dev/null | tr -d x | wc -c)"; dd if=/dev/zero of=/dev/vdd bs=64k count=1 conv=fsync 2>/dev/null; echo all "done"; poweroff
+IN
+wait_for "$tmp/out" 'all done' 120
+wait $job
+is "images that change: doppel's status" $? 0
+exec 9>&-
+tr -d '\r' <"$tmp/out" >"$tmp/told"
+for d in vda vdb nvme0n1 vdc; do is "cut short: $d" "$(grep "^cut $d" "$tmp/told")" "cut $d: yes no"; done
+for d in vda vdb nvme0n1; do is "cut short, and written behind the end: $d" "$(grep "^longer $d" "$tmp/told")" "longer $d: yes no"; done
+is "cut short: the overlay's file" "$(grep '^over vdc' "$tmp/told")" "over vdc: no"
+is "another file under its name" "$(grep '^swapped' "$tmp/told") $(head -c 65536 "$tmp/e.old" | tr -d '\0' | wc -c) $(tr -d '\0' <"$tmp/e.img" | wc -c)" "swapped: 0 0 0"
+like "cut short: told" "$(cat "$tmp/err")" 'reading failed: Input/output error'
+
 # ---- growing, and a root disk without an initramfs ----
 image "$tmp/a.img"; image "$tmp/b.img"
 [ -p "$tmp/in" ] || mkfifo "$tmp/in"
@@ -313,8 +408,15 @@ refused()                                           # name, regular expression, 
 image "$tmp/base.img" 1M
 doppel "${run[@]}" --disk "$tmp/base.img,overlay=$tmp/base.over" -- sh -c 'echo x >/dev/vda' </dev/null
 is "overlay: a run with a new one" "$status" 0
+cp "$tmp/base.over" "$tmp/cut.over"; truncate -s 6000 "$tmp/cut.over"
+refused "overlay: it has been cut off" 'it is cut short' "$tmp/base.img,overlay=$tmp/cut.over"
 truncate -s 2M "$tmp/base.img"
 refused "overlay: its base has another size" 'has another size now' "$tmp/base.img,overlay=$tmp/base.over"
+truncate -s 1M "$tmp/base.img"; touch "$tmp/base.img"
+refused "overlay: its base has been touched" 'time' "$tmp/base.img,overlay=$tmp/base.over"
+refused "a folder" 'a directory' "$tmp"
+refused "cache=none with an overlay" 'cache=' "$tmp/base.img,overlay,cache=none"
+refused "cache=none, and a size that is no multiple" 'no multiple|no direct access' "$(truncate -s 100100 "$tmp/odd.img"; echo "$tmp/odd.img"),cache=none"
 echo nonsense >"$tmp/base.over"
 refused "overlay: it is none" 'is no overlay of doppel' "$tmp/base.img,overlay=$tmp/base.over"
 refused "overlay: the base itself" 'in use' "$tmp/base.img,overlay=$tmp/base.img"

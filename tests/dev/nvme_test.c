@@ -561,6 +561,97 @@ static void test_state(void **state UNUSED)
     stream_free(&s);
 }
 
+/* 5.7, 7.13: doorbells in memory. What is written there without ringing is seen while the controller is awake; when it sleeps, it says which value wakes it. */
+#define SHADOW 0x150000ull
+#define EVENT 0x151000ull
+
+static u32 event(unsigned id, unsigned cq)
+{
+    return word_at(EVENT + 8 * id + 4 * cq);
+}
+
+static void shadow_set(unsigned id, unsigned cq, u32 val)
+{
+    put(&g, SHADOW + 8 * id + 4 * cq, &val, sizeof(val));
+}
+
+/* The next completion, whose doorbell is not rung. */
+static int take_silently(void)
+{
+    u16 status;
+
+    for (unsigned i = 0; nothing(&io); i++, usleep(100))
+        if (i == 50000)
+            return -1;
+    get(&g, IOCQ + 16 * io.head + 14, &status, 2);
+    io.head = (io.head + 1) % N;
+    io.phase ^= io.head == 0;
+    shadow_set(1, 1, io.head);
+    return status >> 1 & 0x7ff;
+}
+
+static void test_shadow(void **state UNUSED)
+{
+    static const u64 bad[][2] = { { SHADOW + 8, EVENT }, { SHADOW, EVENT + 4 }, { GUEST_RAM, EVENT }, { SHADOW, ~0xfffull } };
+
+    for (unsigned i = 0; i < ARRAY_SIZE(bad); i++)
+        assert_int_equal(do_cmd(&admin, (struct cmd){ .opcode = 0x7c, .prp1 = bad[i][0], .prp2 = bad[i][1] }), 2);
+    put(&g, SHADOW, (u8[4096]){ 0 }, 4096);
+    assert_int_equal(do_cmd(&admin, (struct cmd){ .opcode = 0x7c, .prp1 = SHADOW, .prp2 = EVENT }), 0);
+    assert_int_equal(event(1, 0), 0);
+    assert_int_equal(event(1, 1), 0xffff);
+    assert_int_equal(event(0, 0), admin.tail);                     /* the admin queues are always rung */
+    for (unsigned i = 0; i < 3; i++)                               /* one ring, three commands */
+        add(&io, rw(2, 20 + i, 1, DATA + 512 * i, 0));
+    shadow_set(1, 0, 3);
+    set(0x1008, 1);
+    for (unsigned i = 0; i < 3; i++) {
+        assert_int_equal(take_silently(), 0);
+        assert_int_equal(word_at(DATA + 512 * i), (20 + i) << 8);
+    }
+    for (unsigned i = 0; i < 1000 && event(1, 0) != 3; i++)
+        usleep(1000);
+    assert_int_equal(event(1, 0), 3);
+    shadow_set(1, 0, N);                                           /* beyond the queue: no tail, and no head either */
+    shadow_set(1, 1, N + 7);
+    set(0x1008, 3);
+    assert_true(nothing(&io));
+    shadow_set(1, 1, io.head);
+    /* The completion queue fills up, and nobody takes anything: then the head is wanted. */
+    for (unsigned i = 0; i < N - 1; i++)
+        add(&io, rw(2, i, 1, DATA, 0));
+    shadow_set(1, 0, io.tail);
+    ring(&io);
+    for (unsigned i = 0; i < 1000 && event(1, 0) != io.tail; i++)
+        usleep(1000);
+    add(&io, rw(2, 99, 1, DATA + 4096, 0));
+    shadow_set(1, 0, io.tail);
+    ring(&io);
+    for (unsigned i = 0; i < 1000 && event(1, 1) != 3; i++)
+        usleep(1000);
+    assert_int_equal(event(1, 1), 3);
+    for (unsigned i = 0; i < N - 1; i++)
+        assert_int_equal(take_silently(), 0);
+    assert_true(nothing(&io));
+    set(0x100c, io.head);
+    assert_int_equal(take_silently(), 0);
+    assert_int_equal(word_at(DATA + 4096), 99 << 8);
+    assert_int_equal(event(1, 1), 0xffff);
+    /* New queues begin at 0 again; a reset ends all of it. */
+    assert_int_equal(do_cmd(&admin, (struct cmd){ .opcode = 0, .dw10 = 1 }), 0);
+    assert_int_equal(do_cmd(&admin, (struct cmd){ .opcode = 4, .dw10 = 1 }), 0);
+    assert_int_equal(make_queues(), 0);
+    assert_int_equal(word_at(SHADOW + 8), 0);
+    shadow_set(1, 0, 1);
+    assert_int_equal(do_cmd(&io, rw(2, 5, 1, DATA, 0)), 0);
+    set(0x14, 0);
+    enable();
+    assert_int_equal(make_queues(), 0);
+    shadow_set(1, 0, 9);
+    assert_int_equal(do_cmd(&io, rw(2, 6, 1, DATA, 0)), 0);
+    assert_true(nothing(&io));
+}
+
 #define T(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 
 int main(void)
@@ -568,7 +659,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         T(test_registers), T(test_bad_enable), T(test_identify), T(test_admin), T(test_queues), T(test_prps), T(test_bad_prps), T(test_io),
         T(test_deallocate), T(test_readonly), T(test_intx), T(test_full_completion_queue), T(test_resize_event), T(test_reset_in_flight),
-        T(test_delete_in_flight), T(test_shutdown), T(test_state),
+        T(test_delete_in_flight), T(test_shutdown), T(test_state), T(test_shadow),
     };
 
     return cmocka_run_group_tests(tests, make_image, remove_image);
