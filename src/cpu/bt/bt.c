@@ -274,11 +274,11 @@ static struct tb *translate(struct icpu *c, struct bt *t, struct block *b, u32 p
     return tb;
 }
 
-/* Where in a translation to go on when op has been done; what it expects in S0 is put there. */
+/* Where in a translation to go on when op has been done; what it expects in S0 is put there. NULL: nowhere in it. */
 static const u8 *code_behind(struct icpu *c, const struct bt *t, const struct tb *tb, unsigned op)
 {
     const struct tb_mark *m = &t->mark[tb->mark];
-    for (unsigned i = 0; i < tb->marks; i++)
+    for (unsigned i = 0; i < tb->marks && !tb->second; i++)
         if (m[i].op == op + 1 && !(m[i].flags & MARK_COLD)) {
             unsigned kept = m[i].flags >> MARK_KEPT;
             if (kept)

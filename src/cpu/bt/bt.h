@@ -115,6 +115,7 @@ struct tb {
     u32 handled;                                                   /* bit n: op n has no host code of its own */
     struct way_steps steps;                                        /* of an entry that stands before the code */
     bool dead;
+    u8 second;                                                     /* a loop (loop.c): 1 + the guest register whose slot's delta is in S1 all the time; 0: none */
     struct block *b;
 };
 

@@ -82,6 +82,7 @@ void clone_code(struct tr *t, const struct tb *from)
         t->mark[t->marks++].off = (u16)(m[i].off - from->code_off + tb->code_off);
     }
     tb->handled = from->handled;
+    tb->second = from->second;
 }
 
 /* Where in the copy what p points to in the source is; what lies outside it stays. */

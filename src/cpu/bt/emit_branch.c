@@ -335,13 +335,26 @@ static bool emit_ret(struct tr *t, const struct op *op)
     return true;
 }
 
-static bool emit_jcc(struct tr *t, const struct op *op)
+static bool emit_jcc(struct tr *t, const struct op *op, bool *last)
 {
     if (!tlb_canonical(target_of(t, op)))
         return false;
+    if (t->loop.on && t->i == t->loop.branch) {
+        if (t->loop.bases == 1)                                    /* else S1 is in use: a signal leads out */
+            poll(t, op);
+        jump_if_to(&t->e, tr_item(t)->d.insn.opcode & 15, t->loop.label);
+        tr_exit(t, t->tb->la + op->off + op->len);
+        *last = true;
+        return true;
+    }
     poll(t, op);
     tr_exit_if(t, tr_item(t)->d.insn.opcode & 15, target_of(t, op));
     return true;
+}
+
+bool tr_conditional(const struct decoded *d)
+{
+    return d->insn.mnemonic != ZYDIS_MNEMONIC_JMP && d->insn.mnemonic != ZYDIS_MNEMONIC_CALL && d->insn.mnemonic != ZYDIS_MNEMONIC_RET;
 }
 
 bool tr_branch(struct tr *t, const struct op *op, bool *last)
@@ -353,6 +366,6 @@ bool tr_branch(struct tr *t, const struct op *op, bool *last)
     case ZYDIS_MNEMONIC_JMP: *last = true; return emit_jmp(t, op);
     case ZYDIS_MNEMONIC_CALL: *last = true; return emit_call(t, op);
     case ZYDIS_MNEMONIC_RET: *last = true; return emit_ret(t, op);
-    default: return emit_jcc(t, op);
+    default: return emit_jcc(t, op, last);
     }
 }

@@ -216,7 +216,10 @@ static bool shadow_mem(struct tr *t, const struct ea *m, unsigned want, struct p
     struct emit *e = &t->e;
     bool near = m->disp > -SMALL_DISP && m->disp < SMALL_DISP && m->seg < SEG_FS, small = near && m->index == REG_ZERO;
     size_t table = OFF(bt.delta[0][0]) + t->view * 4096u;
-    if (m->seg < SEG_FS && m->index < 16 && t->small & BIT(m->index) && tr_resident(m->index) &&
+    if (tr_in_loop(t)) {                                           /* by one of its bases */
+        bug_on(want || !small || (m->base != t->loop.base[0] && m->base != t->loop.base[1]));
+        *p = (struct place){ m->base, m->base == t->loop.base[0] ? S0 : S1, 0, (s32)m->disp };
+    } else if (m->seg < SEG_FS && m->index < 16 && t->small & BIT(m->index) && tr_resident(m->index) &&
         (m->base == REG_ZERO || (near && (m->base == RSP || (m->base < 16 && tr_resident(m->base)))))) {
         shadow_indexed(t, m, want, p, scratch);
     } else if (small && m->base == RSP) {

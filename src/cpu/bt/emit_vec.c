@@ -316,12 +316,18 @@ static bool put_x87(struct tr *t, const struct op *op)
 }
 
 /* ---- all of them ---- */
-static bool put_vector(struct tr *t, const struct op *op)
+void tr_gates(struct tr *t, const struct op *op)
 {
     const struct fp_insn *i = op->ptr;
     put_gate(t, gate_of(i->cls));
     if (i->cls == FP_MMX && i->xmm)
         put_gate(t, FP_GATE_SSE);
+}
+
+static bool put_vector(struct tr *t, const struct op *op)
+{
+    const struct fp_insn *i = op->ptr;
+    tr_gates(t, op);
     return tr_recoded(t, op, i->bytes, i->writes ? MMU_WRITE : MMU_READ);
 }
 

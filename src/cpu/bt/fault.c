@@ -112,14 +112,18 @@ static u64 kept_delta(const struct icpu *c, const struct tb *tb, const struct bt
     return c->bt.delta[tb->key & 3][guest_register(c, s, g) >> 39 & 511];
 }
 
-/* Has op's base stepped into another slot since S0 was made of it? Then the access went to its former window's guard; once S0 is another it does not again. */
+/* Has op's base stepped into another slot since S0 (S1) was made of it? Then the access went to its former window's guard; once that is another it does not again. */
 static bool stepped_out(const struct icpu *c, const struct tb *tb, const struct tb_mark *m, const struct op *op, const struct bt_trap *s, u64 la)
 {
-    unsigned kept = m->flags >> MARK_KEPT;
+    unsigned kept = m->flags >> MARK_KEPT, in = S0;
+    if (tb->second && op->base == tb->second - 1u) {
+        kept = tb->second;
+        in = S1;
+    }
     if (!kept || op->base != kept - 1 || !s->has_address)
         return false;
     u64 delta = kept_delta(c, tb, s, kept - 1);
-    return s->r[S0] != delta && s->address - la != delta && (guest_register(c, s, kept - 1) ^ la) >> 39 == 0;
+    return s->r[in] != delta && s->address - la != delta && (guest_register(c, s, kept - 1) ^ la) >> 39 == 0;
 }
 
 /* True: go on at op's beginning. */
@@ -199,6 +203,8 @@ static bool fault(struct icpu *c, struct bt *t, struct bt_trap *s)
             unsigned kept = m->flags >> MARK_KEPT;
             if (kept)
                 s->r[S0] = kept_delta(c, tb, s, kept - 1);
+            if (tb->second)
+                s->r[S1] = kept_delta(c, tb, s, tb->second - 1u);
             s->pc = (u64)(uintptr_t)host_of(t, tb, m);
             return true;
         }

@@ -20,9 +20,18 @@
 /* icpu.bt.tmp: 0 RCX or RAX in a look-up, 1 its tag or flags, 2 its result, 3 a value on its way to the stack, 4 a branch's target, 5 a light function, 6 an address; 7 free */
 enum { S0 = 14, S1 = 15 };                                         /* scratch host registers; the guest's are in icpu.r[] */
 
+enum kind { K_HELPER, K_PLAIN, K_NOTHING, K_LEA, K_BRANCH, K_STACK, K_VECTOR, K_STRING, K_SYSTEM };
 struct item {
     struct decoded d;
-    u8 kind;                                                       /* translate.c's */
+    u8 kind;                                                       /* enum kind */
+};
+
+/* A block that is a loop: loop.c. */
+struct tr_loop {
+    bool on;
+    u8 branch;                                                     /* the op that closes it; the block ends there */
+    u8 bases, base[2];                                             /* guest registers whose slots' deltas are in S0 and S1 */
+    u8 *label;                                                     /* behind what looks them up */
 };
 
 struct cold {
@@ -55,6 +64,7 @@ struct tr {
     bool relocate;                                                 /* what depends on addresses is noted, for copies */
     struct way_steps *steps;                                       /* of the way in that is being made */
     u8 *way;                                                       /* where it begins */
+    struct tr_loop loop;
     struct item item[BLOCK_OPS];
     struct cold cold[8 * BLOCK_OPS];
     unsigned colds;
@@ -72,6 +82,18 @@ static inline const struct item *tr_item(const struct tr *t)
 {
     return &t->item[t->i];
 }
+
+/* ---- loops: loop.c, and what it asks translate.c and emit_vec.c ---- */
+void loop_plan(struct tr *t, bool compare);                        /* sets loop.on if the block is one */
+void loop_begin(struct tr *t);                                     /* what stands before its first instruction */
+static inline bool tr_in_loop(const struct tr *t)
+{
+    return t->loop.on && t->i <= t->loop.branch;
+}
+bool tr_conditional(const struct decoded *d);                      /* a conditional jump by flags */
+bool tr_writes(const struct item *it, unsigned g);                 /* does it change guest register g? */
+bool tr_small_step(const struct item *it, unsigned g);             /* by a small immediate, up or down */
+void tr_gates(struct tr *t, const struct op *op);                  /* looks at those of a vector instruction. Uses S1 */
 
 /* ---- relocations: clone.c. What depends on where the translation lies, or its guest code; noted for all that emitters append ---- */
 enum reloc {

@@ -10,8 +10,6 @@
 #include "cpu/interp/ops.h"
 #include "cpu/interp/sys.h"
 
-enum kind { K_HELPER, K_PLAIN, K_NOTHING, K_LEA, K_BRANCH, K_STACK, K_VECTOR, K_STRING, K_SYSTEM };
-
 /* ---- what an instruction is ---- */
 static enum kind plain_or_not(const struct decoded *d, const struct op *op)
 {
@@ -668,11 +666,20 @@ static void rcx_follow(struct tr *t, const struct item *it)
             t->rcx_saved = false;
 }
 
-/* A small step of the register whose slot's delta is kept: it stays within the guards, and a fault beyond its window looks again. */
-static bool steps(const struct tr *t, const struct item *it)
+bool tr_writes(const struct item *it, unsigned g)
+{
+    unsigned written;
+    for (unsigned i = 0; i < it->d.insn.operand_count; i++)
+        if (writes_gpr(&it->d.opnd[i], &written) && written == g)
+            return true;
+    return false;
+}
+
+/* The register whose slot's delta is kept may do that: it stays within the guards, and a fault beyond its window looks again. */
+bool tr_small_step(const struct item *it, unsigned g)
 {
     const struct decoded *d = &it->d;
-    if (it->kind != K_PLAIN || d->insn.operand_width != 64 || gpr_of(&d->opnd[0]) != t->kept)
+    if (it->kind != K_PLAIN || d->insn.operand_width != 64 || gpr_of(&d->opnd[0]) != g)
         return false;
     switch (d->insn.mnemonic) {
     case ZYDIS_MNEMONIC_INC: case ZYDIS_MNEMONIC_DEC: return true;
@@ -720,9 +727,11 @@ static void put_op(struct tr *t, bool *last)
     t->rcx_stored = false;
     tr_mark(t, t->i, t->shadowed && t->i == t->shadowed ? MARK_SHADOW : 0);
     marks = t->marks;
+    if (t->loop.on && !t->i)
+        loop_begin(t);
     bool slow = t->b->slow & BIT(t->i);
     if (slow ? put_slow(t, &t->item[t->i], op, last) : put_item(t, &t->item[t->i], op, last)) {
-        if (t->kept != NO_REG && !keeps(t, &t->item[t->i]) && !steps(t, &t->item[t->i]))
+        if (t->kept != NO_REG && !keeps(t, &t->item[t->i]) && !tr_small_step(&t->item[t->i], t->kept))
             t->kept = NO_REG;
         small_follow(t, &t->item[t->i]);
         rcx_follow(t, &t->item[t->i]);
@@ -760,11 +769,42 @@ static void begin(struct tr *t, struct icpu *c, struct bt *bt, struct block *b)
     t->gates = 0;
     t->small = 0;
     t->rcx_saved = false;
-    t->ended = false;
+    t->ended = t->loop.on = false;
     t->tb = &bt->tb[bt->tbs++];
     *t->tb = (struct tb){ .la = c->rip, .gpa = b->gpa, .start = bt->rw + bt->used, .key = (u8)key, .n = b->n, .b = b, .slow = b->slow,
                           .link = bt->links, .reloc = bt->relocs };
     t->e = (struct emit){ t->tb->start, t->tb->start + BT_BLOCK_BYTES, false };
+}
+
+/* The block as a loop, if it is one. False: it is none after all. */
+static bool put_loop(struct tr *t)
+{
+    struct bt *bt = t->t;
+    u32 links = bt->links, relocs = bt->relocs;
+    unsigned colds = t->colds, marks = t->marks;
+    bool last = false, copies = t->tb->copies;
+    u8 *p = t->e.p;
+    for (; t->i <= t->loop.branch; t->i++) {
+        put_op(t, &last);
+        if (t->kept != t->loop.base[0])
+            break;
+    }
+    if (last)
+        return true;
+    t->e.p = p;
+    t->colds = colds;
+    t->marks = marks;
+    bt->links = links;
+    bt->relocs = relocs;
+    t->tb->copies = copies;
+    t->tb->handled = 0;
+    t->tb->second = 0;
+    t->i = 0;
+    t->gates = 0;
+    t->small = 0;
+    t->kept = NO_REG;
+    t->rcx_saved = t->loop.on = false;
+    return false;
 }
 
 static void put_ops(struct tr *t, bool compare)
@@ -772,6 +812,9 @@ static void put_ops(struct tr *t, bool compare)
     const struct block *b = t->b;
     bool last = false;
     analyse(t);
+    loop_plan(t, compare);
+    if (t->loop.on && put_loop(t))
+        return;
     for (; t->i < b->n && !last && !(compare && t->i && b->op[t->i - 1].flags & OPF_STORES); t->i++)
         put_op(t, &last);                                          /* what compares ends where it may have changed itself */
     if (!last) {

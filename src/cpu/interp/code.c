@@ -376,14 +376,20 @@ static u64 limit_room(const struct icpu *c, u64 rip)
     return room == ~0ull ? room : room + 1;
 }
 
+/* Only so much as the length of a block depends on it: without prefixes. */
+static bool is_conditional(const u8 *bytes)
+{
+    return (bytes[0] & 0xf0) == 0x70 || (bytes[0] == 0x0f && (bytes[1] & 0xf0) == 0x80);
+}
+
 /* Straight-line code in one page, n bytes of it; returns the number of instructions, 0 when the first one does not end here. */
 static unsigned decode_run(struct icpu *c, const u8 *bytes, unsigned room, bool volatile_page, unsigned *len)
 {
     enum vcpu_where was = vcpu_where(c->v, WHERE_DECODE);
-    unsigned n = 0;
+    unsigned n = 0, most = BLOCK_BYTES;
     u64 la = c->cs_base + c->rip;
     *len = 0;
-    while (n < c->code->limit && *len + (n ? INSN_MAX : 0) <= BLOCK_BYTES) {
+    while (n < c->code->limit && *len + (n ? INSN_MAX : 0) <= most) {
         if (n && point_at(c, (la + *len) & c->rip_mask))
             break;
         struct op *op = &c->code->ops[n];
@@ -394,6 +400,8 @@ static unsigned decode_run(struct icpu *c, const u8 *bytes, unsigned room, bool 
         if (alone && n)
             break;
         n++;
+        if (is_conditional(bytes + *len))
+            most = BLOCK_BRANCHED;
         *len += op->len;
         if (r == BIND_LAST || alone || (volatile_page && op->flags & OPF_STORES))
             break;

@@ -2,7 +2,8 @@
  * The code cache: decoded blocks, one cache per vCPU.
  *
  * A block is a run of instructions from one page: up to BLOCK_OPS of them in up to BLOCK_BYTES, ending after a jump, call, return, or instruction
- * that changes how the next ones are to be read. Conditional branches do not end it: taken, they leave it. A block is found by
+ * that changes how the next ones are to be read. Conditional branches do not end it: taken, they leave it. With one in it it is no longer than
+ * BLOCK_BRANCHED, since what lies behind is less likely to be reached, and may be in a block of its own as well. A block is found by
  *   1. the jump cache: linear address and code_tag (translation generation, mode, privilege) to block and host address of its bytes;
  *   2. a hash of guest-physical address and mode, after a translation for execution;
  *   3. decoding.
@@ -23,7 +24,8 @@
 #include "cpu/interp/interp.h"
 
 #define BLOCK_OPS 32
-#define BLOCK_BYTES 64
+#define BLOCK_BYTES 176
+#define BLOCK_BRANCHED 64
 
 /* Entering a block touches as few cache lines as possible: header and up to 16 bytes of code are one line, the ops follow. */
 struct block {
