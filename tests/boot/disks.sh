@@ -398,6 +398,95 @@ else
     skip "root on NVMe, without an initramfs" "mke2fs is not installed (package e2fsprogs)"
 fi
 
+# ---- a disk with a boot sector, imported ----
+# It reads the next sector by the firmware, writes that into the one behind, says it, and resets.
+cat >"$tmp/boot.S" <<'S'
+    .code16
+    .globl _start
+_start:
+    cli
+    xorw %ax, %ax
+    movw %ax, %ds
+    movw %ax, %es
+    movw %ax, %ss
+    movw $0x7c00, %sp
+    sti
+    movb %dl, drive
+    movw $0x0201, %ax
+    movw $0x0002, %cx
+    movb $0, %dh
+    movw $0x8000, %bx
+    int $0x13
+    jc fail
+    movw $0x0301, %ax
+    movw $0x0003, %cx
+    movb $0, %dh
+    movb drive, %dl
+    movw $0x8000, %bx
+    int $0x13
+    jc fail
+    movw $0x8000, %si
+    jmp say
+fail:
+    movw $failed, %si
+say:
+    movw $0x3f8, %dx
+1:  lodsb
+    testb %al, %al
+    jz 2f
+    outb %al, %dx
+    jmp 1b
+2:  movb $0xfe, %al
+    outb %al, $0x64
+3:  hlt
+    jmp 3b
+drive: .byte 0
+failed: .asciz "the disk cannot be read or written\n"
+    .org 510
+    .word 0xaa55
+S
+if [ ! -f /usr/share/seabios/bios-256k.bin ]; then
+    skip "import of a disk with a boot sector" "the package seabios is not installed"
+elif gcc -c -m32 -o "$tmp/boot.o" "$tmp/boot.S" && ld -m elf_i386 -Ttext=0x7c00 --oformat=binary -o "$tmp/boot.bin" "$tmp/boot.o"; then
+    image "$tmp/boot.img" 8M
+    dd if="$tmp/boot.bin" of="$tmp/boot.img" conv=notrunc status=none
+    printf 'read by the firmware\n\0' | dd of="$tmp/boot.img" bs=512 seek=1 conv=notrunc status=none
+    export DOPPEL_IMAGES=$tmp/store
+    mkdir "$tmp/store"
+    doppel image import "$tmp/boot.img" sector
+    is "import of a disk with a boot sector" "$status" 0
+    doppel image info sector
+    like "import of a disk with a boot sector: it boots by firmware" "$out" 'boots by +firmware'
+    doppel run sector --engine "$ENGINE" --quiet --net none --no-reboot </dev/null
+    like "import of a disk with a boot sector: it boots" "$status $out" '^0 .*read by the firmware'
+    doppel image info sector --check
+    is "import of a disk with a boot sector: the image is as it was" "$status $out" "0 sector: the disk is as it was"
+    doppel image rm sector
+    is "import of a disk with a boot sector: removed" "$status $(ls -A "$tmp/store")" "0 "
+    unset DOPPEL_IMAGES
+else
+    not_ok "the boot sector is built"
+fi
+
+# ---- no room for an overlay ----
+# What was flushed before is there, and with room it goes on.
+if unshare -rm true 2>/dev/null; then
+    mkdir -p "$tmp/small"
+    image "$tmp/base.img"
+    # shellcheck disable=SC2016
+    timeout -s KILL $((2 * BOOT_SECONDS)) unshare -rm bash -c 'mount -t tmpfs -o size=4m none "$1/small"
+        run() { "$0" run "${@:3}" --disk "$1/base.img,overlay=$1/small/o.over,on-full=error" -- sh -c "$2" </dev/null; }
+        dir=$1; shift
+        run "$dir" "echo kept | dd of=/dev/vda bs=1M seek=15 conv=fsync 2>/dev/null; /disk_work fill /dev/vda" "$@"
+        mount -o remount,size=64m "$dir/small"
+        run "$dir" "dd if=/dev/vda bs=1M skip=15 count=1 2>/dev/null | head -n 1; /disk_work fill /dev/vda" "$@"' "$DOPPEL" "$tmp" "${run[@]:1}" >"$tmp/out" 2>"$tmp/err"
+    is "no room for an overlay: doppel's status" $? 0
+    like "no room for an overlay: an error, nothing that was flushed is lost, and with room it goes on" "$(tr -d '\r\0' <"$tmp/out" | paste -sd' ')" '^(writing|flushing): .*error kept filled$'
+    like "no room for an overlay: told" "$(cat "$tmp/err")" 'No space left'
+else
+    skip "no room for an overlay" "user namespaces cannot be made here"
+fi
+
 # ---- what cannot be ----
 refused()                                           # name, regular expression, disk option
 {
