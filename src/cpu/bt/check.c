@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <sched.h>
 #include <string.h>
+#include <time.h>
 
 #include "base/err.h"
 #include "cpu/bt/codepage.h"
@@ -15,6 +16,8 @@
 #define RETRIES 4
 #define EARLY 100                                                  /* more than a block has accesses */
 #define STALES 4
+#define AGAIN 4096                                                 /* one or two milliseconds */
+#define YIELDS 32
 #define GATE_VCPU (1u << 31)
 #define X86_PLAIN offsetof(struct x86, xsave)
 
@@ -56,29 +59,51 @@ static void gate_end_write(void *arg, u64 gpa, u64 len)
 static bool gate_try(struct check_gate *g)
 {
     u32 none = 0;
-    return atomic_compare_exchange_strong(&g->state, &none, GATE_VCPU);
+    return atomic_load(&g->state) == 0 && atomic_compare_exchange_strong(&g->state, &none, GATE_VCPU);
 }
 
-/* True: others went first, and may have done anything meanwhile. */
-static bool gate_enter(struct icpu *c, struct check_gate *g)
+static void gate_pause(unsigned times)
 {
-    u32 ticket = atomic_fetch_add(&g->next, 1);
-    bool waits = atomic_load(&g->serving) != ticket || !gate_try(g);
-    if (unlikely(waits)) {
-        codepage_leave(c);
-        while (atomic_load(&g->serving) != ticket || !gate_try(g))
-            sched_yield();
-        codepage_enter(c);
+    if (times < YIELDS)
+        sched_yield();
+    else
+        nanosleep(&(struct timespec){ .tv_nsec = 20000 }, NULL);
+}
+
+/*
+ * True: others went first, and may have done anything meanwhile. Whoever was there last may come again at once, so often: a change of turns at each block would cost
+ * a wake-up of the other thread at each block where the host has other work, too.
+ */
+static bool gate_enter(struct icpu *c, struct check *k)
+{
+    struct check_gate *g = k->gate;
+    k->ticket = false;
+    if (atomic_load(&g->last) != c || ++k->again > AGAIN || !gate_try(g)) {
+        u32 ticket = atomic_fetch_add(&g->next, 1);
+        bool waits = atomic_load(&g->serving) != ticket || !gate_try(g);
+        k->ticket = true;
+        k->again = 0;
+        if (waits) {
+            codepage_leave(c);
+            for (unsigned n = 0; atomic_load(&g->serving) != ticket || !gate_try(g); n++)
+                gate_pause(n);
+            codepage_enter(c);
+        }
+        atomic_store(&g->holder, pthread_self());
+        atomic_store(&g->last, c);
+        return waits;
     }
     atomic_store(&g->holder, pthread_self());
-    return waits;
+    return false;
 }
 
-static void gate_leave(struct check_gate *g)
+static void gate_leave(struct check *k)
 {
+    struct check_gate *g = k->gate;
     atomic_store(&g->holder, 0);
     atomic_store(&g->state, 0);
-    atomic_fetch_add(&g->serving, 1);
+    if (k->ticket)
+        atomic_fetch_add(&g->serving, 1);
 }
 
 int check_gate_open(struct machine *m)
@@ -421,10 +446,10 @@ static bool check_block(struct icpu *c, struct check *k)
         return run_once(c, b);
     bool same = true, twice;
     k->fp = kind == KIND_FP || ++k->turn % FP_EVERY == 0;
-    if (gate_enter(c, k->gate))
+    if (gate_enter(c, k))
         b = code_find(c);
     if (unlikely(!b)) {
-        gate_leave(k->gate);
+        gate_leave(k);
         icpu_fetch_failed(c);
         return false;
     }
@@ -434,7 +459,7 @@ static bool check_block(struct icpu *c, struct check *k)
     twice = run_repeatedly(c, k, &same);
     if (!same)
         check_report(c, k);
-    gate_leave(k->gate);
+    gate_leave(k);
     if (!twice) {
         b = code_find(c);
         if (b)

@@ -26,6 +26,7 @@
 struct check_gate {
     _Atomic u32 state;                                             /* devices that write, or GATE_VCPU */
     _Atomic u32 next, serving;                                     /* vCPUs take turns */
+    const struct icpu *_Atomic last;                               /* that had its turn */
     _Atomic pthread_t holder;                                      /* whose thread GATE_VCPU stands for: its page walks write, too */
     /* of the RAM table, before it was ours */
     void (*begin_write)(void *arg, u64 gpa, u64 len);
@@ -43,6 +44,8 @@ struct check_state {
 struct check {
     void (*run)(struct icpu *c);                                   /* bt_run_single() */
     struct check_gate *gate;
+    unsigned again;                                                /* blocks since its turn began */
+    bool ticket;                                                   /* it has taken a turn for this block */
     size_t xsave_bytes;
     unsigned turn;                                                 /* up to FP_EVERY */
     unsigned most;                                                 /* instructions that interp may do; more than BLOCK_OPS: the whole block */
