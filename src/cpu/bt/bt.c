@@ -279,7 +279,7 @@ static const u8 *code_behind(struct icpu *c, const struct bt *t, const struct tb
 {
     const struct tb_mark *m = &t->mark[tb->mark];
     for (unsigned i = 0; i < tb->marks && !tb->second; i++)
-        if (m[i].op == op + 1 && !(m[i].flags & MARK_COLD)) {
+        if (m[i].op == op + 1 && !(m[i].flags & MARK_COLD) && (m[i].flags & MARK_RUN) != MARK_RUN) {
             unsigned kept = m[i].flags >> MARK_KEPT;
             if (kept)
                 c->bt.kept = c->bt.delta[tb->key & 3][c->r[kept - 1] >> 39 & 511];

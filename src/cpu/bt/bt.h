@@ -61,6 +61,7 @@ enum {
     MARK_STRING = 2,                                               /* a string instruction itself: RDI and RSI are the host's, S0 and S1 led there */
     MARK_SHADOW = 4,                                               /* the instruction behind STI: no interrupt comes before it */
     MARK_TARGET = MARK_COLD | 8,                                   /* all is done, S1 holds where it goes on: an indirect branch on its way */
+    MARK_RUN = 31 << 3,                                            /* in a run of stack operations that were checked together: nobody comes back here */
     MARK_KEPT = 3,                                                 /* from this bit on: 1 + the guest register whose slot's delta is in S0 here, or 0 */
 };
 

@@ -200,6 +200,67 @@ bool tr_stack(struct tr *t, const struct op *op)
     }
 }
 
+/* ---- runs: the software TLB is asked once for several pushes or pops in a row, and a RET behind the latter ---- */
+static bool in_run(const struct tr *t, unsigned i, ZydisMnemonic mnemonic)
+{
+    const struct decoded *d = &t->item[i].d;
+    const ZydisDecodedOperand *o = &d->opnd[0];
+    if (t->item[i].kind != t->item[t->i].kind || d->insn.mnemonic != mnemonic || t->b->op[i].size != 8 || t->b->slow & BIT(i) || sys_form(d))
+        return false;
+    if (mnemonic == ZYDIS_MNEMONIC_PUSH && o->type == ZYDIS_OPERAND_TYPE_IMMEDIATE)
+        return true;
+    return o->type == ZYDIS_OPERAND_TYPE_REGISTER && tr_gpr(o) != RSP;
+}
+
+unsigned tr_run(const struct tr *t, struct ea *m, enum mmu_access *access)
+{
+    ZydisMnemonic mnemonic = tr_item(t)->d.insn.mnemonic;
+    bool push = mnemonic == ZYDIS_MNEMONIC_PUSH;
+    unsigned n = 0;
+    if (t->shadow || !t->t->bmi2 || (!push && mnemonic != ZYDIS_MNEMONIC_POP))
+        return 0;
+    while (t->i + n < t->b->n && in_run(t, t->i + n, mnemonic) && (!n || t->shadowed != t->i + n))
+        n++;
+    if (!push && n && t->i + n < t->b->n && t->item[t->i + n].d.insn.mnemonic == ZYDIS_MNEMONIC_RET && !sys_form(&t->item[t->i + n].d) && t->shadowed != t->i + n)
+        n++;
+    *access = push ? MMU_WRITE : MMU_READ;
+    *m = (struct ea){ RSP, REG_ZERO, 0, SEG_SS, push ? -8 * (s64)n : 0 };
+    return n;
+}
+
+/* S0 holds the addend of RSP's page, and keeps it. */
+void tr_run_op(struct tr *t, const struct op *op, bool *last)
+{
+    struct emit *e = &t->e;
+    const struct decoded *d = &tr_item(t)->d;
+    const ZydisDecodedOperand *o = &d->opnd[0];
+    unsigned g;
+    switch (d->insn.mnemonic) {
+    case ZYDIS_MNEMONIC_PUSH:
+        if (o->type == ZYDIS_OPERAND_TYPE_IMMEDIATE) {
+            op_mem(e, true, 0xc7, 0, RSP, S0, 0, -8);
+            put32(e, (u32)op->imm);
+        } else {
+            op_mem(e, true, X_STORE, tr_read(t, tr_gpr(o), S1), RSP, S0, 0, -8);
+        }
+        tr_rsp_move(t, -8);
+        break;
+    case ZYDIS_MNEMONIC_POP:
+        g = tr_gpr(o);
+        op_mem(e, true, X_LOAD, tr_resident(g) ? g : S1, RSP, S0, 0, 0);
+        tr_rsp_move(t, 8);
+        if (!tr_resident(g))
+            tr_write(t, g, S1);
+        break;
+    default:                                                       /* RET */
+        op_mem(e, true, X_LOAD, S1, RSP, S0, 0, 0);
+        tr_rsp_move(t, 8 + (s32)op->imm);
+        exit_return(t);
+        *last = true;
+        break;
+    }
+}
+
 /*
  * ADD and SUB of RSP and an immediate: flags from the guest's value, RSP itself by a small step. Small steps alone could lead through a guard gap without an
  * access, so a step is taken only if an access by RSP follows in this block; else RSP's slot is looked up again.

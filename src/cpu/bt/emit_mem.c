@@ -5,7 +5,7 @@
  * have them. `PEXT` takes the slot from the address, a table gives what leads from linear to host address; a slot that is closed gives an address that is not
  * canonical. There is no compare: what may not be accessed is not mapped.
  *
- * Software TLB (interp/tlb.h): look-up inline; what misses is done by the instruction's handler, which fills the TLB.
+ * Software TLB (interp/tlb.h): look-up inline; what misses is done by the instruction's handler, which fills the TLB. Runs of PUSH and POP: tr_run().
  *
  * Several operands by the same base register, unchanged in between, look its slot up once: the delta is kept in S0 (tr.kept), up to the block's end.
  *

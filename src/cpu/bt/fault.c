@@ -264,6 +264,22 @@ static const struct link *link_at(const struct bt *t, const struct tb *tb, const
     return NULL;
 }
 
+static bool in_run(const struct tb_mark *m)
+{
+    return (m->flags & MARK_RUN) == MARK_RUN;
+}
+
+/* From a look-up for a run of stack operations a jump may lead to where the first of them is done by itself. */
+static bool plant_alone(struct bt *t, const struct tb *tb, const struct tb_mark *m, const struct tb_mark *end)
+{
+    if (m + 1 == end || !in_run(m + 1) || in_run(m))
+        return true;
+    for (const struct tb_mark *alone = m + 1; alone < end; alone++)
+        if ((alone->op == m->op || alone->op == m->op + 1) && !in_run(alone) && kick_place(alone)) /* the first one may be behind STI */
+            return plant(t, tb->start + alone->off);
+    return true;
+}
+
 /*
  * Breakpoints wherever the guest's instruction ends at which the code is: the next one's beginning and direct ways out before that. All other ways lead
  * to C, which looks at stop. False: that is not certain.
@@ -272,6 +288,8 @@ static bool plant_ahead(struct bt *t, const struct tb *tb, const struct tb_mark 
 {
     const struct tb_mark *end = &t->mark[tb->mark] + tb->marks;
     u8 *from = t->rw + (pc - t->rx), *to = tb->start + tb->size;
+    if (!plant_alone(t, tb, m, end))
+        goto not;
     while (++m < end && (tb->start + m->off <= from || !kick_place(m)))
         ;
     if (m < end)

@@ -46,6 +46,14 @@ struct cold {
     u64 arg;
 };
 
+/* Consecutive PUSHes or POPs whose accesses the software TLB has been asked for once: emit_branch.c. */
+struct run {
+    u8 *fail;                                                      /* displacement of the jump to where each is checked by itself */
+    u8 *join;                                                      /* behind the last one; NULL: that ends the block */
+    u8 first, last;                                                /* ops */
+    bool rcx_saved;                                                /* at the first one */
+};
+
 struct tr {
     struct emit e;
     struct icpu *c;
@@ -66,6 +74,8 @@ struct tr {
     u8 *way;                                                       /* where it begins */
     struct tr_loop loop;
     struct item item[BLOCK_OPS];
+    struct run run[BLOCK_OPS / 2];
+    unsigned runs;
     struct cold cold[8 * BLOCK_OPS];
     unsigned colds;
     struct tb_mark mark[BLOCK_OPS + 8 * BLOCK_OPS];
@@ -194,6 +204,9 @@ void tr_call_light(struct tr *t, int (*fn)(struct icpu *c, const struct op *op))
 /* Emitters of other files: true if done; *last: the block ends here. */
 bool tr_branch(struct tr *t, const struct op *op, bool *last);     /* emit_branch.c */
 bool tr_stack(struct tr *t, const struct op *op);                  /* push, pop, leave */
+/* The ops from the current one on that are a run, and their place in one look-up; fewer than 2: none. Then each of them. */
+unsigned tr_run(const struct tr *t, struct ea *m, enum mmu_access *access);
+void tr_run_op(struct tr *t, const struct op *op, bool *last);
 bool tr_vector(struct tr *t, const struct op *op);                 /* emit_vec.c: ops with OPF_FP */
 bool tr_misc(struct tr *t, const struct op *op);                   /* emit_misc.c */
 bool tr_string(struct tr *t, const struct op *op);                 /* emit_string.c */

@@ -264,7 +264,7 @@ void tr_exit_boundary(struct tr *t, u64 target)
 static const u8 *after(const struct tr *t, unsigned op)
 {
     for (unsigned i = 0; i < t->marks; i++)
-        if (t->mark[i].op == op + 1 && !(t->mark[i].flags & MARK_COLD))
+        if (t->mark[i].op == op + 1 && !(t->mark[i].flags & MARK_COLD) && (t->mark[i].flags & MARK_RUN) != MARK_RUN)
             return t->tb->start + t->mark[i].off;
     return NULL;
 }
@@ -749,9 +749,63 @@ static void put_op(struct tr *t, bool *last)
     tr_handler(t, op);
 }
 
+/*
+ * A run of stack operations (tr_run()): one look-up for all, and behind it no further one. Where they do not lie in one page, or the TLB does not hold it, each is
+ * done with a look-up of its own: put_alone(), behind the block. Handlers' calls come back there, never into the run.
+ */
+static bool put_run(struct tr *t, bool *last)
+{
+    struct place p;
+    struct ea m;
+    enum mmu_access access;
+    unsigned n = t->item[t->i].kind == K_STACK ? tr_run(t, &m, &access) : 0, scratch;
+    struct run *r = &t->run[t->runs];
+    if (n && t->item[t->i + n - 1].kind == K_HELPER)               /* RET that is #UD */
+        n--;
+    if (n < 2 || t->runs == ARRAY_SIZE(t->run))
+        return false;
+    *r = (struct run){ .first = (u8)t->i, .last = (u8)(t->i + n - 1), .rcx_saved = t->rcx_saved };
+    t->runs++;
+    t->kept = NO_REG;
+    tr_mark(t, t->i, t->shadowed && t->i == t->shadowed ? MARK_SHADOW : 0);
+    tr_mem(t, &m, 8 * n, access, TR_SCRATCH, &p, &scratch);
+    r->fail = t->cold[--t->colds].from;
+    for (;; t->i++) {
+        tr_run_op(t, &t->b->op[t->i], last);
+        small_follow(t, &t->item[t->i]);
+        if (t->i == r->last)
+            break;
+        tr_mark(t, t->i + 1, MARK_RUN);
+    }
+    t->rcx_saved = false;
+    r->join = *last ? NULL : t->e.p;
+    return true;
+}
+
+static void put_alone(struct tr *t, const struct run *r)
+{
+    struct emit *e = &t->e;
+    bool last = false;
+    t->i = r->first;
+    t->rcx_saved = r->rcx_saved;
+    t->kept = NO_REG;
+    t->small = 0;
+    t->ended = false;
+    if (!e->overflow)
+        aim(r->fail, e->p);
+    tr_mark(t, t->i, MARK_COLD);
+    op_gs(e, true, X_LOAD, RCX, OFF(bt.tmp[0]));
+    for (; t->i <= r->last; t->i++)
+        put_op(t, &last);
+    if (!r->join)
+        return;
+    tr_mark(t, t->i, 0);
+    jump_to(e, r->join);
+}
+
 static bool room(const struct bt *t)
 {
-    return BT_ARENA_BYTES / 2 - t->used >= BT_BLOCK_BYTES && cold_room(t) && t->tbs < BT_TBS && BT_LINKS - t->links > BLOCK_OPS + 3 &&
+    return BT_ARENA_BYTES / 2 - t->used >= BT_BLOCK_BYTES && cold_room(t) && t->tbs < BT_TBS && BT_LINKS - t->links > BLOCK_OPS + 8 &&
            BT_MARKS - t->marks > ARRAY_SIZE(((struct tr *)0)->mark) && BT_RELOCS - t->relocs > 5 * ARRAY_SIZE(((struct tr *)0)->cold);
 }
 
@@ -765,7 +819,7 @@ static void begin(struct tr *t, struct icpu *c, struct bt *bt, struct block *b)
     t->view = key & 3;
     t->shadow = key & KEY_SHADOW;
     t->kept = NO_REG;
-    t->i = t->colds = t->marks = t->shadowed = 0;
+    t->i = t->colds = t->marks = t->runs = t->shadowed = 0;
     t->gates = 0;
     t->small = 0;
     t->rcx_saved = false;
@@ -816,12 +870,15 @@ static void put_ops(struct tr *t, bool compare)
     if (t->loop.on && put_loop(t))
         return;
     for (; t->i < b->n && !last && !(compare && t->i && b->op[t->i - 1].flags & OPF_STORES); t->i++)
-        put_op(t, &last);                                          /* what compares ends where it may have changed itself */
+        if (compare || !put_run(t, &last))
+            put_op(t, &last);                                      /* what compares ends where it may have changed itself */
     if (!last) {
         tr_mark(t, t->i, 0);
         t->ended = true;
         tr_exit(t, t->tb->la + b->op[t->i].off);                   /* behind the last one stands an op that leaves */
     }
+    for (unsigned i = 0; i < t->runs; i++)
+        put_alone(t, &t->run[i]);
 }
 
 struct tb *bt_translate(struct icpu *c, struct bt *bt, struct block *b, u32 page, u32 page2, bool compare, bool indirect, bool *full)
