@@ -857,7 +857,7 @@ static void test_thrashing(void **state)
         assert_int_equal(writes(f, VIEW_USER, USER + i * PAGE_SIZE), stamp(DATA + (i ^ 1) * PAGE_SIZE));
     assert_false(shadow_pays(f->c, 0));
     assert_true(host_mappings(f) < 300);
-    shadow_ran(f->c, 0, 10000000, 0, 0);                              /* not so soon again */
+    shadow_ran(f->c, 0, 10000000, 0, 0);                           /* not so soon again */
     assert_false(shadow_pays(f->c, 0));
     shadow_ran(f->c, 0, 1000000000, 0, 0);
     assert_true(shadow_pays(f->c, 0));
@@ -885,14 +885,14 @@ static void test_pays(void **state)
     shadow_started(f->c, 3);
     assert_false(shadow_pays(f->c, 3));
     assert_true(shadow_pays(f->c, SHADOW_CONTEXTS));
-    shadow_ran(f->c, 3, 1000000, 300, 0);                             /* a short life, many misses */
+    shadow_ran(f->c, 3, 1000000, 300, 0);                          /* a short life, many misses */
     assert_false(shadow_pays(f->c, 3));
     shadow_ran(f->c, 3, 20000000, 10, 0);
     assert_true(shadow_pays(f->c, 3));
     f->c->bt.shadow->stats.fill_cycles += 3000000;
-    shadow_ran(f->c, 3, 5000000, 0, 0);                               /* most of its time goes into fills */
+    shadow_ran(f->c, 3, 5000000, 0, 0);                            /* most of its time goes into fills */
     assert_false(shadow_pays(f->c, 3));
-    shadow_ran(f->c, 3, 3000000, 0, 0);                               /* it has to wait */
+    shadow_ran(f->c, 3, 3000000, 0, 0);                            /* it has to wait */
     assert_false(shadow_pays(f->c, 3));
     shadow_ran(f->c, 3, 3000000, 0, 0);
     assert_true(shadow_pays(f->c, 3));
@@ -915,6 +915,20 @@ static void test_returns(void **state)
     shadow_ran(f->c, 3, 5000000, 0, 100);
     assert_false(shadow_pays(f->c, 3));
     assert_int_equal(f->c->bt.shadow->score[3].wait, BIT(32));
+}
+
+/* Short processes one after the other at the same root: time that adds up is no reason while faults do. */
+static void test_short_lives(void **state)
+{
+    struct fixture *f = *state;
+    shadow_started(f->c, 3);
+    for (unsigned i = 0; i < 1000; i++) {
+        shadow_ran(f->c, 3, 1200000, 50, 30);
+        assert_false(shadow_pays(f->c, 3));
+    }
+    for (unsigned i = 0; i < 100; i++)
+        shadow_ran(f->c, 3, 12000000, 50, 30);
+    assert_true(shadow_pays(f->c, 3));
 }
 
 /* The root of page tables that a process left is the next one's: that one begins anew. Not so where only some pages are gone. */
@@ -1291,7 +1305,7 @@ int main(void)
         TEST(test_closed), TEST(test_open_slot), TEST(test_rights), TEST(test_around), TEST(test_end_of_ram), TEST(test_large), TEST(test_huge),
         TEST(test_revalidate), TEST(test_invlpg), TEST(test_expected), TEST(test_reuse), TEST(test_moved),
         TEST(test_changed_without_flush), TEST(test_contexts), TEST(test_low_supervisor), TEST(test_user_global), TEST(test_odd_states),
-        TEST(test_protect), TEST(test_tracked), TEST(test_mappings), TEST(test_windows), TEST(test_regions_run_out), TEST(test_thrashing), TEST(test_no_address_space), TEST(test_pays), TEST(test_returns), TEST(test_replaced),
+        TEST(test_protect), TEST(test_tracked), TEST(test_mappings), TEST(test_windows), TEST(test_regions_run_out), TEST(test_thrashing), TEST(test_no_address_space), TEST(test_pays), TEST(test_returns), TEST(test_short_lives), TEST(test_replaced),
         TEST(test_random), TEST(test_costs),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);

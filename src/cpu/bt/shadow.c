@@ -286,8 +286,10 @@ static void page_compare(struct shadow *s, struct shadow_window *w, u64 la)
 #define MISS_CYCLES 25000u                                         /* so long has to run on the software TLB, for each miss of it, what a fill would have paid for */
 #define RUN_MIN BIT(22)                                            /* nothing is decided on less */
 #define RUN_LONG BIT(27)                                           /* what is longer ago counts half */
+#define WAIT_FIRST BIT(21)                                         /* shorter lives are not worth a fill */
 #define WAIT_MAX BIT(32)
 #define FILLS_MAX 8192u
+#define TROUBLE_FILLS 2u                                           /* what a page fault or flush of the guest costs the shadow */
 #define WAIT_THRASHING BIT(28)
 #define TROUBLE_MISSES 32u                                         /* misses that a page fault or flush of the guest excuses: they may be its doing */
 #define AGAIN_MAX 1024u                                            /* so many others are what the shadow would have had to fill once at most: its turn */
@@ -754,7 +756,7 @@ void shadow_protect(struct icpu *c, u64 gpa)
 /* ---- what pays ---- */
 void shadow_started(struct icpu *c, unsigned ctx)
 {
-    c->bt.shadow->score[ctx] = (struct shadow_score){ .pays = ctx == SHADOW_SUPER };
+    c->bt.shadow->score[ctx] = (struct shadow_score){ .pays = ctx == SHADOW_SUPER, .wait = ctx == SHADOW_SUPER ? 0 : WAIT_FIRST };
 }
 
 static void score_return(struct shadow_score *p)
@@ -785,7 +787,7 @@ static void score_software(struct shadow_score *p, u64 misses, u64 troubles)
         score_return(p);
         return;
     }
-    p->fills = MIN(p->fills + misses, FILLS_MAX);                  /* what thrashes the software TLB would be filled once */
+    p->fills = MIN(p->fills + misses + troubles * TROUBLE_FILLS, FILLS_MAX); /* what thrashes the software TLB would be filled once */
     if (p->run < RUN_MIN / 4)
         return;
     if (p->run > p->wait + p->fills * MISS_CYCLES) {
