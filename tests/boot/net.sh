@@ -125,6 +125,16 @@ if command -v tshark >/dev/null; then
     is "capture: DHCP, and in which direction" "$(fields -Y dhcp -T fields -e dhcp.option.dhcp -e frame.packet_flags_direction | sort -u | paste -sd ' ')" \
         $'1\t0x00000002 2\t0x00000001 3\t0x00000002 5\t0x00000001'
     is "capture: all of a stream" "$(fields -Y "tcp.srcport == $(port 1)" -T fields -e tcp.len | awk '{ n += $1 } END { print (n >= '$bytes') }')" 1
+    # Segments that were cut later: each is as long as its headers say, some are longer than a frame on a wire, and together they are all of the stream, without a gap.
+    is "capture: large segments from the guest, none missing" "$(fields -Y "tcp.dstport == $(port 2) && tcp.len > 0" -T fields -e tcp.seq -e tcp.len -e ip.len -e frame.len |
+        awk 'BEGIN { next_seq = 1; ok = 1 } { if ($3 + 14 != $4 || $1 > next_seq) ok = 0; if ($2 > 1460) large++; if ($1 + $2 > next_seq) next_seq = $1 + $2 }
+            END { print ok, (large > 0), next_seq - 1 }')" "1 1 $bytes"
+    is "capture: large segments to the guest, none missing" "$(fields -Y "tcp.srcport == $(port 3) && tcp.len > 0" -T fields -e tcp.seq -e tcp.len -e ipv6.plen -e frame.len |
+        awk 'BEGIN { next_seq = 1; ok = 1 } { if ($3 + 54 != $4 || $1 > next_seq) ok = 0; if ($2 > 1440) large++; if ($1 + $2 > next_seq) next_seq = $1 + $2 }
+            END { print ok, (large > 0), next_seq - 1 }')" "1 1 1048576"
+    stream=$(fields -Y "tcp.srcport == $(port 3)" -T fields -e tcp.stream | head -n 1)
+    is "capture: the stream put together again is what was sent" "$(tshark -n -q -r "$capture" -z "follow,tcp,raw,${stream:-0}" 2>>"$tmp/tshark" |
+        perl -ne 'print pack "H*", $1 if /^\t?([0-9a-f]+)$/' | sha256sum)" "$("$peer" data 1048576 | sha256sum)"
     is "capture: IPv6 and UDP are in it" "$(fields -Y 'ipv6 && tcp' | head -n 1 | wc -l; fields -Y "udp.port == $(port 4)" | head -n 1 | wc -l)" $'1\n1'
     is "capture: time in nanoseconds goes forward" "$(fields -T fields -e frame.time_epoch | awk 'BEGIN { ok = 1 } $1 + 0.001 < last { ok = 0 } { last = $1; if (length($1) < 20) ok = 0 } END { print ok }')" 1
     is "capture: nothing malformed" "$(grep -ciE 'malformed|cut short|corrupt' "$tmp/tshark")" 0

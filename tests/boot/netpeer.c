@@ -7,6 +7,7 @@
  *   netpeer udp-ask ADDR PORT COUNT SIZE             sends such, and the byte; counts the right answers
  *   netpeer dns ADDR NAME A AAAA                     answers questions for NAME, at port 53, for ever
  *   netpeer bind ADDR PORT tcp|udp                   takes the port and keeps it until it is killed
+ *   netpeer data BYTES                               prints what "send" would send
  *   netpeer tap NAME vnet|plain QUEUES -- COMMAND    opens a tap device as descriptors 10, 11, ... and becomes the command
  *   netpeer passt SOCKET MODE                        plays passt: answers nothing ("mute"), hangs up after a frame ("quit"), sends nonsense ("liar")
  *
@@ -332,6 +333,15 @@ int main(int argc, char **argv)
     if (argc == 5 && !strcmp(what, "bind")) {
         open_socket(argv[2], argv[3], !strcmp(argv[4], "udp") ? SOCK_DGRAM : SOCK_STREAM, 1);
         pause();
+    }
+    if (argc == 3 && !strcmp(what, "data")) {
+        static uint64_t word;
+
+        for (uint64_t at = 0, bytes = strtoull(argv[2], NULL, 10); at < bytes; at += 8) {
+            fill(&word, 8, at);
+            fwrite(&word, 1, bytes - at < 8 ? bytes - at : 8, stdout);
+        }
+        return fflush(stdout) != 0;
     }
     if (argc > 6 && !strcmp(what, "tap"))
         return tap(argv + 2);
