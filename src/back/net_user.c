@@ -9,6 +9,8 @@
  * larger than the MTU is passed on with the size of the segments that the guest would have had, as a card does that joins segments (virtio 1.2, 5.1.6.4), or is cut into them
  * here, for a driver that does not take that. Packets that are not TCP and too large are cut into fragments.
  *
+ * Fragments of the guest's are put together here (net_fragments.h): slirp sees whole packets only.
+ *
  * Left out: what slirp has beyond networking (TFTP, SMB, guest commands).
  */
 #include "back/net_user.h"
@@ -21,6 +23,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "back/net_fragments.h"
 #include "back/net_offload.h"
 
 #define LARGE_MSS (16 * 1448)                                      /* several of them fit the 128 KiB and the window that slirp has for a connection */
@@ -42,6 +45,7 @@ struct net_user {
     struct net net;
     Slirp *slirp;
     struct timer_of_slirp *timers;
+    struct net_fragments *fragments;
     struct net_poll *poll;                                         /* of the round */
     bool asked;                                                    /* slirp's descriptors are in it */
     bool restricted;
@@ -150,18 +154,6 @@ static void raise_mss(struct net_user *u, u8 *frame, size_t len)
     memcpy(frame + p.l4 + 16, &c, 2);
 }
 
-static bool user_send(struct net *n, const struct net_frame *f)
-{
-    struct net_user *u = user_of(n);
-
-    net_copy(f, 0, u->whole, f->len);                              /* guest memory may change; slirp reads more than once */
-    raise_mss(u, u->whole, f->len);
-    slirp_input(u->slirp, u->whole, (int)f->len);
-    return true;
-}
-
-/* --- slirp's callbacks --- */
-
 static s64 now_ns(void *arg UNUSED)
 {
     struct timespec t;
@@ -169,6 +161,32 @@ static s64 now_ns(void *arg UNUSED)
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (s64)t.tv_sec * 1000000000 + t.tv_nsec;
 }
+
+/* Of IPv4, as slirp takes it for one: all flags but "don't fragment" count. It does not know VLANs, nor fragments of IPv6. */
+static bool is_fragment(const u8 *frame, size_t len)
+{
+    return len >= NET_HEADER + 20 && get16(frame + 12) == 0x0800 && (get16(frame + 20) & 0xbfff);
+}
+
+static bool user_send(struct net *n, const struct net_frame *f)
+{
+    struct net_user *u = user_of(n);
+    struct net_packet p;
+    u8 *frame = u->whole;
+    size_t len = f->len;
+
+    net_copy(f, 0, frame, len);                                    /* guest memory may change; slirp reads more than once */
+    if (is_fragment(frame, len)) {
+        len = net_parse(frame, len, &p) && !p.v6 ? net_fragments_add(u->fragments, (u64)now_ns(u) / 1000000, frame, &p, &frame) : 0;
+        if (!len)
+            return true;
+    }
+    raise_mss(u, frame, len);
+    slirp_input(u->slirp, frame, (int)len);
+    return true;
+}
+
+/* --- slirp's callbacks --- */
 
 static void *timer_make(SlirpTimerCb fn, void *fn_arg, void *arg)
 {
@@ -414,6 +432,7 @@ static void user_close(struct net *n)
         slirp_cleanup(u->slirp);
     while (u->timers)
         timer_end(u->timers, u);
+    net_fragments_free(u->fragments);
     free(u);
 }
 
@@ -433,7 +452,8 @@ int net_user_new(const struct net_config *c, bool restricted, const struct net_p
     u->network = (u8)(2 + c->index);
     u->publish = publish;
     u->publishes = publishes;
-    r = start_slirp(u, c);
+    u->fragments = net_fragments_new();
+    r = u->fragments ? start_slirp(u, c) : err(-ENOMEM, "network user: out of memory");
     if (r < 0) {
         user_close(&u->net);
         return r;
