@@ -48,9 +48,19 @@ static void sleep_ms(long ms)
     nanosleep(&t, NULL);
 }
 
-/* Each kind of file system that lives on a disk, in the kernel's order. */
+static int mount_as(const char *type, const char *device, const char *place, unsigned long flags)
+{
+    int r = mount(device, place, type, flags, NULL);
+
+    if (r && errno == EROFS && !(flags & MS_RDONLY))
+        r = mount(device, place, type, flags | MS_RDONLY, NULL);
+    return r;
+}
+
+/* Each kind of file system that lives on a disk, in the kernel's order; then those whose modules a mount loads. */
 static int mount_disk(const char *device, const char *place, unsigned long flags)
 {
+    static const char *const modules[] = { "ext4", "xfs" };
     char line[128], *type;
     FILE *f = fopen("/proc/filesystems", "re");
     int r = -1, error = ENODEV;
@@ -63,14 +73,17 @@ static int mount_disk(const char *device, const char *place, unsigned long flags
         if (line[0] != '\t')
             continue;                                              /* nodev */
         type = line + 1;
-        r = mount(device, place, type, flags, NULL);
-        if (r && errno == EROFS && !(flags & MS_RDONLY))
-            r = mount(device, place, type, flags | MS_RDONLY, NULL);
+        r = mount_as(type, device, place, flags);
         if (r && errno != EINVAL)
             error = errno;
     }
     if (f)
         fclose(f);
+    for (unsigned i = 0; r && i < sizeof modules / sizeof *modules; i++) {
+        r = mount_as(modules[i], device, place, flags);
+        if (r && errno != EINVAL && errno != ENODEV)
+            error = errno;
+    }
     errno = error;
     return r;
 }

@@ -113,6 +113,28 @@ run image import "$tmp/small.img" a/b; is "import under a bad name: status" "$st
 (ulimit -f 2000; run image import "$tmp/small.img" full; is x "$status" 1 >"$tmp/full") ; like "import without room: status" "$(cat "$tmp/full")" '^ok'
 is "failed imports leave nothing" "$(ls -A "$tmp/store")" small
 
+# An XFS file system, whose driver is a module; and ext4 where that is one, too: on Debian's standard kernel.
+if command -v mkfs.xfs >/dev/null; then
+    truncate -s 320M "$tmp/xfs.img"
+    printf '/\n0 0\nd--755 0 0\nbin d--755 0 0\nbusybox ---755 0 0 %s\nsh l--777 0 0 busybox\n$\n$\n' "$tmp/small/bin/busybox" >"$tmp/proto"
+    mkfs.xfs -q -p "$tmp/proto" "$tmp/xfs.img" && chmod a+r "$tmp/xfs.img"
+    run image import "$tmp/xfs.img"; is "import of an XFS file system: status" "$status $err" "0 $err"
+    run run xfs --engine "$ENGINE" --quiet --net none -- busybox sh -c 'busybox grep -c "^/dev/vda / xfs rw" /proc/mounts'; is "a command in it" "$status $out" "0 1"
+    run image rm xfs; rm "$tmp/xfs.img"
+else
+    skip "an XFS file system" "xfsprogs is not installed"
+fi
+standard=${BUILD:-$top/build}/guest-standard
+if [ -r "$standard/vmlinuz" ]; then
+    cp -r "$standard" "$tmp/standard"; chmod -R a+rX "$tmp/standard"
+    DOPPEL_GUEST=$tmp/standard run image import "$tmp/small.img" standard; is "import with the standard kernel: status" "$status" 0
+    run run standard --engine "$ENGINE" --quiet --net none; like "import with the standard kernel: it boots and ends" "$status $out" "^0 .*small: modules $(sed -n 's/^kernel=//p' "$standard/manifest"),"
+    is "a command in it" "$(d run standard --engine "$ENGINE" --quiet --net none -- uname -r 2>&1)" "$(sed -n 's/^kernel=//p' "$standard/manifest")"
+    run image rm standard
+else
+    skip "the standard kernel" "its guest is not built (make guest-standard)"
+fi
+
 # A disk with a boot sector, which firmware boots: it greets at COM1 and goes to the debug exit port.
 if [ -r /usr/share/seabios/bios-256k.bin ]; then
     truncate -s 1M "$tmp/sector.img"
