@@ -10,7 +10,7 @@
  * The gate: requests that change something enter it shared, those that rewrite blocks alone. Only worker threads wait at it; while somebody wants to be alone,
  * block_file.c sends all that changes something to workers.
  *
- * Locking: block_direct.lock, a leaf.
+ * Locking: block_direct.turn is held by who is alone, and by others while they enter; it is taken by worker threads only, before block_direct.lock, a leaf.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -43,6 +43,7 @@ int block_direct_init(struct block_direct *d, int fd, const char *path)
         return err(-EINVAL, "disk %s: its file system has no direct access (O_DIRECT); leave cache=none out", path);
     d->align = MAX(align, BLOCK_SECTOR);
     d->mem_align = mem_align;
+    pthread_mutex_init(&d->turn, NULL);
     pthread_mutex_init(&d->lock, NULL);
     pthread_cond_init(&d->changed, NULL);
     return 0;
@@ -54,6 +55,7 @@ void block_direct_destroy(struct block_direct *d)
         return;
     pthread_cond_destroy(&d->changed);
     pthread_mutex_destroy(&d->lock);
+    pthread_mutex_destroy(&d->turn);
 }
 
 /* Of what is asked for on the disk, whatever the buffers are like. */
@@ -99,30 +101,31 @@ void block_direct_leave(struct block_direct *d)
 
 static void wait_shared(struct block_direct *d)
 {
+    pthread_mutex_lock(&d->turn);
     pthread_mutex_lock(&d->lock);
-    while (d->want_alone)
-        pthread_cond_wait(&d->changed, &d->lock);
     d->shared++;
     pthread_mutex_unlock(&d->lock);
+    pthread_mutex_unlock(&d->turn);
 }
 
 static void wait_alone(struct block_direct *d)
 {
     pthread_mutex_lock(&d->lock);
     d->want_alone++;
-    while (d->shared || d->alone)
+    pthread_mutex_unlock(&d->lock);
+    pthread_mutex_lock(&d->turn);
+    pthread_mutex_lock(&d->lock);
+    while (d->shared)
         pthread_cond_wait(&d->changed, &d->lock);
-    d->alone = true;
     pthread_mutex_unlock(&d->lock);
 }
 
 static void leave_alone(struct block_direct *d)
 {
     pthread_mutex_lock(&d->lock);
-    d->alone = false;
     d->want_alone--;
-    pthread_cond_broadcast(&d->changed);
     pthread_mutex_unlock(&d->lock);
+    pthread_mutex_unlock(&d->turn);
 }
 
 /* --- requests that do not fit --- */

@@ -95,10 +95,9 @@ bool block_pool_close(struct block_pool *p);                       /* as block_c
 /* See block_direct.c. align 0: there is none. */
 struct block_direct {
     unsigned align, mem_align;                                     /* bytes, of offsets and lengths and of buffers */
-    pthread_mutex_t lock;
+    pthread_mutex_t turn, lock;
     pthread_cond_t changed;
     unsigned shared, want_alone;                                   /* who changes something; who waits to be alone, or is */
-    bool alone;
 };
 int block_direct_init(struct block_direct *d, int fd, const char *path); /* err() */
 void block_direct_destroy(struct block_direct *d);

@@ -14,6 +14,7 @@
 #define ACQ 0x12000ull
 #define IOSQ 0x14000ull
 #define IOCQ 0x16000ull
+#define SHADOW 0x18000ull
 #define DATA 0x20000ull
 #define N 16u
 
@@ -112,7 +113,7 @@ static void step(const u8 *a)
     memcpy(&v, a + 4, 4);
     memcpy(&w, a + 8, 4);
     val = v;
-    switch (a[0] % 10) {
+    switch (a[0] % 11) {
     case 0: bus_access(g.mmio, bar() + n % 0x40, 1u << (a[1] & 3), a[1] & 4, &val); break;
     case 1: set(0x1000 + n % 8 * 4, v % 20); break;
     case 2: ecam_write(&g, DEV, n % 256, v, 1u << a[1] % 3); break;
@@ -126,7 +127,12 @@ static void step(const u8 *a)
         submit(1 + (n & 1), &c);
         break;
     case 6:                                                        /* admin */
-        c = (struct cmd){ .opcode = a[1] % 14, .nsid = n & 1, .prp1 = DATA + (n & 0xfff0), .prp2 = DATA + 0x8000, .dw = { v, w, 0, 0, 0, 0 } };
+        c = (struct cmd){ .opcode = a[1] % 15, .nsid = n & 1, .prp1 = DATA + (n & 0xfff0), .prp2 = DATA + 0x8000, .dw = { v, w, 0, 0, 0, 0 } };
+        if (c.opcode == 14) {                                      /* doorbells in memory; now and then over a queue */
+            c.opcode = 0x7c;
+            c.prp1 = a[2] & 7 ? SHADOW : IOCQ;
+            c.prp2 = a[2] & 56 ? SHADOW + 0x1000 : SHADOW;
+        }
         submit(0, &c);
         break;
     case 7:                                                        /* anything */
@@ -141,6 +147,12 @@ static void step(const u8 *a)
             val = DATA + (u64)((v >> i & 15) << 12);
             put(&g, DATA + (n & 0xffff8) + 8 * i, &val, 8);
         }
+        break;
+    case 10:
+        v %= 20;
+        put(&g, SHADOW + n % 16 * 4, &v, 4);
+        if (a[1] & 1)
+            set(0x1000 + n % 8 * 4, v);
         break;
     }
 }
