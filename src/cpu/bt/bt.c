@@ -214,10 +214,12 @@ int bt_run_light(struct icpu *c, u32 site, int (*fn)(struct icpu *c, const struc
 {
     struct tb *tb = &c->bt.bt->tb[site >> 8];
     const struct op *op = &tb->b->op[site & 0xff];
+    c->block = tb->b;                                              /* it may call op's handler */
     c->r[REG_RIP] = tb->la;
     vcpu_left(c->v, COUNT_HANDLERS);
     bt_fp_leave(c);
-    return op_done(c, tb, op, fn(c, op), false);
+    int r = op_done(c, tb, op, fn(c, op), false);
+    return likely(r == OP_NEXT) || c->bt.single ? r : carry_on(c, r);
 }
 
 /* ---- translations ---- */

@@ -11,6 +11,7 @@
  */
 #include "cpu/bt/tr.h"
 #include "cpu/interp/sys.h"
+#include "cpu/msr.h"
 
 #define SYSRET_STAYS (FLAG_TF | FLAG_AC)                           /* flags of R11 that the handler is needed for */
 
@@ -373,6 +374,49 @@ static bool emit_wrbase(struct tr *t, const struct op *op)
     return true;
 }
 
+/* By light functions, as an MSR: what interp does to other MSRs takes the vectors out of the registers. NULL: interp's. */
+static u64 *msr_base(struct icpu *c)
+{
+    if (c->cpl || trace_on(c->v->m->trace, TRACE_MSR))
+        return NULL;
+    switch ((u32)c->r[RCX]) {
+    case MSR_FS_BASE: return &c->x->seg[SEG_FS].base;
+    case MSR_GS_BASE: return &c->x->seg[SEG_GS].base;
+    case MSR_KERNEL_GS_BASE: return &c->x->kernel_gs_base;
+    default: return NULL;
+    }
+}
+
+static int light_rdmsr(struct icpu *c, const struct op *op)
+{
+    const u64 *base = msr_base(c);
+    if (!base)
+        return op->fn(c, op);
+    vcpu_count(c->v, COUNT_MSR);
+    c->r[RAX] = (u32)*base;
+    c->r[RDX] = *base >> 32;
+    return OP_NEXT;
+}
+
+static int light_wrmsr(struct icpu *c, const struct op *op)
+{
+    u64 *base = msr_base(c), v = c->r[RDX] << 32 | (u32)c->r[RAX];
+    if (!base || !tlb_canonical(v))
+        return op->fn(c, op);
+    vcpu_count(c->v, COUNT_MSR);
+    *base = v;
+    return OP_NEXT;
+}
+
+static bool emit_msr(struct tr *t, bool write)
+{
+    if (!supervisor(t))
+        return false;
+    t->kept = NO_REG;
+    tr_call_light(t, write ? light_wrmsr : light_rdmsr);
+    return true;
+}
+
 /* ---- time ---- */
 static bool emit_rdtsc(struct tr *t, const struct op *op, bool with_aux)
 {
@@ -440,6 +484,8 @@ bool tr_system(struct tr *t, const struct op *op, bool *last)
     case ZYDIS_MNEMONIC_SWAPGS: return emit_swapgs(t);
     case ZYDIS_MNEMONIC_RDFSBASE: case ZYDIS_MNEMONIC_RDGSBASE: return emit_rdbase(t, op);
     case ZYDIS_MNEMONIC_WRFSBASE: case ZYDIS_MNEMONIC_WRGSBASE: return emit_wrbase(t, op);
+    case ZYDIS_MNEMONIC_RDMSR: return emit_msr(t, false);
+    case ZYDIS_MNEMONIC_WRMSR: return emit_msr(t, true);
     case ZYDIS_MNEMONIC_RDTSC: return emit_rdtsc(t, op, false);
     case ZYDIS_MNEMONIC_RDTSCP: return emit_rdtsc(t, op, true);
     case ZYDIS_MNEMONIC_RDPID: return emit_rdpid(t, op);
