@@ -267,7 +267,14 @@ static struct tb *translate(struct icpu *c, struct bt *t, struct block *b, u32 p
         return NULL;
     }
     enum vcpu_where was = vcpu_where(c->v, WHERE_TRANSLATE);
+    u64 begin = __rdtsc(), copied = c->v->count[COUNT_CODE_COPIED];
     struct tb *tb = bt_translate(c, t, b, page, page2, how == CODE_COMPARE, indirect, &full);
+    if (c->v->count[COUNT_CODE_COPIED] != copied) {
+        t->copy_cycles += __rdtsc() - begin;
+    } else {
+        t->cycles += __rdtsc() - begin;
+        t->insns += tb ? tb->n : 0;
+    }
     vcpu_where(c->v, was);
     if (full) {
         code_flush_later(c);
@@ -647,6 +654,18 @@ static int set(struct vcpu *v, const struct x86 *x)
     return interp_engine.set(v, x);
 }
 
+/* What translations have cost. */
+static void cost_report(const struct vcpu *v, const struct bt *t, struct stats *s)
+{
+    u64 khz = clock_tsc_khz(v->m->clock), made = v->count[COUNT_CODE_TRANSLATED], copied = v->count[COUNT_CODE_COPIED];
+    stats_group(s, "translating");
+    stats_u64(s, "us", t->cycles * 1000 / khz);
+    stats_u64(s, "ns-per-block", made ? t->cycles / made * 1000000 / khz : 0);
+    stats_u64(s, "cycles-per-instruction", t->insns ? t->cycles / t->insns : 0);
+    stats_u64(s, "ns-per-copy", copied ? t->copy_cycles / copied * 1000000 / khz : 0);
+    stats_group_end(s);
+}
+
 /* What it holds now. */
 static void cache_report(const struct bt *t, struct stats *s)
 {
@@ -664,6 +683,7 @@ static void stats(const struct vcpu *v, struct stats *s)
 {
     const struct icpu *c = v->engine_data;
     cache_report(c->bt.bt, s);
+    cost_report(v, c->bt.bt, s);
     shadow_report(c, s);
     handled_report(c->bt.bt->handled, s);
 }

@@ -141,6 +141,7 @@ struct bt {
     size_t cold;                                                   /* the upper half is for what rarely runs: used up to here */
     struct tr *tr;                                                 /* room for the block that is being translated */
     u64 flushes;                                                   /* icode.flushes when it was emptied last */
+    u64 cycles, insns, copy_cycles;                                /* of time stamps, for translations that were made, and their instructions; for copies */
     struct tb *tb;
     struct link *link;
     struct tb_mark *mark;
