@@ -517,6 +517,23 @@ static void x87_and_pkru(u64 all)
     write_cr4(read_cr4() & ~(ulong)CR4_PKE);
 }
 
+/* XSAVE64 (RDI); MOV EAX, imm; RET: what XMM0 is stored as is the MOV. */
+static void over_itself(void)
+{
+    static const u8 code[] = {0x48, 0x0f, 0xae, 0x27, 0xb8, 1, 0, 0, 0, 0xc3};
+    u8 *p = area + 160 - 4;
+    test("xsave64: XSAVE64 over the code behind it: that runs as it was stored");
+    for (u32 i = 0; i < 3 * TIMES; i++) {
+        u64 v = 0xb8 | (u64)(i + 2) << 8 | 0xc3ull << 40, a = 2;
+        initial();
+        memset(area, 0, 1024);
+        memcpy(p, code, sizeof code);
+        asm volatile("movq %1, %%xmm0; call *%2" : "+a"(a) : "r"(v), "r"(p), "D"(area), "d"(0) : "memory");
+        eq("EAX", a, i + 2);
+    }
+    initial();
+}
+
 static void saving(u64 all)
 {
     u32 d1 = cpuid(0xd, 1).a;
@@ -530,6 +547,7 @@ static void saving(u64 all)
     crossing(all, d1);
     privileged_forms(d1);
     x87_and_pkru(all);
+    over_itself();
 }
 
 /* SDM 3A 6.15, interrupts 16 and 19; vol. 1 8.7, 11.5 */
