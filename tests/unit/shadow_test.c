@@ -907,9 +907,9 @@ static void test_returns(void **state)
         shadow_ran(f->c, 3, 1000000, 500, 60);
     assert_false(shadow_pays(f->c, 3));
     for (unsigned i = 0; i < 3; i++)
-        shadow_ran(f->c, 3, 100000, 300, 0);
+        shadow_ran(f->c, 3, 100000, 150, 0);
     assert_false(shadow_pays(f->c, 3));
-    shadow_ran(f->c, 3, 100000, 300, 1);
+    shadow_ran(f->c, 3, 100000, 100, 1);
     assert_true(shadow_pays(f->c, 3));
     f->c->bt.shadow->stats.fill_cycles += 3000000;                 /* it was wrong: the former wait counts, halved and doubled */
     shadow_ran(f->c, 3, 5000000, 0, 100);

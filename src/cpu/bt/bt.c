@@ -81,7 +81,7 @@ void bt_rebias(struct icpu *c, unsigned key)
 }
 
 /* So many misses of the software TLB are reason enough to look whether the shadow would have been spared them. True: it is the shadow's turn. */
-#define MISSES_LOOK 1024u
+#define MISSES_LOOK 512u
 
 static bool missed_much(struct icpu *c, const struct tb *tb)
 {

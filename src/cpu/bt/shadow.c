@@ -292,7 +292,7 @@ static void page_compare(struct shadow *s, struct shadow_window *w, u64 la)
 #define TROUBLE_FILLS 2u                                           /* what a page fault or flush of the guest costs the shadow */
 #define WAIT_THRASHING BIT(28)
 #define TROUBLE_MISSES 32u                                         /* misses that a page fault or flush of the guest excuses: they may be its doing */
-#define AGAIN_MAX 1024u                                            /* so many others are what the shadow would have had to fill once at most: its turn */
+#define AGAIN_MAX 512u                                             /* so many others are what the shadow would have had to fill once at most: its turn */
 #define REPLACED_PAGES 8u                                          /* whoever loses so many pages and all, or nearly all, is another address space at the same root */
 
 /* It uses more than the host's mappings can hold: for a while it is better off with the software TLB, whatever else may be. */
@@ -804,6 +804,7 @@ void shadow_ran(struct icpu *c, unsigned ctx, u64 run, u64 misses, u64 troubles)
 {
     struct shadow *s = c->bt.shadow;
     struct shadow_score *p = &s->score[ctx];
+    bool paid = p->pays;
     u64 cost = s->stats.fill_cycles + s->stats.flush_cycles + (s->stats.fills + s->stats.faults + s->stats.slow) * SIGNAL_CYCLES;
     p->run += run;
     if (p->pays)
@@ -811,13 +812,17 @@ void shadow_ran(struct icpu *c, unsigned ctx, u64 run, u64 misses, u64 troubles)
     else
         score_software(p, misses, troubles);
     s->cost_seen = cost;
+    s->stats.left += paid && !p->pays;
+    s->stats.returns += !paid && p->pays;
 }
 
 void shadow_calm(struct icpu *c, unsigned ctx)
 {
     struct shadow_score *p = &c->bt.shadow->score[ctx];
-    if (!p->pays)
-        score_return(p);
+    if (p->pays)
+        return;
+    score_return(p);
+    c->bt.shadow->stats.returns++;
 }
 
 bool shadow_pays(const struct icpu *c, unsigned ctx)
@@ -876,7 +881,7 @@ void shadow_report(const struct icpu *c, struct stats *out)
     ROW(fills, "fills") ROW(expected, "fills-expected") ROW(pages, "pages") ROW(upgrades, "made-writable") ROW(slow, "slow") ROW(faults, "guest-faults")
     ROW(flushes, "flushes") ROW(page_flushes, "flushes-page") ROW(switches, "switches") ROW(compared, "compared") ROW(dropped, "dropped")
     ROW(downgraded, "made-read-only") ROW(moved, "moved") ROW(protects, "protected") ROW(evictions, "evictions") ROW(trims, "trimmed") ROW(refused, "refused")
-    ROW(resets, "resets") ROW(windows, "windows") ROW(regions, "regions") ROW(mapped, "mapped") ROW(mappings, "mappings")
+    ROW(resets, "resets") ROW(left, "spaces-left") ROW(returns, "spaces-returned") ROW(windows, "windows") ROW(regions, "regions") ROW(mapped, "mapped") ROW(mappings, "mappings")
 #undef ROW
     stats_u64(out, "fill-us", st.fill_cycles * 1000 / khz);        /* without the host's part of the fault */
     stats_u64(out, "flush-us", st.flush_cycles * 1000 / khz);

@@ -49,6 +49,7 @@ struct shadow_stats {
     u64 fills, pages, upgrades, slow, faults, expected;            /* results of shadow_fill(); pages mapped; pages made writable; fills without a fault */
     u64 flushes, page_flushes, switches, compared, dropped, downgraded, moved; /* compared: pages looked at; taken away; made read-only; with another frame */
     u64 protects, evictions, trims, refused, resets;                /* trims: of the window that was to be filled */
+    u64 left, returns;                                             /* --mmu auto: address spaces that went to the software TLB since the shadow did not pay; that came (back) */
     u64 fill_cycles, flush_cycles;
     u32 windows, regions, mapped, mappings;                        /* now: windows in use, regions, pages, host mappings at most */
 };
