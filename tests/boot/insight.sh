@@ -27,7 +27,7 @@ for engine in interp bt; do
     is "$engine: stats: JSON is whole" "$(tr -cd '{[' <"$tmp/stats" | wc -c)" "$(tr -cd '}]' <"$tmp/stats" | wc -c)"
     if [ $engine = bt ]; then
         like "$engine: stats: translations, exits by cause with time, what the cache holds" "$(cat "$tmp/stats")" \
-            '"blocks-translated":[1-9].*"direct-jump":[1-9].*"exit-time":\{"direct-jump-percent":[0-9.]+.*"cache":\{"translations":[1-9]'
+            '"blocks-translated":[1-9].*"direct-jump":[1-9].*"exit-time":\{"direct-jump-percent":[0-9.]+.*"cache":\{"translations":[1-9].*"translating":\{"us":[1-9][0-9]*,"ns-per-block":[1-9]'
     fi
     # What was counted is in the trace, each time.
     counted() { grep -oE "\"$1\":[0-9]+" "$tmp/stats" | head -n 1 | cut -d: -f2; }
