@@ -166,7 +166,7 @@ struct bt {
         u8 *at, byte;
     } plant[BT_PLANTS];                                            /* fault.c's breakpoints, writable; and what was there */
     unsigned plants;
-    bool again;                                                    /* the kick that put them, or steps, comes again if nothing comes of it */
+    bool again;                                                    /* a kick is under way, and comes again if nothing comes of it */
     bool bmi2;
     struct bt_fixed fixed;
     struct handled *handled;                                       /* NULL: nobody asks */

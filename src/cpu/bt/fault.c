@@ -375,6 +375,11 @@ static bool kick_routine(struct icpu *c, struct bt *t, const u8 *pc, struct bt_t
     return true;
 }
 
+static bool in_arena(const struct bt *t, u64 pc)
+{
+    return pc - (u64)(uintptr_t)t->rx < BT_ARENA_BYTES;
+}
+
 static bool kick(struct icpu *c, struct bt *t, struct bt_trap *s)
 {
     const u8 *pc = (const u8 *)(uintptr_t)s->pc;
@@ -384,17 +389,17 @@ static bool kick(struct icpu *c, struct bt *t, struct bt_trap *s)
         s->flags &= ~(u64)TRAP_FLAG;
         return true;
     }
-    if (pc < t->rx || pc >= t->rx + BT_ARENA_BYTES) {
+    if (!t->again) {
+        t->again = true;
+        bt_signal_again(true);
+    }
+    if (!in_arena(t, s->pc)) {
         s->flags &= ~(u64)TRAP_FLAG;                               /* C looks at stop before it comes back */
         return true;
     }
     if (!(pc < t->rx + t->first ? kick_routine(c, t, pc, s) : (tb = tb_at(t, pc)) ? kick_code(c, t, tb, pc, s) : kick_cold(c, t, pc, s))) {
         vcpu_count(c->v, COUNT_KICK_STEPS);
         s->flags |= TRAP_FLAG;
-    }
-    if (!t->again && (t->plants || s->flags & TRAP_FLAG)) {
-        t->again = true;
-        bt_signal_again(true);
     }
     return true;
 }
@@ -406,14 +411,17 @@ static bool trap(struct icpu *c, struct bt *t, struct bt_trap *s)
         vcpu_count(c->v, COUNT_KICKS);
     if (s->what == TRAP_AGAIN) {
         t->again = false;
-        if (atomic_load(&c->bt.stop))
+        if (atomic_load(&c->bt.stop) && in_arena(t, s->pc))         /* C code may take that long */
             vcpu_count(c->v, COUNT_KICKS_AGAIN);
     }
     if (s->what == TRAP_STEP && planted(t, before))
         s->pc = (u64)(uintptr_t)before;
     if (s->what == TRAP_KICK || s->what == TRAP_AGAIN || (s->what == TRAP_STEP && atomic_load(&c->bt.inside)))
         return kick(c, t, s);
-    return s->what != TRAP_STEP && fault(c, t, s);
+    if (s->what == TRAP_STEP || !fault(c, t, s))
+        return false;
+    /* Meanwhile this thread may have raised an event for itself, which sends no signal. */
+    return atomic_load(&c->bt.stop) ? kick(c, t, s) : true;
 }
 
 bool bt_trap(struct icpu *c, struct bt_trap *s)
