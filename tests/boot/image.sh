@@ -373,8 +373,9 @@ if [ -n "${SOAK_LONG-}" ]; then
     own "$tmp/home"
     run image build debian --packages cloud-init,openssh-server,sudo --kernel standard --size 3G ci
     is "a Debian with cloud-init and the standard kernel is built" "$status" 0
+    { cat "$tmp/user-data"; echo 'locale: C.UTF-8'; } >"$tmp/cloud-data"; chmod a+r "$tmp/cloud-data"   # the image has no other
     mkdir "$tmp/home/shared"; echo shared >"$tmp/home/shared/f"; own "$tmp/home/shared"
-    timeout -k 10 1800 "${user[@]}" "$D" run ci --engine "$ENGINE" --quiet --name vm --memory 1G --cloud-init "$tmp/user-data" --share "$tmp/home/shared:work" </dev/null >"$tmp/vm.out" 2>&1 &
+    timeout -k 10 1800 "${user[@]}" "$D" run ci --engine "$ENGINE" --quiet --name vm --memory 1G --cloud-init "$tmp/cloud-data" --share "$tmp/home/shared:work" </dev/null >"$tmp/vm.out" 2>&1 &
     vm=$!
     until_true listed
     like "cloud-init is done" "$(timeout -k 10 1500 "${user[@]}" "$D" exec vm --wait 600 -- cloud-init status --wait 2>&1 </dev/null)" 'status: done'
