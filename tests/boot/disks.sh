@@ -48,7 +48,7 @@ tool()                                              # program
 {
     local path lib
     path=$(command -v "$1") && mkdir -p "$tmp/tools/lib" && cp -L "$path" "$tmp/tools/lib/$1.bin" || return 1
-    for lib in $(ldd "$path" | grep -o '/[^ ]*'); do cp -Ln "$lib" "$tmp/tools/lib/" || return 1; done
+    for lib in $(ldd "$path" | grep -o '/[^ ]*'); do [ -e "$tmp/tools/lib/${lib##*/}" ] || cp -L "$lib" "$tmp/tools/lib/" || return 1; done
     printf '#!/bin/sh\nexec /mnt/t/lib/ld-linux-x86-64.so.2 --library-path /mnt/t/lib /mnt/t/lib/%s.bin "$@"\n' "$1" >"$tmp/tools/$1"
     chmod 755 "$tmp/tools/$1"
 }
