@@ -104,6 +104,7 @@ struct virtio_vsock {
     bool starved;                                                  /* something waits for a buffer of the guest's */
     bool say_lost;                                                 /* TRANSPORT_RESET is to be said */
     u64 instance, events;                                          /* which device this is, and how often its state has changed */
+    struct virtio_vsock_counts counts;
     struct virtq_chain tx, rx;
     struct conn *bucket[BUCKETS];
     struct conn *first, *last;                                     /* all */
@@ -332,6 +333,7 @@ static void put_packet(struct virtio_vsock *v, const struct address *at, u16 typ
         virtq_write(&v->rx, data, len);
     virtq_push(&v->virtio.queue[RX], &v->rx, (u32)sizeof(h) + len);
     v->events++;
+    v->counts.received++;
 }
 
 static void put_conn_packet(struct conn *c, u16 op, u32 flags, const void *data, u32 len)
@@ -864,6 +866,7 @@ static void from_guest(struct virtio_vsock *v)
         virtq_ignore(q);
         while (budget && v->resets < RESETS_MAX && virtio_pop(&v->virtio, TX, &v->tx)) {
             budget--;
+            v->counts.sent++;
             packet(v, &v->tx);
             virtq_push(q, &v->tx, 0);
         }
@@ -1011,9 +1014,12 @@ static void service(struct virtio_vsock *v)
     virtio_interrupt(&v->virtio, RX);
 }
 
-static void vsock_kick(struct virtio *v, unsigned n UNUSED)
+static void vsock_kick(struct virtio *virtio, unsigned n UNUSED)
 {
-    post(container_of(v, struct virtio_vsock, virtio));
+    struct virtio_vsock *v = container_of(virtio, struct virtio_vsock, virtio);
+
+    v->counts.notifications++;
+    post(v);
 }
 
 /* Connections are the loop's. */
@@ -1083,6 +1089,16 @@ static const struct device_ops device_ops = {
 };
 static const struct virtio_ops virtio_ops = { .kick = vsock_kick, .stop = vsock_stop };
 static const struct vsock_host_ops host_ops = { .incoming = on_incoming };
+
+struct virtio_vsock_counts virtio_vsock_counts(struct virtio_vsock *v)
+{
+    struct virtio_vsock_counts c;
+
+    lock(v);
+    c = v->counts;
+    unlock(v);
+    return c;
+}
 
 unsigned virtio_vsock_conns(struct virtio_vsock *v)
 {

@@ -106,6 +106,7 @@ struct board {
     struct ioapic *ioapic;
     struct acpi_pm *pm;
     struct virtio_console *console;
+    struct virtio_vsock *vsock;                                    /* NULL: none */
     struct virtio_net *nic[VM_NETS_MAX];
     unsigned nics;
     struct capture *capture;                                       /* NULL: there is none */
@@ -374,13 +375,12 @@ static int build_console(struct board *b)
 static int build_vsock(struct board *b)
 {
     const struct vm_config *c = b->config;
-    struct virtio_vsock *vsock;
     int r;
 
     if (!c->vsock)
         return 0;
-    r = virtio_vsock_new(&b->ram, c->log, c->loop, c->vsock, &vsock);
-    return r < 0 ? r : attach_virtio(b, SLOT_VSOCK, vsock);
+    r = virtio_vsock_new(&b->ram, c->log, c->loop, c->vsock, &b->vsock);
+    return r < 0 ? r : attach_virtio(b, SLOT_VSOCK, b->vsock);
 }
 
 static int build_nics(struct board *b)
@@ -666,12 +666,25 @@ static void disk_stats(const struct board *b, unsigned i, struct stats *s)
     stats_group_end(s);
 }
 
+static void vsock_stats(struct virtio_vsock *v, struct stats *s)
+{
+    struct virtio_vsock_counts c = virtio_vsock_counts(v);
+
+    stats_group(s, "vsock");
+    stats_u64(s, "sent", c.sent);
+    stats_u64(s, "received", c.received);
+    stats_u64(s, "notifications", c.notifications);
+    stats_group_end(s);
+}
+
 void board_stats(struct board *b, struct stats *s)
 {
     for (unsigned i = 0; i < b->config->disks; i++)
         disk_stats(b, i, s);
     for (unsigned i = 0; i < b->nics; i++)
         nic_stats(b->nic[i], i, s);
+    if (b->vsock)
+        vsock_stats(b->vsock, s);
 }
 
 int board_set_link(struct board *b, unsigned n, bool up)
