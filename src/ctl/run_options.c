@@ -491,7 +491,8 @@ const struct option run_option_table[] = {
      "cloud kernel, which the default guest has (mount -t virtiofs TAG /mnt), and takes a virtiofsd (Debian: qemu-system-common) and a host that permits user namespaces.", true, set_share},
     {"root", "FOLDER",
      "The shell or COMMAND runs in this folder of the host as its root, for example / : any program of this host, under the guest's kernel, as the guest's root and in "
-     "the directory where doppel was started. Nothing is written to the host: what changes lies in the guest's memory, and is gone with it.", false, set_root},
+     "the directory where doppel was started. Nothing is written to the host: what changes lies in the guest's memory, and is gone with it. "
+     "The folder is shared by virtio-fs where virtiofsd can run, else by 9p: then the guest has Debian's standard kernel, and is made at the first time.", false, set_root},
     {"net", "user|tap=NAME|fd=N|passt=SOCKET|none[,...]",
      "A network card and where it is connected; the next one gives the guest another card, up to 8. user (the default without --net): a network of "
      "the guest's own, which reaches what the user of doppel reaches, by doppel's own sockets and without privileges; DHCP gives the guest "
