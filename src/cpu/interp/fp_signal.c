@@ -12,6 +12,7 @@
 
 #include "cpu/interp/fp_signal.h"
 #include "cpu/trap.h"
+#include "cpu/vcpu.h"
 
 static _Thread_local struct {
     const u8 *start, *end;
@@ -67,7 +68,9 @@ static void install(void)
 
     pthread_mutex_lock(&lock);
     if (!atomic_load(&installed)) {
-        sigemptyset(&sa.sa_mask);
+        /* As bt's, which it may stand before: a kick that came while that one looks at a fault would be taken for one in C code, and be lost. */
+        sigfillset(&sa.sa_mask);
+        sigdelset(&sa.sa_mask, SAMPLE_SIGNAL);
         for (unsigned n = 0; n < ARRAY_SIZE(caught); n++)
             sigaction(caught[n], &sa, &before[n]);
         atomic_store(&installed, true);
