@@ -16,7 +16,7 @@
 #define RETRIES 4
 #define EARLY 100                                                  /* more than a block has accesses */
 #define STALES 4
-#define AGAIN 4096                                                 /* one or two milliseconds */
+#define AGAIN 64                                                   /* some 20 us: vCPUs that wait for one another by turns come to their turns */
 #define YIELDS 32
 #define GATE_VCPU (1u << 31)
 #define X86_PLAIN offsetof(struct x86, xsave)
