@@ -314,11 +314,11 @@ static bool load_target(struct tr *t, const struct op *op)
 /*
  * Backwards: perhaps a loop. Two loads, whose result is not used, look whether there are events: icpu.bt.poll is an address that does not exist then, and the
  * fault leads out at this instruction's beginning (fault.c). No flags, no branch; a signal from another processor takes several times as long as
- * this fault, in a virtual machine above all.
+ * this fault, in a virtual machine above all. Not where S1 is a loop's second delta, whichever branch of it this is: from there a signal leads out.
  */
 static void poll(struct tr *t, const struct op *op)
 {
-    if ((s64)op->disp > (s64)op->off || (t->shadowed && t->i == t->shadowed))
+    if ((s64)op->disp > (s64)op->off || (t->shadowed && t->i == t->shadowed) || (tr_in_loop(t) && t->loop.bases == 2))
         return;
     op_gs(&t->e, true, X_LOAD, S1, OFF(bt.poll));
     tr_mark(t, t->i, 0);                                           /* up to the branch itself a kick may leave */
@@ -401,8 +401,7 @@ static bool emit_jcc(struct tr *t, const struct op *op, bool *last)
     if (!tlb_canonical(target_of(t, op)))
         return false;
     if (t->loop.on && t->i == t->loop.branch) {
-        if (t->loop.bases == 1)                                    /* else S1 is in use: a signal leads out */
-            poll(t, op);
+        poll(t, op);
         jump_if_to(&t->e, tr_item(t)->d.insn.opcode & 15, t->loop.label);
         tr_exit(t, t->tb->la + op->off + op->len);
         *last = true;
