@@ -246,6 +246,8 @@ static int restore(struct icpu *c, const struct op *op, bool compact_only)
         if (mxcsr & ~f->mxcsr_mask)
             return by_handler(c, op);
     }
+    if (!c->live.on)                                               /* any more: the walk to the area took the state out of the registers */
+        return by_handler(c, op);
     if (want & XSTATE_X87)
         restore_x87(f, &s, load & XSTATE_X87);
     if (load & XSTATE_SSE)
