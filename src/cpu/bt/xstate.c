@@ -149,7 +149,7 @@ static int save(struct icpu *c, const struct op *op, enum format how)
         bv |= want & XSTATE_SSE;
     parts = how == STANDARD ? want : bv;
     mxcsr_too = how == COMPACT ? bv & XSTATE_SSE : want & (XSTATE_SSE | XSTATE_AVX);
-    if (!span_open(c, op, layout(f, xcomp, parts, off), MMU_WRITE, &s))
+    if (!span_open(c, op, layout(f, xcomp, parts, off), MMU_WRITE, &s) || !c->live.on) /* the walk there may take the state out of the registers */
         return by_handler(c, op);
     if (s.room <= XS_HEADER && !mxcsr_too && !(parts & (XSTATE_X87 | XSTATE_SSE)))
         return by_handler(c, op);                                  /* nothing is written to the first page */
@@ -246,7 +246,7 @@ static int restore(struct icpu *c, const struct op *op, bool compact_only)
         if (mxcsr & ~f->mxcsr_mask)
             return by_handler(c, op);
     }
-    if (!c->live.on)                                               /* any more: the walk to the area took the state out of the registers */
+    if (!c->live.on)                                               /* as above */
         return by_handler(c, op);
     if (want & XSTATE_X87)
         restore_x87(f, &s, load & XSTATE_X87);
