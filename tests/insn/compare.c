@@ -4,8 +4,6 @@
 
 #include "insn.h"
 
-#define X87_POINTER_BYTES 20u                                      /* FIP, FDP, their selectors and FOP as FNSTENV or FXSAVE stores them */
-
 static char report[4000];
 static size_t report_len;
 
@@ -96,30 +94,4 @@ void compare_registers(const struct state *a, const struct state *b, u64 undefin
     if (a->fs_base != b->fs_base || a->gs_base != b->gs_base)
         differ("#   fs, gs base native %llx %llx engine %llx %llx\n", (unsigned long long)a->fs_base, (unsigned long long)a->gs_base,
                (unsigned long long)b->fs_base, (unsigned long long)b->gs_base);
-}
-
-static bool zero_or_same(u64 a, u64 b)
-{
-    return a == b || !a || !b;
-}
-
-bool differ_by_pointers(const struct outcome *a, const struct outcome *b)
-{
-    const struct vectors *v = &a->s.v, *w = &b->s.v;
-    unsigned bytes = 0;
-
-    if (a->vector != b->vector || memcmp(a->s.gpr, b->s.gpr, sizeof a->s.gpr) || a->s.rip != b->s.rip || a->s.rflags != b->s.rflags ||
-        memcmp(v->zmm, w->zmm, sizeof v->zmm) || memcmp(v->k, w->k, sizeof v->k) || memcmp(v->st, w->st, sizeof v->st) ||
-        v->mxcsr != w->mxcsr || v->fcw != w->fcw || v->fsw != w->fsw || v->ftw != w->ftw)
-        return false;
-    if (!zero_or_same(v->fop, w->fop) || !zero_or_same(v->fip, w->fip) || !zero_or_same(v->fdp, w->fdp))
-        return false;
-    for (unsigned p = 0; p < PAGES; p++) {
-        for (unsigned n = 0; page_kind(p) == KIND_RW && n < PAGE_SIZE; n++) {
-            if (!zero_or_same(a->mem[p][n], b->mem[p][n]))
-                return false;
-            bytes += a->mem[p][n] != b->mem[p][n];
-        }
-    }
-    return bytes <= 4 * X87_POINTER_BYTES;
 }

@@ -119,11 +119,10 @@ void compare_registers(const struct state *a, const struct state *b, u64 undefin
 void compare_vectors(const struct vectors *a, const struct vectors *b);
 void compare_memory(const struct outcome *a, const struct outcome *b);
 /*
- * Two outcomes differ in nothing but what may be x87's pointers (FIP, FDP, FOP), which are 0 in one of them. Some processors do not count these to
- * what says whether x87 is in its initial configuration, so a host that switches threads meanwhile loses them. It does not do so each time.
+ * An outcome that differs from the processor's is compared with up to so many more runs of it, and has to be one of them, whole. A host that switches threads
+ * in between loses x87's pointers where x87 is in its initial configuration otherwise (the processor counts FIP and FDP not to that), so not all runs are alike.
  */
-bool differ_by_pointers(const struct outcome *a, const struct outcome *b);
-#define POINTER_TRIES 3u                                           /* so often both sides are run again then, and have to agree once */
+#define NATIVE_TRIES 3u
 
 /* gen.c: cases that differ in mnemonic, form, size, prefixes and addresses; the same list for the same seed. pattern: what memory holds before each case. */
 struct gen;

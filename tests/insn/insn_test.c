@@ -275,10 +275,8 @@ static void run_case(struct icase *i, const u8 *pattern)
             return;
         }
         ok = compare(i, &a, &b);
-        for (unsigned n = 0; !ok && n < POINTER_TRIES && differ_by_pointers(&a, &b); n++) {
+        for (unsigned n = 0; !ok && n < NATIVE_TRIES; n++) {
             native_run(i, pattern, &a);
-            if (guest_run(guest, i, pattern, &b))
-                break;
             forgive(i, &a, &b);
             ok = compare(i, &a, &b);
         }
