@@ -1,16 +1,12 @@
 /*
  * Local APIC (Intel SDM vol. 3A chapter 11; section numbers below are of that volume). The bus between them is
- * lapic_bus.c.
+ * lapic_bus.c, the timer lapic_timer.c.
  *
  * Modelled: xAPIC registers, x2APIC MSRs and the transitions between the modes,
  * fixed/lowest-priority/NMI/SMI/INIT/start-up/ExtINT messages, physical and logical destinations, shorthands, six LVT
  * entries, error status, one-shot/periodic/TSC-deadline timer, directed EOI (SVR bit 12). Left out: arbitration
  * (messages are delivered at once), remote read, focus processor checking, the CMCI entry. Delivery status always reads
  * idle.
- *
- * The timer counts a clock of LAPIC_BUS_HZ. A periodic timer keeps to its grid of deadlines however late it is served;
- * periods that were missed coalesce into one interrupt, as they would in the IRR. Periods below PERIOD_MIN_NS are
- * served no more often than that.
  *
  * Locking: device.lock guards one local APIC's registers; the region has no lock, since EOI and ICR writes call into
  * the I/O APIC and other local APICs (their locks come earlier, or are equals), and so must let go of their own first.
@@ -40,8 +36,6 @@ enum {
 #define LVT_LEVEL 0x8000u
 #define LVT_REMOTE_IRR 0x4000u
 #define LVT_MODE(v) (((v) >> 8) & 7)
-#define TIMER_MODE(v) (((v) >> 17) & 3)
-enum { TIMER_ONESHOT, TIMER_PERIODIC, TIMER_DEADLINE };
 
 /* Bits that software can write, per LVT entry (figure 11-8). */
 static const u32 lvt_mask[LVTS] = {
@@ -67,8 +61,6 @@ static const u32 lvt_mask[LVTS] = {
 #define ICR_LOGICAL 0x800u
 #define ICR_ASSERT 0x4000u
 #define ICR_LEVEL 0x8000u
-
-#define PERIOD_MIN_NS 50000u
 
 /* ---- vectors ---- */
 
@@ -125,15 +117,13 @@ static void refresh(struct lapic *l)
         l->cpu.signal(l->cpu.vcpu, CPU_INTR, 0);
 }
 
-static void lvt_fire(struct lapic *l, int entry);
-
 static void error(struct lapic *l, u32 bit)
 {
     bool fresh = !(l->errors & bit);
 
     l->errors |= bit;
     if (fresh)
-        lvt_fire(l, LVT_ERROR);
+        lapic_lvt_fire(l, LVT_ERROR);
 }
 
 static void accept_fixed(struct lapic *l, u8 vector, bool level)
@@ -172,7 +162,7 @@ void lapic_accept(struct lapic *l, u8 mode, u8 vector, bool level)
 
 /* ---- local vector table, 11.5.1 ---- */
 
-static void lvt_fire(struct lapic *l, int entry)
+void lapic_lvt_fire(struct lapic *l, int entry)
 {
     u32 v = l->lvt[entry];
     bool fixed_only = entry == LVT_TIMER || entry == LVT_ERROR;
@@ -198,7 +188,7 @@ static void lint_fire(struct lapic *l, int entry)
             accept_fixed(l, (u8)v, true);
         }
     } else {
-        lvt_fire(l, entry);
+        lapic_lvt_fire(l, entry);
     }
 }
 
@@ -227,142 +217,7 @@ static void lint_eoi(struct lapic *l, u8 vector)
         lint_fire(l, LVT_LINT0);
 }
 
-/* ---- timer, 11.5.4 ---- */
-
-static unsigned divisor(const struct lapic *l)
-{
-    unsigned code = (l->divide & 3) | (l->divide & 8) >> 1;
-
-    return code == 7 ? 1 : 2u << code;
-}
-
-static u64 period_ns(const struct lapic *l)
-{
-    return (u64)l->initial * divisor(l) * (1000000000 / LAPIC_BUS_HZ);
-}
-
-static void timer_stop(struct lapic *l)
-{
-    l->armed = false;
-    l->deadline_tsc = 0;
-    timer_disarm(&l->timer);
-}
-
-/* The guest's deadline in guest time. "Never" (all ones) must not wrap round into the past, whatever TSC_ADJUST is. */
-static u64 deadline_ns(const struct lapic *l)
-{
-    __int128 tsc = (__int128)l->deadline_tsc - l->tsc_adjust;
-
-    if (tsc < 0)
-        return 0;
-    return tsc > UINT64_MAX ? UINT64_MAX : clock_tsc_to_ns(l->bus->cfg.clock, (u64)tsc);
-}
-
-/* When the host is to look again: deadlines of the guest, but no more often than PERIOD_MIN_NS when it repeats. */
-static void timer_start_host(struct lapic *l)
-{
-    struct clock *c = l->bus->cfg.clock;
-    u64 at = l->deadline_ns;
-
-    if (l->bus->elsewhere.ops)
-        return;
-    if (TIMER_MODE(l->lvt[LVT_TIMER]) == TIMER_DEADLINE)
-        at = deadline_ns(l);
-    else if (TIMER_MODE(l->lvt[LVT_TIMER]) == TIMER_PERIODIC && period_ns(l) < PERIOD_MIN_NS)
-        at = MAX(at, clock_ns(c) + PERIOD_MIN_NS);
-    timer_arm(&l->timer, at);
-}
-
-static void timer_start_count(struct lapic *l)
-{
-    l->armed = l->initial != 0;
-    if (!l->armed) {
-        timer_stop(l);
-        return;
-    }
-    l->deadline_ns = clock_ns(l->bus->cfg.clock) + period_ns(l);
-    timer_start_host(l);
-}
-
-static void timer_deadline_check(struct lapic *l)
-{
-    if (!l->armed)
-        return;
-    /* by the guest's own reading: never early */
-    if (clock_tsc(l->bus->cfg.clock) + (u64)l->tsc_adjust < l->deadline_tsc) {
-        timer_start_host(l);
-        return;
-    }
-    timer_stop(l); /* the MSR reads 0 from here on */
-    lvt_fire(l, LVT_TIMER);
-}
-
-static void timer_set_deadline(struct lapic *l, u64 tsc)
-{
-    timer_stop(l);
-    l->deadline_tsc = tsc;
-    l->armed = tsc != 0;
-    timer_deadline_check(l);
-}
-
-static void timer_count_check(struct lapic *l)
-{
-    u64 ns = clock_ns(l->bus->cfg.clock);
-
-    if (!l->armed)
-        return;
-    if (ns < l->deadline_ns) {
-        timer_start_host(l);
-        return;
-    }
-    if (TIMER_MODE(l->lvt[LVT_TIMER]) == TIMER_PERIODIC) {
-        l->deadline_ns += ((ns - l->deadline_ns) / period_ns(l) + 1) * period_ns(l);
-        timer_start_host(l);
-    } else {
-        l->armed = false;
-    }
-    lvt_fire(l, LVT_TIMER);
-}
-
-static void timer_fired(void *arg)
-{
-    struct lapic *l = arg;
-
-    pthread_mutex_lock(&l->device.lock);
-    if (TIMER_MODE(l->lvt[LVT_TIMER]) == TIMER_DEADLINE)
-        timer_deadline_check(l);
-    else
-        timer_count_check(l);
-    pthread_mutex_unlock(&l->device.lock);
-}
-
-static u32 timer_current(const struct lapic *l)
-{
-    u64 ns = clock_ns(l->bus->cfg.clock), left;
-
-    if (!l->armed || TIMER_MODE(l->lvt[LVT_TIMER]) == TIMER_DEADLINE)
-        return 0;
-    if (ns < l->deadline_ns)
-        left = l->deadline_ns - ns;
-    else if (TIMER_MODE(l->lvt[LVT_TIMER]) == TIMER_PERIODIC)
-        left = period_ns(l) - (ns - l->deadline_ns) % period_ns(l);
-    else
-        return 0;
-    left = (left + divisor(l) - 1) / divisor(l);
-    return (u32)MIN(left, l->initial);
-}
-
-/* The count goes on from where it is, at the new rate. */
-static void timer_set_divide(struct lapic *l, u8 val)
-{
-    u32 left = timer_current(l);
-
-    l->divide = val & 0xb;
-    if (!left)
-        return;
-    l->deadline_ns = clock_ns(l->bus->cfg.clock) + (u64)left * divisor(l);
-    timer_start_host(l);
-}
+/* ---- local vector table, 11.5.1 ---- */
 
 static void lvt_write(struct lapic *l, int entry, u32 val)
 {
@@ -379,7 +234,7 @@ static void lvt_write(struct lapic *l, int entry, u32 val)
     l->lvt[entry] = val;
     if (entry == LVT_TIMER && (TIMER_MODE(old) == TIMER_DEADLINE) != (TIMER_MODE(val) == TIMER_DEADLINE)) {
         l->initial = 0;
-        timer_stop(l); /* 11.5.4.1: changing to or from TSC-deadline mode disarms */
+        lapic_timer_stop(l); /* 11.5.4.1: changing to or from TSC-deadline mode disarms */
     }
     /* A level-triggered pin that is up already counts as soon as the entry is open. */
     if (entry == LVT_LINT0 && (val & LVT_LEVEL) && (l->lint & 1))
@@ -500,7 +355,7 @@ static bool reg_read(struct lapic *l, unsigned reg, u64 *val)
     case REG_ICR: *val = x2 ? l->icr : (u32)l->icr; return true;
     case REG_LVT ... REG_LVT + LVTS - 1: *val = l->lvt[reg - REG_LVT]; return true;
     case REG_INITIAL: *val = l->initial; return true;
-    case REG_CURRENT: *val = timer_current(l); return true;
+    case REG_CURRENT: *val = lapic_timer_current(l); return true;
     case REG_DIVIDE: *val = l->divide; return true;
     /* These exist in xAPIC mode only. */
     case REG_APR: *val = lapic_ppr(l); return !x2;
@@ -535,11 +390,11 @@ static bool reg_write(struct lapic *l, unsigned reg, u32 val)
     case REG_INITIAL:
         if (TIMER_MODE(l->lvt[LVT_TIMER]) != TIMER_DEADLINE) {
             l->initial = val;
-            timer_start_count(l);
+            lapic_timer_start_count(l);
         }
         break;
     case REG_DIVIDE:
-        timer_set_divide(l, (u8)val);
+        lapic_timer_set_divide(l, (u8)val);
         break;
     case REG_LDR:
         l->ldr = val & 0xff000000;
@@ -674,7 +529,7 @@ static int x2apic_write(struct lapic *l, unsigned reg, u64 val)
 /* 11.4.7.1 and 11.4.7.3: the state after power-up and INIT, IA32_APIC_BASE and the pins aside. Under the lock. */
 static void init_registers(struct lapic *l)
 {
-    timer_stop(l);
+    lapic_timer_stop(l);
     atomic_store(&l->tpr, 0);
     l->ldr = 0;
     l->dfr = UINT32_MAX;
@@ -738,7 +593,7 @@ static int give(struct lapic *l)
     struct lapic_regs r = {
         .base = atomic_load(&l->base), .icr = l->icr, .tpr = atomic_load(&l->tpr), .ldr = lapic_x2apic(l)
         ? lapic_x2apic_ldr(l) : l->ldr, .dfr = l->dfr,
-        .svr = l->svr, .esr = l->esr, .initial = l->initial, .current = timer_current(l), .divide = l->divide,
+        .svr = l->svr, .esr = l->esr, .initial = l->initial, .current = lapic_timer_current(l), .divide = l->divide,
         .tsc_deadline = l->deadline_tsc,
     };
 
@@ -747,23 +602,6 @@ static int give(struct lapic *l)
     memcpy(r.isr, l->isr, sizeof(r.isr));
     memcpy(r.tmr, l->tmr, sizeof(r.tmr));
     return l->bus->elsewhere.ops->lapic_set(l->bus->elsewhere.arg, l->id, &r);
-}
-
-static void take_timer(struct lapic *l, const struct lapic_regs *r)
-{
-    unsigned mode = TIMER_MODE(l->lvt[LVT_TIMER]);
-
-    l->tsc_adjust = r->tsc_adjust;
-    l->initial = r->initial;
-    l->divide = r->divide & 0xb;
-    l->deadline_tsc = mode == TIMER_DEADLINE ? r->tsc_deadline : 0;
-    if (mode == TIMER_DEADLINE) {
-        l->armed = l->deadline_tsc != 0;
-    } else {
-        l->armed = l->initial && (r->current || mode == TIMER_PERIODIC);
-        l->deadline_ns = clock_ns(l->bus->cfg.clock) + (r->current
-            ? (u64)r->current * divisor(l) * (1000000000 / LAPIC_BUS_HZ) : period_ns(l));
-    }
 }
 
 static int take(struct lapic *l)
@@ -789,7 +627,7 @@ static int take(struct lapic *l)
     memcpy(l->tmr, r.tmr, sizeof(l->tmr));
     l->lint = l->bus->pic && i8259_pending(l->bus->pic);           /* INTR is LINT0; nothing pulls LINT1 */
     l->extint_message = false;
-    take_timer(l, &r);
+    lapic_timer_take(l, &r);
     return 0;
 }
 
@@ -810,7 +648,7 @@ void lapic_set_tsc_adjust(struct lapic *l, s64 adjust)
     pthread_mutex_lock(&l->device.lock);
     l->tsc_adjust = adjust;
     if (TIMER_MODE(l->lvt[LVT_TIMER]) == TIMER_DEADLINE)
-        timer_deadline_check(l);
+        lapic_timer_deadline_check(l);
     pthread_mutex_unlock(&l->device.lock);
 }
 
@@ -887,7 +725,7 @@ static int intc_msr_write(void *intc, u32 msr, u64 val)
     if (msr == MSR_TSC_DEADLINE && l->bus->cfg.tsc_deadline) {
         pthread_mutex_lock(&l->device.lock);
         if (TIMER_MODE(l->lvt[LVT_TIMER]) == TIMER_DEADLINE) /* else ignored, 11.5.4.1 */
-            timer_set_deadline(l, val);
+            lapic_timer_set_deadline(l, val);
         pthread_mutex_unlock(&l->device.lock);
         return 0;
     }
@@ -1053,7 +891,7 @@ static void lapic_state(struct device *d, struct stream *s)
     map_registers(l);
     timer_disarm(&l->timer);
     if (l->armed)
-        timer_start_host(l);
+        lapic_timer_start_host(l);
     atomic_store(&l->deliverable, -1);
     atomic_store(&l->extint_open, false);
     refresh(l);
@@ -1091,7 +929,7 @@ int lapic_new(struct lapic_bus *lb, struct bus *cpu_bus, u32 id, bool bsp, struc
     l->cpu = cpu;
     l->id = id;
     l->bsp = bsp;
-    timer_init(&l->timer, lb->cfg.clock, timer_fired, l);
+    timer_init(&l->timer, lb->cfg.clock, lapic_timer_fired, l);
     atomic_init(&l->deliverable, -1);
 
     struct region region = { .base = LAPIC_BASE, .min = 4, .max = 4, .read = mmio_read, .write = mmio_write, .dev = l,

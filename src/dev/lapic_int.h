@@ -1,5 +1,6 @@
 /*
- * What lapic.c (one local APIC) and lapic_bus.c (the bus between them) know of each other. Nobody else includes this.
+ * What lapic.c (one local APIC), lapic_timer.c (its timer) and lapic_bus.c (the bus between them) know of each other.
+ * Nobody else includes this.
  */
 #pragma once
 
@@ -14,6 +15,10 @@
 #define SVR_ENABLE 0x100u
 
 enum { LVT_TIMER, LVT_THERMAL, LVT_PERF, LVT_LINT0, LVT_LINT1, LVT_ERROR, LVTS };
+
+/* of the LVT's timer entry (figure 11-8) */
+#define TIMER_MODE(v) (((v) >> 17) & 3)
+enum { TIMER_ONESHOT, TIMER_PERIODIC, TIMER_DEADLINE };
 
 struct lapic_bus {
     struct lapic_config cfg;
@@ -78,6 +83,18 @@ static inline u32 lapic_x2apic_ldr(const struct lapic *l)
 u8 lapic_ppr(const struct lapic *l);
 void lapic_accept(struct lapic *l, u8 mode, u8 vector, bool level); /* a message of any delivery mode */
 void lapic_lint_set(struct lapic *l, int pin, int level);
+void lapic_lvt_fire(struct lapic *l, int entry);                   /* an event of that LVT entry */
+
+/* lapic_timer.c; under the local APIC's lock. Times are the machine's clock's. */
+void lapic_timer_stop(struct lapic *l);
+void lapic_timer_start_host(struct lapic *l);                      /* arm the host's timer for the guest's deadline */
+void lapic_timer_start_count(struct lapic *l);                     /* the initial count was written */
+void lapic_timer_set_deadline(struct lapic *l, u64 tsc);           /* IA32_TSC_DEADLINE was written; 0: disarm */
+void lapic_timer_deadline_check(struct lapic *l);                  /* has the deadline passed? */
+u32 lapic_timer_current(const struct lapic *l);                    /* the current-count register */
+void lapic_timer_set_divide(struct lapic *l, u8 val);
+void lapic_timer_take(struct lapic *l, const struct lapic_regs *r); /* the state of the real chip's */
+void lapic_timer_fired(void *lapic);                               /* for timer_init(); takes the lock */
 
 /* lapic_bus.c; takes locks itself */
 void lapic_bus_send_except(struct lapic_bus *lb, const struct apic_msg *m, const struct lapic *except);
