@@ -4,7 +4,7 @@
 #   cases.sh list                   NAME KIND: "same": its output must be the host's; "self": it checks itself, in a guest only
 #   cases.sh run NAME               the case; status 0, or 77: it cannot run, and the last line of its output says why
 #
-# SOAK_LONG, if it is not empty, makes them longer. Output of a "same" case holds nothing that depends on time.
+# SOAK_LONG, if it is not empty, makes them longer; SOAK_GUEST is not empty in a guest. Output of a "same" case holds nothing that depends on time.
 export LC_ALL=C PATH=/usr/sbin:/usr/bin:/sbin:/bin:/usr/games HOME=/tmp
 long=${SOAK_LONG:-}
 pick() { if [ -n "$long" ]; then echo "$2"; else echo "$1"; fi; }      # short, long
@@ -253,6 +253,41 @@ GDB
     [ "$(grep -cE '^[0-9a-f]+( [0-9a-f]+){6}$' /tmp/steps)" = "$(pick 300 400)" ] || tail -n 5 /tmp/log
 }
 case_jit() { /soak/jit "$(pick 500 100000)"; }
+# Memory, vector registers and addresses, each word of them known: what these find stands at their beginnings.
+CASES="$CASES pages:same registers:same places:same starts:same"
+case_pages() { /soak/pages "$(pick 10 2000)"; }
+case_registers() { /soak/registers "$(pick 30 2000)"; }
+case_places() { /soak/places "$(pick 37 1)"; }
+# Small programs that start over and over beside one another, while their files leave the cache and come again: each says the same each time. What an access by a wrong base, an entry
+# of an earlier owner's, or a lost register does, shows here first: a locale or a path that is not found, once in some hundred starts.
+case_starts()
+{
+    head -c 300000 /usr/bin/gdb >/tmp/in
+    one()
+    {
+        case $1 in
+            awk) awk 'BEGIN { for (i = 0; i < 20000; i++) a[i] = i * 1.5; print length(a), a[77] }' ;;
+            sha) sha1sum /tmp/in ;;
+            perl) perl -e 'my %h; $h{$_} = $_ x 3 for 1 .. 9000; print scalar(keys %h), "\n"' ;;
+            python) python3 -c 'import sys, os; print("h\u00e9llo", sys.argv, sys.path)' "arg ä" ;;
+            ls) ls /usr/bin | sha1sum ;;
+            code) cp /bin/sed /tmp/sed.$2; echo abc | /tmp/sed.$2 s/b/x/; rm /tmp/sed.$2 ;;
+        esac 2>&1 || echo "$1: status $?"
+    }
+    worker()
+    {
+        k=$1 i=0
+        shift
+        while [ $i -lt "$(pick 3 150)" ]; do
+            i=$((i + 1))
+            for p; do echo "$p: $(one "$p" "$k")"; done
+            [ -z "${SOAK_GUEST:-}" ] || [ "$k$((i % 4))" != 10 ] || echo 1 >/proc/sys/vm/drop_caches
+        done >/tmp/said.$k
+    }
+    worker 1 awk sha ls code & worker 2 perl sha awk code & worker 3 python ls code &
+    wait
+    for k in 1 2 3; do sort /tmp/said.$k | uniq -c; done
+}
 
 # ---- the kernel's own changes of its code ----
 CASES="$CASES ftrace:self kprobes:self uprobes:self bpf:self modules:self patch:self"

@@ -24,7 +24,7 @@ for c; do
     mount -t tmpfs tmp /mnt/root/tmp
     begin=$(ms)
     echo "[begin $c]"
-    SOAK_LONG=$SOAK_LONG chroot /mnt/root /usr/bin/timeout -k 5 "$limit" /bin/sh /soak/cases.sh run "$c" </dev/null 2>&1
+    SOAK_LONG=$SOAK_LONG SOAK_GUEST=1 chroot /mnt/root /usr/bin/timeout -k 5 "$limit" /bin/sh /soak/cases.sh run "$c" </dev/null 2>&1
     status=$?
     echo
     echo "[end $c $status $(($(ms) - begin))]"

@@ -35,7 +35,7 @@ cp "$here"/module/* "$tools/module"
 cp -r "$top/src" "$tools/source"
 freestanding=(-O1 -g "-ffile-prefix-map=$here/=" -ffreestanding -nostdlib -static -no-pie -fno-pic -fno-stack-protector -fcf-protection=none
     -fno-asynchronous-unwind-tables -Wl,--build-id=none)
-for f in bpf jit; do
+for f in bpf jit pages registers places; do
     gcc -std=gnu17 -O1 -Wall -Wextra -static -pthread -o "$tools/$f" "$here/$f.c" || { not_ok "$f.c compiles"; done_testing; }
 done
 gcc -m32 "${freestanding[@]}" -o "$tools/i386" "$here/i386.c" && gcc "${freestanding[@]}" -o "$tools/step" "$here/step.c" ||
