@@ -37,7 +37,7 @@ help:
 	@echo 'make test     all tests; T="boot dev/*" chooses some'
 	@echo 'make bench    measurements beside native, QEMU and UML; BENCH="--quick", or --rows, --systems, --repeat'
 	@echo 'make fuzz     fuzz targets for SECONDS each (default 600); F=NAME chooses one'
-	@echo 'make soak     all tests in their long forms, hours of them; T chooses, SOAK=N: N times'
+	@echo 'make soak     all tests in their long forms, hours of them; T chooses, SOAK=N: N times; the last result: $(B)/soak-result.txt'
 	@echo 'make install  PREFIX=$(PREFIX) DESTDIR=$(DESTDIR)'
 	@echo 'make clean    removes $(B)/'
 	@echo 'Variables: CC, CFLAGS, B (build folder), SANITIZE, V=1 (show commands)'
@@ -154,7 +154,8 @@ soak: $(B)/setup-test
 	$(Q)$(MAKE) --no-print-directory test-programs guest-standard
 	$(Q)$(MAKE) --no-print-directory B=$(B)/tsan SANITIZE='$(TSAN)' $(TSAN_TESTS:%=$(B)/tsan/%)
 	$(Q)for i in $$(seq $(SOAK)); do \
-		echo "soak: round $$i of $(SOAK)"; SOAK_LONG=1 tests/run --build $(B) --fuzz-seconds $(SECONDS) $(T) || exit 1; \
+		echo "soak: round $$i of $(SOAK)"; \
+		SOAK_LONG=1 tests/run --build $(B) --fuzz-seconds $(SECONDS) --result $(B)/soak-result.txt $(T) || exit 1; \
 	done
 
 bench: $(B)/setup-bench $(B)/doppel $(B)/bench/rows $(B)/tests/latency/latency_test $(B)/boot/netpeer $(B)/boot/disk_work $(B)/boot/stream guest
