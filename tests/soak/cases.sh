@@ -254,10 +254,26 @@ GDB
 }
 case_jit() { /soak/jit "$(pick 500 100000)"; }
 # Memory, vector registers and addresses, each word of them known: what these find stands at their beginnings.
-CASES="$CASES pages:same registers:same places:same starts:same"
+CASES="$CASES pages:same registers:same places:same vanish:same starts:same"
 case_pages() { /soak/pages "$(pick 10 2000)"; }
 case_registers() { /soak/registers "$(pick 30 2000)"; }
-case_places() { /soak/places "$(pick 37 1)"; }
+case_places() { /soak/places "$(pick 7 1)"; }
+# While a guest's kernel swaps, merges equal pages, makes huge ones, and moves pages about. That it swapped and moved is asked for; a kernel need not merge.
+case_vanish()
+{
+    vm() { awk -v n="$1" '$1 ~ n { s += $2 } END { print s + 0 }' /proc/vmstat; }
+    if [ -n "${SOAK_GUEST:-}" ]; then
+        out=$(vm '^pswpout$') merged=$(vm '^cow_ksm$') moved=$(vm '^pgmigrate_success$')
+        { echo 1 >/sys/kernel/mm/ksm/run; echo 1 >/sys/kernel/mm/ksm/sleep_millisecs; echo 1000 >/sys/kernel/mm/ksm/pages_to_scan; } 2>/dev/null
+        while :; do echo 1 >/proc/sys/vm/compact_memory; sleep 0.05; done & mover=$!
+    fi
+    /soak/vanish "$(pick 15 3000)" || return 1
+    [ -n "${SOAK_GUEST:-}" ] || return 0
+    kill $mover
+    echo 0 >/sys/kernel/mm/ksm/run
+    out=$(($(vm '^pswpout$') - out)) merged=$(($(vm '^cow_ksm$') - merged)) moved=$(($(vm '^pgmigrate_success$') - moved))
+    [ "$out" -gt 100 ] && [ "$moved" -gt 0 ] || { echo "pages swapped out: $out, merged and written again: $merged, moved: $moved; $(swapon 2>&1 | tail -n 1)"; return 1; }
+}
 # Small programs that start over and over beside one another, while their files leave the cache and come again: each says the same each time. What an access by a wrong base, an entry
 # of an earlier owner's, or a lost register does, shows here first: a locale or a path that is not found, once in some hundred starts.
 case_starts()
@@ -278,7 +294,7 @@ case_starts()
     {
         k=$1 i=0
         shift
-        while [ $i -lt "$(pick 3 150)" ]; do
+        while [ $i -lt "$(pick 2 150)" ]; do
             i=$((i + 1))
             for p; do echo "$p: $(one "$p" "$k")"; done
             [ -z "${SOAK_GUEST:-}" ] || [ "$k$((i % 4))" != 10 ] || echo 1 >/proc/sys/vm/drop_caches
@@ -302,7 +318,7 @@ case_ftrace()
     tracing || return 1
     grep -qw function available_tracers || cannot "no function tracer"
     echo 200 >buffer_size_kb
-    for i in $(seq "$(pick 1 15)"); do
+    for i in $(seq "$(pick 7 15)"); do
         for t in function function_graph nop; do
             echo 0 >tracing_on; echo >trace
             echo $t >current_tracer && echo 1 >tracing_on && load_some; echo 0 >tracing_on

@@ -35,7 +35,7 @@ cp "$here"/module/* "$tools/module"
 cp -r "$top/src" "$tools/source"
 freestanding=(-O1 -g "-ffile-prefix-map=$here/=" -ffreestanding -nostdlib -static -no-pie -fno-pic -fno-stack-protector -fcf-protection=none
     -fno-asynchronous-unwind-tables -Wl,--build-id=none)
-for f in bpf jit pages registers places; do
+for f in bpf jit pages registers places vanish; do
     gcc -std=gnu17 -O1 -Wall -Wextra -static -pthread -o "$tools/$f" "$here/$f.c" || { not_ok "$f.c compiles"; done_testing; }
 done
 gcc -m32 "${freestanding[@]}" -o "$tools/i386" "$here/i386.c" && gcc "${freestanding[@]}" -o "$tools/step" "$here/step.c" ||
@@ -66,6 +66,7 @@ else
 fi
 truncate -s 64M "$tmp/tools.img"
 mke2fs -q -F -t ext4 -O ^has_journal -m 0 -d "$tools" "$tmp/tools.img" || { not_ok "mke2fs"; done_testing; }
+truncate -s 256M "$tmp/swap.img"
 
 # ---- the host's answers ----
 
@@ -95,11 +96,12 @@ guest()                                             # vCPUs, seconds, arguments 
         timeout -k 10 "$2" qemu-system-x86_64 -accel tcg,thread=multi -cpu max -smp "$1" -m 1G -nodefaults -display none -no-reboot -serial stdio \
             -kernel "$dir/vmlinuz" -initrd "$tmp/initrd" -append "$(cat "$dir/cmdline")" \
             -drive "file=$build/soak/root.img,format=raw,if=virtio,readonly=on" -drive "file=$tmp/tools.img,format=raw,if=virtio,readonly=on" \
+            -drive "file=$tmp/swap.img,format=raw,if=virtio" \
             </dev/null 2>"$tmp/err" | tr -d '\r' >"$tmp/out"
         return "${PIPESTATUS[0]}"
     fi
     timeout -k 10 "$2" "$DOPPEL" run --engine "$engine" ${MMU:+--mmu "$MMU"} --quiet --cpus "$1" --memory 1G \
-        --disk "$build/soak/root.img,readonly" --disk "$tmp/tools.img,readonly" --status-file "$tmp/status" -- sh -c "$script" \
+        --disk "$build/soak/root.img,readonly" --disk "$tmp/tools.img,readonly" --disk "$tmp/swap.img" --status-file "$tmp/status" -- sh -c "$script" \
         </dev/null >"$tmp/out" 2>"$tmp/err"
 }
 
