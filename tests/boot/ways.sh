@@ -5,6 +5,7 @@
 guest=${DOPPEL_GUEST:-${BUILD:-$top/build}/guest}
 stream=${BUILD:-$top/build}/boot/stream
 MiB=${SOAK_LONG:+256}; MiB=${MiB:-16}
+memory=${SOAK_LONG:+1G}; memory=${memory:-256M}           # cp puts so much into the guest's, twice
 
 # All in a place where an ordinary user can be: the build may be in a home that others cannot enter.
 user=()
@@ -27,7 +28,7 @@ until_true()                                        # command...
     for i in $(seq $((BOOT_SECONDS * 5))); do "$@" && return; sleep 0.2; done
     return 1
 }
-start() { d run --engine "$ENGINE" --quiet --detach="$BOOT_SECONDS" --memory 256M "$@" </dev/null; }
+start() { d run --engine "$ENGINE" --quiet --detach="$BOOT_SECONDS" --memory $memory "$@" </dev/null; }
 trap 'for n in a b c; do timeout 20 "${user[@]}" "$D" rm $n; done >/dev/null 2>&1; rm -rf "$tmp"' EXIT
 
 # --- names ---
@@ -42,7 +43,7 @@ b" "a b" "$(printf 'n%.0s' {1..64})" ../x; do
     run run --quiet "--name=$n"; is "bad name $(printf %q "$n"): status" "$status" 64
 done
 run ps; is "ps: status" "$status" 0
-like "ps: the VM" "$out" $'\na +[0-9]+ (bt|kvm|interp) +1 +256M running +[0-9]:[0-9]+:[0-9]+ +3 +[0-9]+:80'
+like "ps: the VM" "$out" $'\na +[0-9]+ (bt|kvm|interp) +1 +'$memory' running +[0-9]:[0-9]+:[0-9]+ +3 +[0-9]+:80'
 is "control socket: a line, and its answer" "$(printf 'status\n' | "${user[@]}" timeout 20 "$tmp/stream" unix "$R/a/control" | grep -E '^(name|state)=')" $'name=a\nstate=running'
 d exec a -- true; is "exec: status 0" $? 0
 pid=$(awk '$1=="a"{print $2}' "$tmp/out")
