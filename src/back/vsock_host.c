@@ -1,5 +1,5 @@
 /*
- * Addresses of vsock on this host (vsock_host.h): unix(7). The words of the handshake are those that Firecracker uses ("FROM" is ours).
+ * Addresses of vsock on this host (vsock_host.h): unix(7). The words of the handshake are those that Firecracker uses ("FROM" and "MARKED" are ours).
  *
  * A client that has connected and not yet said whom it wants is a `knock`. There are KNOCKS_MAX of them; then the eldest is turned away,
  * so that silent clients cost nobody else the service. Of what a client sends no more is read than its first line.
@@ -18,6 +18,7 @@
 
 #define KNOCKS_MAX 64
 #define LINE_MAX_BYTES 64                                          /* of the handshake, with its newline */
+#define PATH_LEN 256                                               /* what is cut there is too long for an address as well */
 
 struct knock {
     struct vsock_host *h;
@@ -97,8 +98,8 @@ static bool take_word(const char **p, const char *word)
     return true;
 }
 
-/* "CONNECT PORT" or "CONNECT PORT FROM CID:PORT"; a carriage return at the end is nothing (telnet). */
-static bool parse_connect(const char *p, u32 *cid, u32 *from, u32 *to)
+/* "CONNECT PORT" or "CONNECT PORT FROM CID:PORT", and for messages " MARKED" behind that; a carriage return at the end is nothing (telnet). */
+static bool parse_connect(const char *p, u32 *cid, u32 *from, u32 *to, enum vsock_kind *kind)
 {
     *cid = VSOCK_CID_HOST;
     *from = 0;
@@ -107,6 +108,8 @@ static bool parse_connect(const char *p, u32 *cid, u32 *from, u32 *to)
     if (take_word(&p, " FROM ") &&
         (!take_number(&p, cid) || !take_word(&p, ":") || !take_number(&p, from) || *cid < VSOCK_CID_FIRST || *cid > VSOCK_CID_MAX))
         return false;
+    if (*kind == VSOCK_MESSAGES && take_word(&p, " MARKED"))
+        *kind = VSOCK_MARKED;
     take_word(&p, "\r");
     return !*p;
 }
@@ -133,17 +136,18 @@ static void knock_speaks(void *arg, u32 events UNUSED)
     struct knock *k = arg;
     struct vsock_host *h = k->h;
     char line[LINE_MAX_BYTES];
+    enum vsock_kind kind = k->seq ? VSOCK_MESSAGES : VSOCK_STREAM;
     u32 cid, from, to;
     int n = take_line(k->fd, line, k->seq), fd = k->fd;
 
     if (n == 0)
         return;
-    if (n < 0 || !parse_connect(line, &cid, &from, &to) || !h->ops) {
+    if (n < 0 || !parse_connect(line, &cid, &from, &to, &kind) || !h->ops) {
         knock_refuse(k);
         return;
     }
     knock_forget(k);
-    h->ops->incoming(h->arg, fd, cid, from, to, k->seq);
+    h->ops->incoming(h->arg, fd, cid, from, to, kind);
 }
 
 /* A free place, or that of the eldest. */
@@ -214,32 +218,64 @@ int vsock_host_accepted(int fd, u32 port)
 
 /* --- calls --- */
 
-int vsock_host_call(struct vsock_host *h, u32 cid, u32 from, u32 to, bool seq)
+static int connect_to(const char *path, enum vsock_kind kind)
 {
     struct sockaddr_un address = { .sun_family = AF_UNIX };
-    const size_t size = sizeof(address.sun_path);
-    char line[LINE_MAX_BYTES];
-    int len = -1, fd, error = 0;
+    int fd, error;
 
-    if (cid == VSOCK_CID_HOST)
-        len = snprintf(address.sun_path, size, "%s_%u", h->config.path, to);
-    else if (h->config.peers && cid >= VSOCK_CID_FIRST && cid <= VSOCK_CID_MAX && cid != h->config.cid)
-        len = snprintf(address.sun_path, size, "%s/" VSOCK_PEER_NAME "/" VSOCK_SOCKET_NAME "%s", h->config.peers, cid, seq ? VSOCK_SEQ_SUFFIX : "");
-    if (len < 0 || (size_t)len >= size)
+    if ((size_t)snprintf(address.sun_path, sizeof(address.sun_path), "%s", path) >= sizeof(address.sun_path))
         return -ECONNREFUSED;
-    fd = socket(AF_UNIX, (seq ? SOCK_SEQPACKET : SOCK_STREAM) | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    fd = socket(AF_UNIX, (kind == VSOCK_STREAM ? SOCK_STREAM : SOCK_SEQPACKET) | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (fd < 0)
         return -errno;
-    if (connect(fd, (const struct sockaddr *)&address, sizeof(address)) < 0)
-        error = -errno;
-    if (!error && cid != VSOCK_CID_HOST) {
-        len = snprintf(line, sizeof(line), "CONNECT %u FROM %u:%u\n", to, h->config.cid, from);
-        if (send(fd, line, (size_t)len, MSG_DONTWAIT | MSG_NOSIGNAL) != len)
-            error = -EPIPE;
+    if (connect(fd, (const struct sockaddr *)&address, sizeof(address)) == 0)
+        return fd;
+    error = -errno;
+    close(fd);
+    return error;
+}
+
+/* A program of the host's. */
+static int call_program(struct vsock_host *h, u32 to, enum vsock_kind *kind)
+{
+    char path[PATH_LEN];
+    int fd = -ENOENT;
+
+    if (*kind == VSOCK_MESSAGES) {
+        snprintf(path, sizeof(path), "%s_%u" VSOCK_MARKED_SUFFIX, h->config.path, to);
+        fd = connect_to(path, VSOCK_MARKED);
     }
-    if (error)
-        close(fd);
-    return error ? error : fd;
+    if (fd >= 0) {
+        *kind = VSOCK_MARKED;
+        return fd;
+    }
+    snprintf(path, sizeof(path), "%s_%u", h->config.path, to);
+    return connect_to(path, *kind);
+}
+
+static int call_guest(struct vsock_host *h, u32 cid, u32 from, u32 to, enum vsock_kind *kind)
+{
+    char path[PATH_LEN], line[LINE_MAX_BYTES];
+    int fd, len;
+
+    if (!h->config.peers || cid < VSOCK_CID_FIRST || cid > VSOCK_CID_MAX || cid == h->config.cid)
+        return -ECONNREFUSED;
+    if (*kind == VSOCK_MESSAGES)
+        *kind = VSOCK_MARKED;
+    snprintf(path, sizeof(path), "%s/" VSOCK_PEER_NAME "/" VSOCK_SOCKET_NAME "%s", h->config.peers, cid, *kind == VSOCK_STREAM ? "" : VSOCK_SEQ_SUFFIX);
+    fd = connect_to(path, *kind);
+    if (fd < 0)
+        return fd;
+    len = snprintf(line, sizeof(line), "CONNECT %u FROM %u:%u%s\n", to, h->config.cid, from, *kind == VSOCK_MARKED ? " MARKED" : "");
+    if (send(fd, line, (size_t)len, MSG_DONTWAIT | MSG_NOSIGNAL) == len)
+        return fd;
+    close(fd);
+    return -EPIPE;
+}
+
+int vsock_host_call(struct vsock_host *h, u32 cid, u32 from, u32 to, enum vsock_kind *kind)
+{
+    return cid == VSOCK_CID_HOST ? call_program(h, to, kind) : call_guest(h, cid, from, to, kind);
 }
 
 int vsock_host_answer(int fd, bool seq)

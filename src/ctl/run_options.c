@@ -533,7 +533,8 @@ const struct option run_option_table[] = {
     {"vsock", "PATH",
      "Where the guest's vsock is on this host: a program connects to the Unix socket PATH and sends \"CONNECT PORT\" to reach the guest's port, "
      "and reads \"OK\" and a number; the guest's connections to CID 2, port PORT, arrive at the Unix socket PATH_PORT. Messages instead of streams (SOCK_SEQPACKET) "
-     "come and go by PATH.seq, and by a PATH_PORT of that type. Default: "
+     "come and go by PATH.seq, and by a PATH_PORT of that type; with a byte before each that is 1 for MSG_EOR, otherwise 0, after \"CONNECT PORT MARKED\", and "
+     "at PATH_PORT.marked. Default: "
      "the socket \"vsock\" in the VM's directory.", false, set_vsock},
     {"gdb", "PORT|unix:PATH[,wait][,i386]",
      "Takes a gdb, one at a time, at that port of 127.0.0.1 (where every user of this host can connect) or at a Unix "

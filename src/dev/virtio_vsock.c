@@ -14,10 +14,7 @@
  * Credit (5.10.6.3): towards the guest no more is read from the descriptor than the guest has announced room for. From the guest at most
  * VSOCK_BUF_ALLOC bytes wait for the host's reader; a guest that sends more than that breaks the rules, and its connection is reset.
  *
- * Messages (5.10.6.6.2). From the guest: packets up to the one with VIRTIO_VSOCK_SEQ_EOM wait in the same ring of bytes, whose `ends` has a bit for each byte that ends a message,
- * so that the least messages cost no more memory than the largest; each goes to the host by one send(). To the guest: one message is taken from the socket at a time, whole, and goes in as
- * many packets as the guest's buffers and credit make it. One that is larger than all the room that a side has announced can never be whole there: the connection is reset. Empty
- * messages are left out, since a Unix socket shows one as its end, and so is VIRTIO_VSOCK_SEQ_EOR, which it does not carry.
+ * Messages (5.10.6.6.2): see virtio_vsock_seq.c.
  *
  * What is to be said on a connection is a set of bits, so it cannot grow. Answers to packets that belong to no connection wait in a small
  * ring; while that is full, and the guest offers no buffers, nothing is taken from it (5.10.6.1.1).
@@ -82,9 +79,9 @@ static void answer_reset(struct virtio_vsock *v, const struct vsock_address *at,
 
 static void guest_calls(struct virtio_vsock *v, const struct vsock_address *at, const struct virtio_vsock_hdr *h)
 {
-    bool seq = h->type == VIRTIO_VSOCK_TYPE_SEQPACKET;
-    int fd = v->conns < VSOCK_CONNS_MAX ? vsock_host_call(v->host, at->cid, at->guest_port, at->port, seq) : -EMFILE;
-    struct vsock_conn *c = fd >= 0 ? vsock_conn_new(v, at, fd, at->cid == VSOCK_CID_HOST ? OPEN : CALLED_BY_GUEST, seq) : NULL;
+    enum vsock_kind kind = h->type == VIRTIO_VSOCK_TYPE_SEQPACKET ? VSOCK_MESSAGES : VSOCK_STREAM;
+    int fd = v->conns < VSOCK_CONNS_MAX ? vsock_host_call(v->host, at->cid, at->guest_port, at->port, &kind) : -EMFILE;
+    struct vsock_conn *c = fd >= 0 ? vsock_conn_new(v, at, fd, at->cid == VSOCK_CID_HOST ? OPEN : CALLED_BY_GUEST, kind) : NULL;
 
     if (!c) {
         answer_reset(v, at, h->type);
@@ -143,7 +140,7 @@ static void conn_packet(struct vsock_conn *c, const struct virtio_vsock_hdr *h, 
     case VIRTIO_VSOCK_OP_RST: guest_resets(c); return;
     default: vsock_finish(c);                                      /* a second REQUEST, or nothing that there is */
     }
-    if (c->state == OPEN && c->stuck && vsock_credit(c)) {
+    if (c->state == OPEN && c->stuck && vsock_may_go_on(c)) {
         c->stuck = false;
         vsock_to_guest(c);
     }

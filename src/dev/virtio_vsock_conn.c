@@ -50,7 +50,7 @@ void vsock_conn_requeue(struct vsock_conn *c)
     list_add(c);
 }
 
-struct vsock_conn *vsock_conn_new(struct virtio_vsock *v, const struct vsock_address *at, int fd, enum vsock_conn_state state, bool seq)
+struct vsock_conn *vsock_conn_new(struct virtio_vsock *v, const struct vsock_address *at, int fd, enum vsock_conn_state state, enum vsock_kind kind)
 {
     struct vsock_conn *c = v->conns < VSOCK_CONNS_MAX ? calloc(1, sizeof(*c)) : NULL;
 
@@ -59,12 +59,14 @@ struct vsock_conn *vsock_conn_new(struct virtio_vsock *v, const struct vsock_add
         vsock_host_closed(v->host);
         return NULL;
     }
-    *c = (struct vsock_conn){ .v = v, .at = *at, .fd = fd, .state = state, .seq = seq, .hash_next = *bucket_of(v, at) };
+    *c = (struct vsock_conn){ .v = v, .at = *at, .fd = fd, .state = state, .seq = kind != VSOCK_STREAM, .marked = kind == VSOCK_MARKED, .hash_next = *bucket_of(v, at) };
     *bucket_of(v, at) = c;
     list_add(c);
     v->conns++;
-    if (seq)                                                       /* a message goes at once, or not at all (unix(7)) */
-        setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &(int){ VSOCK_BUF_ALLOC }, sizeof(int));
+    if (c->seq) {
+        setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &(int){ VSOCK_BUF_ALLOC }, sizeof(int)); /* a message goes at once, or not at all (unix(7)) */
+        setsockopt(fd, SOL_SOCKET, SO_TIMESTAMP, &(int){ 1 }, sizeof(int)); /* tells an empty one from the end */
+    }
     return c;
 }
 
@@ -110,7 +112,7 @@ void vsock_finish(struct vsock_conn *c)
 {
     close_fd(c);
     c->state = CLOSING;
-    c->len = c->whole = 0;
+    vsock_forget(c);
     c->say = 0;
     vsock_say(c, SAY_RST);
 }
@@ -305,7 +307,7 @@ static u32 free_port(struct virtio_vsock *v, u32 guest_port)
     return at.port;
 }
 
-void vsock_incoming(void *arg, int fd, u32 cid, u32 from, u32 to, bool seq)
+void vsock_incoming(void *arg, int fd, u32 cid, u32 from, u32 to, enum vsock_kind kind)
 {
     struct virtio_vsock *v = arg;
     struct vsock_conn *c = NULL;
@@ -313,8 +315,8 @@ void vsock_incoming(void *arg, int fd, u32 cid, u32 from, u32 to, bool seq)
     vsock_lock(v);
     struct vsock_address at = { .cid = cid, .port = cid == VSOCK_CID_HOST ? free_port(v, to) : from, .guest_port = to };
 
-    if (virtio_running(&v->virtio) && (!seq || virtio_has(&v->virtio, VIRTIO_VSOCK_F_SEQPACKET)) && !vsock_conn_find(v, &at)) {
-        c = vsock_conn_new(v, &at, fd, CALLED_BY_HOST, seq);
+    if (virtio_running(&v->virtio) && (kind == VSOCK_STREAM || virtio_has(&v->virtio, VIRTIO_VSOCK_F_SEQPACKET)) && !vsock_conn_find(v, &at)) {
+        c = vsock_conn_new(v, &at, fd, CALLED_BY_HOST, kind);
     } else {
         close(fd);
         vsock_host_closed(v->host);

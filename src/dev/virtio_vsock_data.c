@@ -17,6 +17,11 @@ u32 vsock_credit(const struct vsock_conn *c)
     return unread >= c->guest_alloc ? 0 : c->guest_alloc - unread;
 }
 
+bool vsock_may_go_on(const struct vsock_conn *c)
+{
+    return vsock_credit(c) || (c->message && c->message_at == c->message_len);
+}
+
 /* The host's side sends no more: at its end, or by an error, which the guest learns as a reset. */
 void vsock_host_ends(struct vsock_conn *c, ssize_t n)
 {
@@ -83,7 +88,7 @@ void vsock_feed_stuck(struct virtio_vsock *v)
     for (unsigned n = v->conns; n && c && !v->starved; n--) {
         struct vsock_conn *next = c->next;
 
-        if (c->state == OPEN && c->stuck && vsock_credit(c)) {
+        if (c->state == OPEN && c->stuck && vsock_may_go_on(c)) {
             c->stuck = false;
             vsock_to_guest(c);
             vsock_rewatch(c);
@@ -95,11 +100,16 @@ void vsock_feed_stuck(struct virtio_vsock *v)
 
 /* --- data from the guest --- */
 
+void vsock_forget(struct vsock_conn *c)
+{
+    c->len = c->whole = c->empty = 0;
+}
+
 /* Nobody on the host reads any more. What still comes is counted and dropped. */
 void vsock_host_deaf(struct vsock_conn *c)
 {
-    c->forwarded += c->len;
-    c->len = c->whole = 0;
+    c->forwarded += c->len - c->empty;
+    vsock_forget(c);
     c->write_ended = true;
     vsock_tell_shut(c, VIRTIO_VSOCK_SHUTDOWN_RCV);
 }
@@ -138,7 +148,7 @@ void vsock_flush(struct vsock_conn *c)
         return;
     }
     while (c->len) {
-        ssize_t n = send(c->fd, c->buf + c->head, MIN((u64)c->len, VSOCK_BUF_ALLOC - c->head), MSG_DONTWAIT | MSG_NOSIGNAL);
+        ssize_t n = send(c->fd, c->buf + c->head, MIN(c->len, VSOCK_RING - c->head), MSG_DONTWAIT | MSG_NOSIGNAL);
 
         if (n < 0 && (errno == EAGAIN || errno == EINTR))
             break;
@@ -146,7 +156,7 @@ void vsock_flush(struct vsock_conn *c)
             vsock_host_deaf(c);
             break;
         }
-        c->head = (u32)((c->head + (u32)n) % VSOCK_BUF_ALLOC);
+        c->head = (c->head + (u32)n) % VSOCK_RING;
         c->len -= (u32)n;
         vsock_forward(c, (u32)n);
     }
@@ -156,14 +166,14 @@ void vsock_flush(struct vsock_conn *c)
 bool vsock_keep(struct vsock_conn *c, struct virtq_chain *chain, u32 len)
 {
     if (!c->buf)
-        c->buf = malloc(VSOCK_BUF_ALLOC);
+        c->buf = malloc(VSOCK_RING);
     if (c->seq && !c->ends)
-        c->ends = calloc(VSOCK_BUF_ALLOC / 64, sizeof(*c->ends));
+        c->ends = calloc(1, sizeof(*c->ends));
     if (!c->buf || (c->seq && !c->ends))
         return false;
     while (len) {
-        u32 at = (u32)((c->head + c->len) % VSOCK_BUF_ALLOC);
-        u32 n = (u32)virtq_read(chain, c->buf + at, MIN((u64)len, VSOCK_BUF_ALLOC - at));
+        u32 at = (c->head + c->len) % VSOCK_RING;
+        u32 n = (u32)virtq_read(chain, c->buf + at, MIN(len, VSOCK_RING - at));
 
         c->len += n;
         len -= n;
@@ -196,12 +206,12 @@ static u32 send_pieces(struct vsock_conn *c, struct virtq_chain *chain, u32 len)
 
 void vsock_guest_data(struct vsock_conn *c, struct virtq_chain *chain, u32 len, u32 flags)
 {
-    if (c->state != OPEN || (c->guest_shut & VIRTIO_VSOCK_SHUTDOWN_SEND) || len > VSOCK_BUF_ALLOC - c->len) {
+    if (c->state != OPEN || (c->guest_shut & VIRTIO_VSOCK_SHUTDOWN_SEND) || len > VSOCK_BUF_ALLOC - (c->len - c->empty)) {
         vsock_finish(c);
         return;
     }
     if (c->seq) {
-        vsock_guest_message(c, chain, len, flags & VIRTIO_VSOCK_SEQ_EOM);
+        vsock_guest_message(c, chain, len, flags);
         return;
     }
     if (len && !c->len && !c->write_ended)

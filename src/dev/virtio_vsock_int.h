@@ -16,6 +16,8 @@
 #define VSOCK_CONNS_MAX 1024
 #define VSOCK_BUCKETS 256
 #define VSOCK_BUF_ALLOC (256 * KiB)
+#define VSOCK_EMPTY_MAX 4096u                                      /* messages without bytes that wait for the host */
+#define VSOCK_RING ((u32)VSOCK_BUF_ALLOC + VSOCK_EMPTY_MAX)        /* bytes of a connection that wait for the host, and empty messages */
 #define VSOCK_TELL_AFTER (64 * KiB)                                /* forwarded bytes that the guest has not been told of */
 #define VSOCK_PIECE_MAX (64 * KiB)
 #define VSOCK_RESETS_MAX 64
@@ -29,12 +31,19 @@ struct vsock_address {
     u32 cid, port, guest_port;                                     /* the other side's, and the guest's port */
 };
 
+/* Bits for a ring's bytes. */
+struct vsock_ends {
+    u64 end[VSOCK_RING / 64];                                      /* the last of a message */
+    u64 eor[VSOCK_RING / 64];                                      /* which had VIRTIO_VSOCK_SEQ_EOR */
+    u64 empty[VSOCK_RING / 64];                                    /* no data: an empty message */
+};
+
 struct vsock_conn {
     struct virtio_vsock *v;
     struct vsock_conn *hash_next, *prev, *next;
     struct vsock_address at;
     enum vsock_conn_state state;
-    bool seq;                                                      /* messages */
+    bool seq, marked;                                              /* messages; with a mark before each of the host's */
     u8 say;
     int fd;                                                        /* -1: closed */
     struct loop_fd watch;
@@ -46,12 +55,12 @@ struct vsock_conn {
     bool host_ended, host_gone;                                    /* the host's side sends no more; is not there any more */
     u8 shut;                                                       /* VIRTIO_VSOCK_SHUTDOWN_* that the guest was or is to be told */
     u8 *message;                                                   /* taken from the host, and not all with the guest: message[message_at, message_len) */
-    u32 message_at, message_len;
+    u32 message_at, message_len, message_flags;                    /* the last: of its last packet */
     /* from the guest */
-    u8 *buf;                                                       /* a ring of BUF_ALLOC bytes, once it is needed */
+    u8 *buf;                                                       /* a ring of VSOCK_RING bytes, once it is needed */
     u32 head, len;
-    u64 *ends;                                                     /* of messages: bits for its bytes */
-    u32 whole;                                                     /* messages, so many bits */
+    struct vsock_ends *ends;                                       /* of messages */
+    u32 whole, empty;                                              /* messages with their ends in it, and those of them that are no bytes */
     u32 forwarded, told;                                           /* bytes that the host has taken; as the guest knows */
     u8 guest_shut;
     bool write_ended;                                              /* the end of the guest's data was passed on, or nobody wants it */
@@ -93,7 +102,7 @@ void vsock_post(struct virtio_vsock *v);                           /* any thread
 /* virtio_vsock_conn.c */
 struct vsock_conn *vsock_conn_find(struct virtio_vsock *v, const struct vsock_address *at);
 /* NULL: too many, or no memory. fd is the connection's from now on, also then. */
-struct vsock_conn *vsock_conn_new(struct virtio_vsock *v, const struct vsock_address *at, int fd, enum vsock_conn_state state, bool seq);
+struct vsock_conn *vsock_conn_new(struct virtio_vsock *v, const struct vsock_address *at, int fd, enum vsock_conn_state state, enum vsock_kind kind);
 void vsock_conn_unhash(struct vsock_conn *c);                      /* the guest may use its address anew */
 void vsock_conn_requeue(struct vsock_conn *c);                     /* behind all others */
 void vsock_conn_free(struct vsock_conn *c);
@@ -109,10 +118,12 @@ bool vsock_take_buffer(struct virtio_vsock *v, u32 len);
 void vsock_put_packet(struct vsock_conn *c, u16 op, u32 flags, const void *data, u32 len); /* into that buffer */
 bool vsock_say_one(struct vsock_conn *c, u8 what);                 /* false: the guest has no buffers left */
 bool vsock_say_all(struct virtio_vsock *v);
-void vsock_incoming(void *arg, int fd, u32 cid, u32 from, u32 to, bool seq); /* of struct vsock_host_ops; takes the lock */
+void vsock_incoming(void *arg, int fd, u32 cid, u32 from, u32 to, enum vsock_kind kind); /* of struct vsock_host_ops; takes the lock */
 
 /* virtio_vsock_data.c */
 u32 vsock_credit(const struct vsock_conn *c);                      /* bytes that the guest has room for */
+bool vsock_may_go_on(const struct vsock_conn *c);                  /* has it credit, or does it need none? */
+void vsock_forget(struct vsock_conn *c);                           /* what waits for the host */
 /* Room and a buffer: how many bytes go into the latter. 0: there is none now. */
 u32 vsock_take_room(struct vsock_conn *c);
 void vsock_host_ends(struct vsock_conn *c, ssize_t n);
@@ -129,4 +140,4 @@ void vsock_guest_data(struct vsock_conn *c, struct virtq_chain *chain, u32 len, 
 /* virtio_vsock_seq.c */
 bool vsock_read_message(struct vsock_conn *c);                     /* a packet of a message; false: nothing more to be done now */
 void vsock_flush_messages(struct vsock_conn *c);
-void vsock_guest_message(struct vsock_conn *c, struct virtq_chain *chain, u32 len, bool end);
+void vsock_guest_message(struct vsock_conn *c, struct virtq_chain *chain, u32 len, u32 flags);

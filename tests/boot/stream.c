@@ -6,7 +6,9 @@
  *   stream ... echo                              gives back what comes, until its end (listeners go on with the next one)
  *   stream ... ping COUNT BYTES                  so many round trips; prints the microseconds of one
  *   stream seq-...                               the same with messages (SOCK_SEQPACKET) instead of a stream
- *   stream ... messages COUNT BYTES              sends so many, of up to so many bytes, four at a time; each has to come back as it was; prints the count
+ *   stream marked-unix PATH PORT                 the same with marks (back/vsock_host.h); echo at a PATH_PORT.marked needs not know of them
+ *   stream ... messages COUNT BYTES [eor]        sends so many, of up to so many bytes, four at a time; each has to come back as it was; prints the count;
+ *                                                with eor every third has MSG_EOR, which has to come back, too
  *   stream ... pour BYTES | drink                sends so many bytes, reads to the end; prints MiB a second
  */
 #define _GNU_SOURCE
@@ -16,6 +18,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/uio.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -24,6 +27,7 @@
 #include <linux/vm_sockets.h>
 
 static char buf[262144];
+static int marked, seq;
 
 static void die(const char *what)
 {
@@ -51,7 +55,7 @@ static void put(int fd, const char *p, size_t len)
 
 static int socket_at(const char *kind, char **argv, int *used)
 {
-    int type = !strncmp(kind, "seq-", 4) ? SOCK_SEQPACKET : SOCK_STREAM;
+    int type = seq ? SOCK_SEQPACKET : SOCK_STREAM;
     struct sockaddr_un u = { .sun_family = AF_UNIX };
     struct sockaddr_vm v = { .svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_ANY };
     int is_unix = strstr(kind, "unix") != NULL, listens = strstr(kind, "listen") != NULL;
@@ -72,7 +76,7 @@ static int socket_at(const char *kind, char **argv, int *used)
     if (fd < 0 || (listens ? bind(fd, a, len) || listen(fd, 64) : connect(fd, a, len)))
         die(kind);
     if (is_unix && !listens && argv[1] && argv[1][0] >= '0' && argv[1][0] <= '9') {
-        dprintf(fd, "CONNECT %s\n", argv[1]);
+        dprintf(fd, "CONNECT %s%s\n", argv[1], marked ? " MARKED" : "");
         *used = 2;
         for (char c = 0; type == SOCK_STREAM && c != '\n';)
             if (read(fd, &c, 1) != 1)
@@ -83,10 +87,33 @@ static int socket_at(const char *kind, char **argv, int *used)
     return fd;
 }
 
+/* As recv() and send(); *eor: MSG_EOR, where a mark says it, by that. */
+static ssize_t take(int fd, char *p, size_t size, int *eor)
+{
+    char mark = 0;
+    struct iovec v[2] = { { &mark, 1 }, { p, size } };
+    struct msghdr m = { .msg_iov = v + !marked, .msg_iovlen = 1 + marked };
+    ssize_t n = recvmsg(fd, &m, 0);
+    *eor = marked ? mark : (m.msg_flags & MSG_EOR) != 0;
+    return n - marked;
+}
+
+static ssize_t give(int fd, char *p, size_t size, int eor)
+{
+    char mark = eor;
+    struct iovec v[2] = { { &mark, 1 }, { p, size } };
+    struct msghdr m = { .msg_iov = v + !marked, .msg_iovlen = 1 + marked };
+    return sendmsg(fd, &m, !marked && eor ? MSG_EOR : 0) - marked;
+}
+
 static void echo(int fd)
 {
     ssize_t n;
-    while ((n = read(fd, buf, sizeof buf)) > 0)
+    int eor;
+    while (seq && (n = take(fd, buf, sizeof buf, &eor)) > 0)
+        if (give(fd, buf, n, eor) != n)
+            die("send");
+    while (!seq && (n = read(fd, buf, sizeof buf)) > 0)
         put(fd, buf, n);
     close(fd);
 }
@@ -115,20 +142,21 @@ static size_t message(int i, size_t most)
     return size;
 }
 
-static void messages(int fd, int count, size_t most)
+static void messages(int fd, int count, size_t most, int eors)
 {
     static char got[sizeof buf];
+    int eor;
 
     for (int i = 0, back = 0; back < count;) {
         for (; i < count && i < back + 4; i++) {
             size_t size = message(i, most);
-            if (write(fd, buf, size) != (ssize_t)size)
-                die("write");
+            if (give(fd, buf, size, eors && i % 3 == 2) != (ssize_t)size)
+                die("send");
         }
         size_t size = message(back, most);
-        ssize_t n = read(fd, got, sizeof got);
-        if (n != (ssize_t)size || memcmp(got, buf, size)) {
-            printf("message %d of %zu bytes came as %zd\n", back, size, n);
+        ssize_t n = take(fd, got, sizeof got, &eor);
+        if (n != (ssize_t)size || memcmp(got, buf, size) || eor != (eors && back % 3 == 2)) {
+            printf("message %d of %zu bytes came as %zd, MSG_EOR %d\n", back, size, n, eor);
             exit(1);
         }
         back++;
@@ -187,6 +215,8 @@ int main(int argc, char **argv)
     if (argc < 3)
         return 64;
     listens = strstr(argv[1], "listen") != NULL;
+    marked = !strncmp(argv[1], "marked-", 7);
+    seq = marked || !strncmp(argv[1], "seq-", 4);
     fd = socket_at(argv[1], argv + 2, &used);
     argv += 2 + used;
     do {
@@ -202,7 +232,7 @@ int main(int argc, char **argv)
         else if (!strcmp(*argv, "ping"))
             ping(c, atoi(argv[1]), atoi(argv[2]));
         else if (!strcmp(*argv, "messages"))
-            messages(c, atoi(argv[1]), strtoul(argv[2], NULL, 10));
+            messages(c, atoi(argv[1]), strtoul(argv[2], NULL, 10), argv[3] != NULL);
         else if (!strcmp(*argv, "pour"))
             pour(c, strtoull(argv[1], NULL, 10));
         else

@@ -171,11 +171,18 @@ until_true seq_connects; is "messages: the host calls the guest" "$(host seq-uni
 host seq-unix-listen "$R/a/vsock_79" echo </dev/null & job=$!
 listens() { [ -S "$R/a/vsock_79" ]; }
 until_true listens
+is "messages: with MSG_EOR to a guest, by marks" "$(host marked-unix "$R/a/vsock.seq" 5010 messages 100 10000 eor)" 100
 is "messages: the guest calls the host" "$(d exec a -- stream seq-call 2 79 messages $((MiB * 40)) 60000 </dev/null)" $((MiB * 40))
+host seq-unix-listen "$R/a/vsock_80.marked" echo </dev/null & marked_job=$!
+listens() { [ -S "$R/a/vsock_80.marked" ]; }
+until_true listens
+is "messages: with MSG_EOR from a guest, by marks" "$(d exec a -- stream seq-call 2 80 messages 100 10000 eor </dev/null)" 100
+like "messages: without marks MSG_EOR is lost" "$(d exec a -- stream seq-call 2 79 messages 100 10000 eor </dev/null)" 'message 2 of .* MSG_EOR 0'
+kill $marked_job; wait $marked_job 2>/dev/null
 like "messages: not to a stream's port" "$(d exec a -- stream call 2 79 ping 1 1 </dev/null 2>&1)" 'reset|refused'
 like "messages: not to a stream's port of the guest's" "$(host seq-unix "$R/a/vsock.seq" 5000 messages 1 1 2>&1)" refused
 kill $job; wait $job 2>/dev/null
-is "messages: between guests" "$(d exec b -- stream seq-call 3 5010 messages $((MiB * 40)) 60000 </dev/null)" $((MiB * 40))
+is "messages: between guests" "$(d exec b -- stream seq-call 3 5010 messages $((MiB * 40)) 60000 eor </dev/null)" $((MiB * 40))
 d exec b -- sh -c 'stream seq-listen 6010 echo </dev/null >/dev/null 2>&1 &' </dev/null
 seq_back() { [ "$(d exec a -- stream seq-call 4 6010 messages 10 1000 </dev/null 2>/dev/null)" = 10 ]; }
 until_true seq_back; is "messages: between guests, the other way, by --vsock PATH" $? 0

@@ -9,6 +9,7 @@
 
 #include "dev/virtio_console.h"
 #include "virtio_guest.h"
+#include "turns.h"
 
 #define DEV 5
 #define PORTS 3
@@ -80,18 +81,9 @@ static void room(void *arg)
 
 static const struct vport_ops ops = { .guest_data = guest_data, .guest_open = guest_open, .room = room };
 
-static void stop(void *arg)
-{
-    loop_stop(arg);
-}
-
-/* Lets the loop do what is posted, and what that posts. */
 static void turn(void)
 {
-    for (int i = 0; i < 8; i++) {
-        loop_post(loop, stop, loop);
-        assert_int_equal(loop_run(loop), 0);
-    }
+    turns(loop, 8);
 }
 
 static int setup(void **state UNUSED)

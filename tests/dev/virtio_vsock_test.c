@@ -16,6 +16,7 @@
 
 #include "dev/virtio_vsock.h"
 #include "virtio_guest.h"
+#include "turns.h"
 
 #define DEV 5
 #define QUEUE 64
@@ -42,18 +43,9 @@ static u64 packed;                                                 /* the featur
 static struct virtio_vsock_hdr hdr;
 static u8 data[BUFFER];
 
-static void stop(void *arg)
-{
-    loop_stop(arg);
-}
-
-/* Lets the loop do what is posted, and what that posts, and see to descriptors. */
 static void turn(void)
 {
-    for (int i = 0; i < 8; i++) {
-        loop_post(loop, stop, loop);
-        assert_int_equal(loop_run(loop), 0);
-    }
+    turns(loop, 8);
 }
 
 static void open_device(void)
@@ -164,12 +156,18 @@ static void packet(struct virtio_vsock_hdr h, const void *bytes, u32 len)
     assert_true(gq_used(&d.q[TX], &id, &used));
 }
 
-static void rw(u32 port, const void *bytes, u32 len)
+static void rw_flags(u32 port, const void *bytes, u32 len, u32 flags)
 {
     struct virtio_vsock_hdr h = to(VSOCK_CID_HOST, port, VIRTIO_VSOCK_OP_RW);
 
     h.len = len;
+    h.flags = flags;
     packet(h, bytes, len);
+}
+
+static void rw(u32 port, const void *bytes, u32 len)
+{
+    rw_flags(port, bytes, len, 0);
 }
 
 /* --- the host --- */
@@ -299,7 +297,7 @@ static void test_nonsense(void **state UNUSED)
 {
     static const char *const words[] = {
         "\n", "GET / HTTP/1.0\r\n", "CONNECT\n", "CONNECT x\n", "CONNECT 4294967296\n", "CONNECT 99999999999\n", "CONNECT 1 2\n",
-        "CONNECT 1 FROM 2:1\n", "CONNECT 1 FROM 3\n", "CONNECT 1 FROM 3:\n", "CONNECT -1\n",
+        "CONNECT 1 FROM 2:1\n", "CONNECT 1 FROM 3\n", "CONNECT 1 FROM 3:\n", "CONNECT -1\n", "CONNECT 1 MARKED\n",
         "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx",
     };
     int fd;
@@ -493,7 +491,7 @@ static void test_credit_of_host(void **state UNUSED)
 }
 
 /* It closes at once after its last byte: the host still gets them all, though the guest does not wait. */
-static void test_last_bytes(void **state UNUSED)
+static void last_bytes(bool messages)
 {
     struct virtio_vsock_hdr h;
     static u8 block[8192], back[65536];
@@ -501,20 +499,27 @@ static void test_last_bytes(void **state UNUSED)
     ssize_t n;
     int fd;
 
-    start_with(16);
     fd = connected(&port);
     for (; sent < 240 * KiB; sent += sizeof(block))
-        rw(port, block, sizeof(block));
+        rw_flags(port, block, sizeof(block), messages ? VIRTIO_VSOCK_SEQ_EOM : 0);
+    if (messages)
+        rw_flags(port, block, sizeof(block), 0);                   /* half a message is none */
     h = to(VSOCK_CID_HOST, port, VIRTIO_VSOCK_OP_SHUTDOWN);
     h.flags = 3;
     packet(h, NULL, 0);
     packet(to(VSOCK_CID_HOST, port, VIRTIO_VSOCK_OP_RST), NULL, 0);
-    while (turn(), (n = recv(fd, back, sizeof(back), MSG_DONTWAIT)) > 0)
-        got += (u32)n;
+    for (; turn(), (n = recv(fd, back, sizeof(back), MSG_DONTWAIT)) > 0; got += (u32)n)
+        assert_true(!messages || n == sizeof(block));
     assert_int_equal(n, 0);
     assert_int_equal(got, sent);
     assert_int_equal(virtio_vsock_conns(vsock), 0);
     close(fd);
+}
+
+static void test_last_bytes(void **state UNUSED)
+{
+    start_with(16);
+    last_bytes(false);
 }
 
 static void test_other_guests(void **state UNUSED)
@@ -766,15 +771,6 @@ static void start_messages(void)
     type = VIRTIO_VSOCK_TYPE_SEQPACKET;
 }
 
-static void rw_flags(u32 port, const void *bytes, u32 len, u32 flags)
-{
-    struct virtio_vsock_hdr h = to(VSOCK_CID_HOST, port, VIRTIO_VSOCK_OP_RW);
-
-    h.len = len;
-    h.flags = flags;
-    packet(h, bytes, len);
-}
-
 static void expect_end(u32 port, u32 len, bool end)
 {
     expect(VIRTIO_VSOCK_OP_RW, port);
@@ -795,11 +791,12 @@ static void test_messages_from_host(void **state UNUSED)
     for (u32 i = 0; i < sizeof(large); i++)
         large[i] = (u8)(i * 11 >> 3);
     send(fd, "first", 5, 0);
-    send(fd, "", 0, 0);                                            /* is left out, and is no end */
+    send(fd, "", 0, 0);                                            /* is no end */
     send(fd, large, sizeof(large), 0);
     send(fd, large, room, 0);                                      /* just one buffer */
     send(fd, "x", 1, 0);
     expect_end(port, 5, true);
+    expect_end(port, 0, true);
     for (u32 n = 0; n < 4; n++) {
         expect_end(port, n < 3 ? room : 7, n == 3);
         assert_memory_equal(data, large + sum, hdr.len);
@@ -807,9 +804,18 @@ static void test_messages_from_host(void **state UNUSED)
     }
     expect_end(port, room, true);
     expect_end(port, 1, true);
+    for (u32 n = 0; n < 2 * QUEUE; n++) {                          /* of each message no more than one buffer */
+        send(fd, &(u8){ (u8)n }, 1, 0);
+        expect_end(port, 1, true);
+        assert_int_equal(data[0], (u8)n);
+    }
     send(fd, "last", 4, 0);
-    close(fd);
+    send(fd, "", 0, 0);
+    send(fd, "", 0, 0);
+    close(fd);                                                     /* this is */
     expect_end(port, 4, true);
+    expect_end(port, 0, true);
+    expect_end(port, 0, true);
     expect(VIRTIO_VSOCK_OP_SHUTDOWN, port);
     packet(to(VSOCK_CID_HOST, port, VIRTIO_VSOCK_OP_RST), NULL, 0);
     assert_int_equal(virtio_vsock_conns(vsock), 0);
@@ -844,6 +850,12 @@ static void test_messages_credit(void **state UNUSED)
     expect_end(port, 15, true);
     assert_memory_equal(data, text + 5, 15);
     h.fwd_cnt = 35;
+    packet(h, NULL, 0);
+    send(fd, text, 20, 0);
+    send(fd, "", 0, 0);
+    expect_end(port, 20, true);
+    expect_end(port, 0, true);                                     /* needs no credit */
+    h.fwd_cnt = 55;
     packet(h, NULL, 0);
     send(fd, text, 21, 0);
     expect(VIRTIO_VSOCK_OP_RST, port);
@@ -880,6 +892,7 @@ static void test_messages_from_guest(void **state UNUSED)
     rw_flags(52, "g", 1, VIRTIO_VSOCK_SEQ_EOM);
     rw_flags(52, "never", 5, 0);
     expect_text(fd, "abcd");
+    expect_text(fd, "");
     expect_text(fd, "ef");
     expect_text(fd, "g");
     h = to(VSOCK_CID_HOST, 52, VIRTIO_VSOCK_OP_SHUTDOWN);
@@ -935,29 +948,97 @@ static void test_messages_wait(void **state UNUSED)
     close(fd);
 }
 
-static void test_messages_last(void **state UNUSED)
+/* Each with a byte before it on the host's side: MSG_EOR passes. What has no mark, or none that there is, ends the connection. */
+static void test_messages_marked(void **state UNUSED)
 {
-    struct virtio_vsock_hdr h;
-    static u8 block[8192], back[65536];
-    u32 port, sent = 0, got = 0;
-    ssize_t n;
+    static const struct { const char *bytes; u32 len; } bad[] = { { "\2x", 2 }, { "", 0 }, { "\xff", 1 } };
+    char where[96], got[16];
+    u32 port;
+    int l, fd;
+
+    start_messages();
+    fd = client("CONNECT 1234 MARKED\n");
+    assert_true(got_packet());
+    port = hdr.src_port;
+    packet(to(VSOCK_CID_HOST, port, VIRTIO_VSOCK_OP_RESPONSE), NULL, 0);
+    assert_true(recv(fd, got, sizeof(got), MSG_DONTWAIT) > 3);
+    send(fd, "\0ab", 3, 0);
+    send(fd, "\1cd", 3, 0);
+    send(fd, "\0", 1, 0);
+    send(fd, "\1", 1, 0);
+    for (u32 i = 0; i < 4; i++) {
+        expect(VIRTIO_VSOCK_OP_RW, port);
+        assert_int_equal(hdr.len, i < 2 ? 2 : 0);
+        assert_memory_equal(data, i ? "cd" : "ab", hdr.len);
+        assert_int_equal(hdr.flags, i & 1 ? VIRTIO_VSOCK_SEQ_EOM | VIRTIO_VSOCK_SEQ_EOR : VIRTIO_VSOCK_SEQ_EOM);
+    }
+    close(fd);
+    turn();
+    packet(to(VSOCK_CID_HOST, port, VIRTIO_VSOCK_OP_RST), NULL, 0);
+    while (got_packet())
+        ;
+    for (u32 i = 0; i < ARRAY_SIZE(bad); i++) {
+        fd = client("CONNECT 1234 MARKED\n");
+        assert_true(got_packet());
+        packet(to(VSOCK_CID_HOST, hdr.src_port, VIRTIO_VSOCK_OP_RESPONSE), NULL, 0);
+        assert_true(recv(fd, got, sizeof(got), MSG_DONTWAIT) > 3);
+        send(fd, bad[i].bytes, bad[i].len, 0);
+        expect(VIRTIO_VSOCK_OP_RST, hdr.src_port);
+        assert_true(hung_up(fd));
+        close(fd);
+    }
+
+    snprintf(where, sizeof(where), "%s_52.marked", path);
+    l = listen_at(where);
+    packet(to(VSOCK_CID_HOST, 52, VIRTIO_VSOCK_OP_REQUEST), NULL, 0);
+    fd = accept(l, NULL, NULL);
+    assert_true(fd >= 0);
+    expect(VIRTIO_VSOCK_OP_RESPONSE, 52);
+    rw_flags(52, "a", 1, VIRTIO_VSOCK_SEQ_EOR);                    /* says nothing before the end */
+    rw_flags(52, "b", 1, VIRTIO_VSOCK_SEQ_EOM);
+    rw_flags(52, "c", 1, VIRTIO_VSOCK_SEQ_EOM | VIRTIO_VSOCK_SEQ_EOR);
+    rw_flags(52, "", 0, VIRTIO_VSOCK_SEQ_EOM | VIRTIO_VSOCK_SEQ_EOR);
+    rw_flags(52, "", 0, VIRTIO_VSOCK_SEQ_EOM);
+    rw_flags(52, "d", 1, VIRTIO_VSOCK_SEQ_EOM);
+    for (u32 i = 0; i < 5; i++) {
+        static const struct { const char *bytes; u32 len; } want[] = { { "\0ab", 3 }, { "\1c", 2 }, { "\1", 1 }, { "\0", 1 }, { "\0d", 2 } };
+
+        assert_int_equal(recv(fd, got, sizeof(got), MSG_DONTWAIT), want[i].len);
+        assert_memory_equal(got, want[i].bytes, want[i].len);
+    }
+    close(fd);
+    close(l);
+}
+
+/* Empty messages cost no credit: they wait in their order while the host does not read, but not for ever. */
+static void test_messages_empty(void **state UNUSED)
+{
+    u32 port, n = 0, got = 0;
+    char back[16];
+    ssize_t r;
     int fd;
 
     start_messages();
     fd = connected(&port);
-    for (; sent < 240 * KiB; sent += sizeof(block))
-        rw_flags(port, block, sizeof(block), VIRTIO_VSOCK_SEQ_EOM);
-    rw_flags(port, block, sizeof(block), 0);
-    h = to(VSOCK_CID_HOST, port, VIRTIO_VSOCK_OP_SHUTDOWN);
-    h.flags = 3;
-    packet(h, NULL, 0);
-    packet(to(VSOCK_CID_HOST, port, VIRTIO_VSOCK_OP_RST), NULL, 0);
-    for (; turn(), (n = recv(fd, back, sizeof(back), MSG_DONTWAIT)) > 0; got += (u32)n)
-        assert_int_equal(n, sizeof(block));
-    assert_int_equal(n, 0);
-    assert_int_equal(got, sent);
-    assert_int_equal(virtio_vsock_conns(vsock), 0);
+    for (; n < 3000; n++)
+        rw_flags(port, "x", n % 3 == 0, VIRTIO_VSOCK_SEQ_EOM);
+    for (; got < n && (turn(), r = recv(fd, back, sizeof(back), MSG_DONTWAIT)) >= 0; got++)
+        assert_int_equal(r, got % 3 == 0);
+    assert_int_equal(got, n);
+    for (n = 0; n < 20000 && virtio_vsock_conns(vsock); n++) {
+        rw_flags(port, "", 0, VIRTIO_VSOCK_SEQ_EOM);
+        while (got_packet() && hdr.op != VIRTIO_VSOCK_OP_RST)
+            ;
+    }
+    assert_int_equal(hdr.op, VIRTIO_VSOCK_OP_RST);
+    assert_in_range(n, 4097, 19999);
     close(fd);
+}
+
+static void test_messages_last(void **state UNUSED)
+{
+    start_messages();
+    last_bytes(true);
 }
 
 static void test_messages_other_guests(void **state UNUSED)
@@ -974,9 +1055,9 @@ static void test_messages_other_guests(void **state UNUSED)
     l = listen_at(where);
     packet(to(9, 80, VIRTIO_VSOCK_OP_REQUEST), NULL, 0);
     fd = accept(l, NULL, NULL);
-    expect_text(fd, "CONNECT 80 FROM 7:1234\n");
+    expect_text(fd, "CONNECT 80 FROM 7:1234 MARKED\n");
     send(fd, "OK 80\n", 6, 0);
-    send(fd, "hi", 2, 0);
+    send(fd, "\0hi", 3, 0);
     expect(VIRTIO_VSOCK_OP_RESPONSE, 80);
     expect_end(80, 2, true);
     close(fd);
@@ -1044,6 +1125,8 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_messages_credit, setup, teardown),
         cmocka_unit_test_setup_teardown(test_messages_from_guest, setup, teardown),
         cmocka_unit_test_setup_teardown(test_messages_wait, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_messages_marked, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_messages_empty, setup, teardown),
         cmocka_unit_test_setup_teardown(test_messages_last, setup, teardown),
         cmocka_unit_test_setup_teardown(test_messages_other_guests, setup, teardown),
         cmocka_unit_test_setup_teardown(test_messages_not_wanted, setup, teardown),

@@ -19,6 +19,7 @@
 #include <sys/un.h>
 
 #include "../dev/virtio_guest.h"
+#include "../turns.h"
 #include "back/tree.h"
 #include "dev/virtio_vsock.h"
 
@@ -72,17 +73,9 @@ static char dir[64], path[96], inside[96];
 static int client[CLIENTS] = { -1, -1, -1, -1 }, listener = -1, seq_listener = -1;
 static unsigned starts;
 
-static void stop(void *arg)
-{
-    loop_stop(arg);
-}
-
 static void turn(void)
 {
-    for (int i = 0; i < 3; i++) {
-        loop_post(loop, stop, loop);
-        bug_on(loop_run(loop) < 0);
-    }
+    turns(loop, 3);
 }
 
 static void set_up(void)
@@ -148,7 +141,7 @@ static void host_program(unsigned n, u32 val)
                     : socket(AF_UNIX, (n & 32 ? SOCK_SEQPACKET : SOCK_STREAM) | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
         snprintf(a.sun_path, sizeof(a.sun_path), "%s%s", path, n & 32 ? ".seq" : "");
         if (!(n & 4) && connect(*fd, (struct sockaddr *)&a, sizeof(a)) == 0)
-            dprintf(*fd, val & 1 ? "CONNECT %u\n" : "CONNECT %u FROM 9:5\n", 1000 + (val >> 1 & 3));
+            dprintf(*fd, "CONNECT %u%s%s\n", 1000 + (val >> 1 & 3), val & 1 ? "" : " FROM 9:5", n & 32 && val & 8 ? " MARKED" : "");
         break;
     case 2: case 3:
         if (*fd >= 0)

@@ -8,24 +8,9 @@
 #include <string.h>
 
 #include "back/net_offload.h"
+#include "net_bytes.h"
 
 static u8 frame[NET_FRAME_MAX], out[NET_FRAME_MAX], back[NET_FRAME_MAX];
-
-static u32 random_u32(void)
-{
-    static u64 x = 88172645463325252ull;
-
-    x ^= x << 13;
-    x ^= x >> 7;
-    x ^= x << 17;
-    return (u32)(x >> 16);
-}
-
-static void be16(u8 *p, unsigned v)
-{
-    p[0] = (u8)(v >> 8);
-    p[1] = (u8)v;
-}
 
 static unsigned get16(const u8 *p)
 {

@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "back/net_user.h"
+#include "net_bytes.h"
 
 #define PATIENCE 60000                                             /* ms: machines are busy */
 #define FRAMES 30000                                               /* SOAK_LONG: so many times 100 */
@@ -93,22 +94,6 @@ static int teardown(void **state UNUSED)
 }
 
 /* --- frames --- */
-
-static u32 random_u32(void)
-{
-    static u64 x = 88172645463325252ull;
-
-    x ^= x << 13;
-    x ^= x >> 7;
-    x ^= x << 17;
-    return (u32)(x >> 16);
-}
-
-static void be16(u8 *p, size_t v)
-{
-    p[0] = (u8)(v >> 8);
-    p[1] = (u8)v;
-}
 
 static void ip_checksum(u8 *f)
 {

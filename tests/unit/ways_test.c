@@ -17,6 +17,7 @@
 #include "back/tree.h"
 #include "ctl/control.h"
 #include "ctl/instance.h"
+#include "turns.h"
 
 static char dir[64];
 
@@ -171,17 +172,9 @@ static bool on_line(void *arg UNUSED, char *line, FILE *out)
     return strcmp(line, "quit");
 }
 
-static void stop(void *arg)
-{
-    loop_stop(arg);
-}
-
 static void turn(void)
 {
-    for (int i = 0; i < 6; i++) {
-        loop_post(loop, stop, loop);
-        assert_int_equal(loop_run(loop), 0);
-    }
+    turns(loop, 6);
 }
 
 static int client(const char *path, const char *words)
