@@ -1,13 +1,9 @@
 /*
  * The translator's code arena and its common routines: in, out, handler calls. Register conventions: bt.h.
- *
- * The arena is mapped twice, so that no page is both writable and executable, where the host allows that.
  */
-#define _GNU_SOURCE
 #include <errno.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
+#include "base/codemem.h"
 #include "base/err.h"
 #include "cpu/bt/tr.h"
 
@@ -158,27 +154,9 @@ static void routines(struct bt *t)
 
 int bt_arena_open(struct icpu *c, struct bt *t)
 {
-    int fd = memfd_create("doppel-bt", MFD_CLOEXEC);
-    void *rw = MAP_FAILED, *rx = MAP_FAILED;
-
-    if (fd >= 0 && !ftruncate(fd, BT_ARENA_BYTES)) {
-        rw = mmap(NULL, BT_ARENA_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-        rx = mmap(NULL, BT_ARENA_BYTES, PROT_READ | PROT_EXEC, MAP_SHARED, fd, 0);
-    }
-    if (fd >= 0)
-        close(fd);
-    if (rw == MAP_FAILED || rx == MAP_FAILED) {                    /* a host that forbids executable memfds: one mapping for both */
-        if (rw != MAP_FAILED)
-            munmap(rw, BT_ARENA_BYTES);
-        if (rx != MAP_FAILED)
-            munmap(rx, BT_ARENA_BYTES);
-        rw = rx = mmap(NULL, BT_ARENA_BYTES, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    }
-    if (rw == MAP_FAILED)
+    if (codemem_map("doppel-bt", BT_ARENA_BYTES, &t->rw, &t->rx) < 0)
         return err(-ENOMEM, "vCPU %u: no executable memory for translated code (%llu MiB); check the memory limit, or SELinux's execmem", c->v->id,
                    BT_ARENA_BYTES / MiB);
-    t->rw = rw;
-    t->rx = rx;
     routines(t);
     return 0;
 }
@@ -187,7 +165,5 @@ void bt_arena_close(struct bt *t)
 {
     if (!t->rw)
         return;
-    munmap(t->rw, BT_ARENA_BYTES);
-    if (t->rx != t->rw)
-        munmap(t->rx, BT_ARENA_BYTES);
+    codemem_unmap(t->rw, t->rx, BT_ARENA_BYTES);
 }

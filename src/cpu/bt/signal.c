@@ -22,6 +22,7 @@
 #include <unistd.h>
 
 #include "base/err.h"
+#include "base/fault_signals.h"
 #include "cpu/vcpu.h"
 
 #define STACK_BYTES (128 * KiB)
@@ -45,25 +46,10 @@ static pthread_once_t key_once = PTHREAD_ONCE_INIT;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static unsigned users;
 static const int caught[] = { SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP };
-static struct sigaction before[ARRAY_SIZE(caught)];
+static struct fault_signals faults = { .sig = caught, .n = ARRAY_SIZE(caught) };
 
 static const u8 greg[16] = { REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP, REG_RSI, REG_RDI,
                              REG_R8, REG_R9, REG_R10, REG_R11, REG_R12, REG_R13, REG_R14, REG_R15 };
-
-static void chain(int sig, siginfo_t *si, void *uc)
-{
-    for (unsigned n = 0; n < ARRAY_SIZE(caught); n++) {
-        const struct sigaction *old = &before[n];
-        if (caught[n] != sig)
-            continue;
-        if (old->sa_flags & SA_SIGINFO)
-            old->sa_sigaction(sig, si, uc);
-        else if (old->sa_handler == SIG_DFL || old->sa_handler == SIG_IGN)
-            signal(sig, SIG_DFL);                                  /* the instruction faults again, and ends the process as it would have */
-        else
-            old->sa_handler(sig);
-    }
-}
 
 static void handler(int sig, siginfo_t *si, void *ucontext)
 {
@@ -78,7 +64,7 @@ static void handler(int sig, siginfo_t *si, void *ucontext)
 
     if (!here.vcpu || !bt_trap(here.vcpu, &s)) {
         if (s.what != TRAP_KICK && s.what != TRAP_AGAIN)
-            chain(sig, si, ucontext);
+            fault_signals_chain(&faults, sig, si, ucontext);
         errno = saved;
         return;
     }
@@ -89,15 +75,20 @@ static void handler(int sig, siginfo_t *si, void *ucontext)
     errno = saved;
 }
 
-int bt_signal_open(void)
+static struct sigaction action(void)
 {
     struct sigaction sa = { .sa_sigaction = handler, .sa_flags = SA_SIGINFO | SA_ONSTACK | SA_RESTART };
     sigfillset(&sa.sa_mask);
     sigdelset(&sa.sa_mask, SAMPLE_SIGNAL);                         /* what handlers do takes time, too */
+    return sa;
+}
+
+int bt_signal_open(void)
+{
+    struct sigaction sa = action();
     pthread_mutex_lock(&lock);
     if (users++ == 0) {
-        for (unsigned n = 0; n < ARRAY_SIZE(caught); n++)
-            sigaction(caught[n], &sa, &before[n]);
+        fault_signals_install(&faults, &sa);
         sigaction(KICK_SIGNAL, &sa, NULL);
     }
     pthread_mutex_unlock(&lock);
@@ -106,14 +97,10 @@ int bt_signal_open(void)
 
 void bt_signal_close(void)
 {
+    struct sigaction sa = action();
     pthread_mutex_lock(&lock);
     if (--users == 0)
-        for (unsigned n = 0; n < ARRAY_SIZE(caught); n++) {
-            struct sigaction now;
-            /* Whoever came after us keeps his handler. */
-            if (!sigaction(caught[n], NULL, &now) && (now.sa_flags & SA_SIGINFO) && now.sa_sigaction == handler)
-                sigaction(caught[n], &before[n], NULL);
-        }
+        fault_signals_remove(&faults, &sa);
     pthread_mutex_unlock(&lock);
 }
 

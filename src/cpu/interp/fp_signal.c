@@ -10,6 +10,7 @@
 #include <stdatomic.h>
 #include <ucontext.h>
 
+#include "base/fault_signals.h"
 #include "cpu/interp/fp_signal.h"
 #include "cpu/trap.h"
 #include "cpu/vcpu.h"
@@ -22,23 +23,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static unsigned users;
 static atomic_bool installed;
 static const int caught[] = {SIGFPE, SIGSEGV, SIGILL};
-static struct sigaction before[ARRAY_SIZE(caught)];
-
-static void chain(int sig, siginfo_t *si, void *uc)
-{
-    for (unsigned n = 0; n < ARRAY_SIZE(caught); n++) {
-        const struct sigaction *old = &before[n];
-
-        if (caught[n] != sig)
-            continue;
-        if (old->sa_flags & SA_SIGINFO)
-            old->sa_sigaction(sig, si, uc);
-        else if (old->sa_handler == SIG_DFL || old->sa_handler == SIG_IGN)
-            signal(sig, SIG_DFL);                                  /* the instruction faults again, and ends the process as it would have */
-        else
-            old->sa_handler(sig);
-    }
-}
+static struct fault_signals faults = {.sig = caught, .n = ARRAY_SIZE(caught)};
 
 static void handler(int sig, siginfo_t *si, void *ucontext)
 {
@@ -48,7 +33,7 @@ static void handler(int sig, siginfo_t *si, void *ucontext)
 
     /* A page fault has an address and is no fault of the guest's: its memory operand has been translated already. */
     if (!ours || (sig == SIGSEGV && si->si_code != SI_KERNEL)) {
-        chain(sig, si, ucontext);
+        fault_signals_chain(&faults, sig, si, ucontext);
         return;
     }
     uc->uc_mcontext.gregs[REG_RAX] = sig == SIGFPE ? VEC_XM : sig == SIGILL ? VEC_UD : VEC_GP;
@@ -62,17 +47,23 @@ void fp_signal_open(void)
     pthread_mutex_unlock(&lock);
 }
 
-static void install(void)
+static struct sigaction action(void)
 {
     struct sigaction sa = {.sa_sigaction = handler, .sa_flags = SA_SIGINFO | SA_ONSTACK};
 
+    /* As bt's, which it may stand before: a kick that came while that one looks at a fault would be taken for one in C code, and be lost. */
+    sigfillset(&sa.sa_mask);
+    sigdelset(&sa.sa_mask, SAMPLE_SIGNAL);
+    return sa;
+}
+
+static void install(void)
+{
+    struct sigaction sa = action();
+
     pthread_mutex_lock(&lock);
     if (!atomic_load(&installed)) {
-        /* As bt's, which it may stand before: a kick that came while that one looks at a fault would be taken for one in C code, and be lost. */
-        sigfillset(&sa.sa_mask);
-        sigdelset(&sa.sa_mask, SAMPLE_SIGNAL);
-        for (unsigned n = 0; n < ARRAY_SIZE(caught); n++)
-            sigaction(caught[n], &sa, &before[n]);
+        fault_signals_install(&faults, &sa);
         atomic_store(&installed, true);
     }
     pthread_mutex_unlock(&lock);
@@ -80,13 +71,9 @@ static void install(void)
 
 static void uninstall(void)
 {
-    for (unsigned n = 0; n < ARRAY_SIZE(caught); n++) {
-        struct sigaction now;
+    struct sigaction sa = action();
 
-        /* Whoever came after us keeps his handler. */
-        if (!sigaction(caught[n], NULL, &now) && (now.sa_flags & SA_SIGINFO) && now.sa_sigaction == handler)
-            sigaction(caught[n], &before[n], NULL);
-    }
+    fault_signals_remove(&faults, &sa);
     atomic_store(&installed, false);
 }
 

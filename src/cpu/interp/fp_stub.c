@@ -14,9 +14,8 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
+#include "base/codemem.h"
 #include "cpu/interp/fp.h"
 #include "cpu/interp/fp_signal.h"
 
@@ -520,43 +519,15 @@ void fp_stub_here(const struct fp *f)
     fp_signal_here(f->arena_rx, f->arena_rx + FP_ARENA_BYTES);
 }
 
-static int arena_map(struct fp *f)
-{
-    int fd = memfd_create("doppel-stubs", MFD_CLOEXEC);
-    void *rw = MAP_FAILED, *rx = MAP_FAILED;
-
-    if (fd >= 0 && !ftruncate(fd, FP_ARENA_BYTES)) {
-        rw = mmap(NULL, FP_ARENA_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-        rx = mmap(NULL, FP_ARENA_BYTES, PROT_READ | PROT_EXEC, MAP_SHARED, fd, 0);
-    }
-    if (fd >= 0)
-        close(fd);
-    if (rw == MAP_FAILED || rx == MAP_FAILED) {                    /* a host that forbids executable memfds: one mapping for both */
-        if (rw != MAP_FAILED)
-            munmap(rw, FP_ARENA_BYTES);
-        if (rx != MAP_FAILED)
-            munmap(rx, FP_ARENA_BYTES);
-        rw = rx = mmap(NULL, FP_ARENA_BYTES, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    }
-    if (rw == MAP_FAILED)
-        return err(-ENOMEM, "no executable memory for the interpreter (%llu KiB); check the memory limit, or SELinux's execmem", FP_ARENA_BYTES / KiB);
-    f->arena_rw = rw;
-    f->arena_rx = rx;
-    return 0;
-}
-
 int fp_stub_open(struct fp *f)
 {
     struct emit e;
-    int rc = arena_map(f);
 
-    if (rc < 0)
-        return rc;
+    if (codemem_map("doppel-stubs", FP_ARENA_BYTES, &f->arena_rw, &f->arena_rx) < 0)
+        return err(-ENOMEM, "no executable memory for the interpreter (%llu KiB); check the memory limit, or SELinux's execmem", FP_ARENA_BYTES / KiB);
     f->insn = calloc(FP_INSNS, sizeof *f->insn);
     if (!f->insn) {
-        munmap(f->arena_rw, FP_ARENA_BYTES);
-        if (f->arena_rx != f->arena_rw)
-            munmap(f->arena_rx, FP_ARENA_BYTES);
+        codemem_unmap(f->arena_rw, f->arena_rx, FP_ARENA_BYTES);
         return err(-ENOMEM, "out of memory for the interpreter's tables");
     }
     e = (struct emit){f->arena_rw, f->arena_rw + FP_ARENA_BYTES};
@@ -577,8 +548,6 @@ void fp_stub_reset(struct fp *f)
 void fp_stub_close(struct fp *f)
 {
     fp_signal_close(f->arena_rx);
-    munmap(f->arena_rw, FP_ARENA_BYTES);
-    if (f->arena_rx != f->arena_rw)
-        munmap(f->arena_rx, FP_ARENA_BYTES);
+    codemem_unmap(f->arena_rw, f->arena_rx, FP_ARENA_BYTES);
     free(f->insn);
 }
