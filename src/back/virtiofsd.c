@@ -5,7 +5,8 @@
  *   2. the folder, with all that is mounted below it, is taken (open_tree), put on an empty file system that covers /tmp for this process, and made
  *      read-only as a whole if it is to be (mount_setattr)
  *   3. file systems of the host's kernel below it are covered
- *   4. exec; virtiofsd makes its own sandbox in turn (pid, mount, net namespaces, pivot_root, seccomp)
+ *   4. where there is a user namespace, the user's groups stay: nobody may leave them there, but virtiofsd wants to, and ends if it cannot
+ *   5. exec; virtiofsd makes its own sandbox in turn (pid, mount, net namespaces, pivot_root, seccomp)
  *
  * What fails is told through a pipe. All that is needed is prepared before the fork: the parent may have threads.
  */
@@ -15,10 +16,14 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <linux/audit.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <mntent.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
+#include <stddef.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
@@ -26,6 +31,7 @@
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -126,15 +132,37 @@ static void write_file(const struct plan *p, const char *path, const char *text)
     close(fd);
 }
 
-static void enter_namespaces(const struct plan *p)
+/*
+ * setgroups(2) does nothing and succeeds from here on: a user namespace that was made without privileges denies it (user_namespaces(7)). So virtiofsd has
+ * its user's groups, as doppel itself has for 9p. Where filters are not permitted it says itself what it cannot do.
+ */
+static void keep_groups(void)
+{
+    struct sock_filter code[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, arch)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, AUDIT_ARCH_X86_64, 0, 3),
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_setgroups, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+    };
+    struct sock_fprog filter = { ARRAY_SIZE(code), code };
+
+    if (getgroups(0, NULL) > 0)
+        prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter);
+}
+
+/* True: in a user namespace. */
+static bool enter_namespaces(const struct plan *p)
 {
     if (geteuid() == 0 && unshare(CLONE_NEWNS) == 0)
-        return;
+        return false;
     if (unshare(CLONE_NEWUSER | CLONE_NEWNS) < 0)
         fail(p, STEP_USER);
     write_file(p, "/proc/self/setgroups", "deny");
     write_file(p, "/proc/self/uid_map", p->uid_map);
     write_file(p, "/proc/self/gid_map", p->gid_map);
+    return true;
 }
 
 static void prepare_folder(const struct plan *p)
@@ -185,15 +213,18 @@ static void child(const struct plan *p)
     const char *argv[] = { "virtiofsd", p->fd_option, "-f", "-o", source, "-o", many_descriptors() ? "readdirplus" : "no_readdirplus",
                            "--rlimit-nofile=0", NULL };
     sigset_t none;
+    bool in_user_namespace;
     int null = open("/dev/null", O_RDWR | O_CLOEXEC);
 
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
     signal(SIGPIPE, SIG_DFL);
-    enter_namespaces(p);
+    in_user_namespace = enter_namespaces(p);
     prepare_folder(p);
     if (p->probe)
         _exit(0);
+    if (in_user_namespace)
+        keep_groups();
     prctl(PR_SET_PDEATHSIG, SIGKILL);                              /* behind what changes credentials, which would take it back */
     dup2(null, 0);
     dup2(p->log, 1);

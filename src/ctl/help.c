@@ -46,7 +46,7 @@ static const struct help_row example_rows[] = {
     {"doppel run -- sh -c 'uname -r; exit 3'", "Prints the guest's kernel version, exits with 3."},
     {"doppel run --cpus 2 --memory 1G --disk disk.img,readonly", "Two processors, and a disk that is only read."},
     {"doppel image build debian; doppel run debian", "A Debian with systemd, from its packages to its login."},
-    {"doppel run --root / -- make check", "A program of this host under the guest's kernel; what it writes is gone with the guest."},
+    {"doppel run --root / -- make help", "A program of this host under the guest's kernel; what it writes is gone with the guest."},
     {"doppel run --kernel bzImage --initrd initrd.img --append 'console=ttyS0 quiet'", "A kernel of your own."},
     {"doppel run --console unix:/tmp/c & socat -,raw,echo=0 UNIX:/tmp/c",
      "A guest in the background, and its console."},

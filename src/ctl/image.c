@@ -216,7 +216,7 @@ static const char *suite_of(const char *word)
 static int build_words(int words, char **argv, const struct image_options *o)
 {
     if (words < 1 || words > 2)
-        return err(-EINVAL, "write doppel image build debian[:SUITE] NAME");
+        return err(-EINVAL, "write doppel image build debian[:SUITE] [NAME]");
     const char *suite = suite_of(argv[0]);
     if (!suite)
         return -EINVAL;

@@ -172,7 +172,7 @@ static int option_take(const struct option *table, unsigned rows, void *target, 
     if (word[0] != '-' || !word[1])
         return err(-EINVAL, "\"%.200s\": not an option; a command for the guest stands behind \"--\"", word);
     if (word[1] != '-' && !letters)
-        return err(-EINVAL, "%.200s: no such option; options begin with two dashes", word);
+        return err(-EINVAL, "%.200s: no such option; options begin with two dashes, and a command for the guest stands behind \"--\"", word);
     int row = word[1] == '-' ? find_option(table, rows, word + 2) : find_letter(table, rows, word);
     if (row < 0)
         return row;

@@ -56,9 +56,11 @@ int run_root_open(struct run *run)
     struct run_options *o = &run->options;
     if (!o->root)
         return 0;
-    int r = choose_kind(run);
+    int r = find_directory(run, o->root);
+    if (r == 0)
+        r = choose_kind(run);
     if (r < 0)
         return r;
     o->share[o->shares++] = (struct vm_share){.path = o->root, .tag = TAG, .readonly = true, .virtiofs = !strcmp(run->root_kind, "virtiofs")};
-    return find_directory(run, o->root);
+    return 0;
 }

@@ -10,10 +10,10 @@ mib=16 files=5000; [ -z "${SOAK_LONG-}" ] || mib=256 files=100000
 shared=$tmp/shared program=$DOPPEL
 mkdir "$shared" "$tmp/twin" "$tmp/outside"
 
-# Root shares as nobody does, if nobody may come here; with as many descriptors as other hosts give to everybody.
+# Root shares as nobody does, if nobody may come here; with as many descriptors as other hosts give to everybody, and in a group, as who logs in is.
 if [ "$(id -u)" = 0 ]; then
     ulimit -n 524288 2>/dev/null
-    nobody="setpriv --reuid 65534 --regid 65534 --clear-groups"
+    nobody="setpriv --reuid 65534 --regid 65534 --groups 65534"
     chmod 711 "$tmp"
     if $nobody test -x "$DOPPEL" -a -r "$cloud/vmlinuz" -a -r "$standard/vmlinuz" 2>/dev/null; then
         chown 65534:65534 "$tmp" "$shared" "$tmp/twin" "$tmp/outside"

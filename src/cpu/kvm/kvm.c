@@ -126,13 +126,12 @@ static int open_device(struct kvm_machine *k)
     k->sys = open("/dev/kvm", O_RDWR | O_CLOEXEC);
     if (k->sys < 0 && errno == ENOENT)
         return err(-ENOENT, "kvm: there is no /dev/kvm: no virtualization hardware, "
-                   "or its module is not loaded (modprobe kvm_intel or kvm_amd); "
-                            "--engine interp needs none");
+                   "or its module is not loaded (modprobe kvm_intel or kvm_amd); --engine bt needs none");
     if (k->sys < 0 && errno == EACCES)
         return err(-EACCES, "kvm: no permission to use /dev/kvm; \"sudo adduser $USER kvm\" and a new login give it, "
-                   "--engine interp needs none");
+                   "--engine bt needs none");
     if (k->sys < 0)
-        return err(-errno, "kvm: cannot open /dev/kvm: %s; --engine interp needs none", strerror(errno));
+        return err(-errno, "kvm: cannot open /dev/kvm: %s; --engine bt needs none", strerror(errno));
     int version = ioctl(k->sys, KVM_GET_API_VERSION, 0);
     if (version != KVM_API_VERSION)
         return err(-ENOTSUP, "kvm: /dev/kvm has version %d, not %d; choose another engine", version, KVM_API_VERSION);
