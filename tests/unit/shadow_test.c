@@ -1,7 +1,6 @@
 /*
- * cpu/bt/shadow: guest memory through the host's MMU. Page tables are built by hand in a small RAM whose frames carry their number; host addresses are probed
- * with a handler for SIGSEGV in place, as translated code would meet them. The oracle of the random test is a walk written here, from SDM vol. 3A
- * chapter 4, not the monitor's.
+ * cpu/bt/shadow: guest memory through the host's MMU. The oracle of the random test is a walk written here, from SDM vol. 3A chapter 4, not
+ * the monitor's. What `--mmu auto` makes of it: mmu_auto_test.c.
  */
 #include <setjmp.h>
 #include <signal.h>
@@ -14,197 +13,7 @@
 #include <unistd.h>
 #include <cmocka.h>
 
-#include "cpu/bt/shadow_map.h"
-#include "cpu/cpuid.h"
-#include "cpu/engine.h"
-
-#define RAM_SIZE (16 * MiB)
-#define HIGH (32 * MiB)              /* a second run; between them is nothing: devices */
-#define HIGH_SIZE (6 * MiB)
-#define HOLE (RAM_SIZE + 5 * PAGE_SIZE)
-#define DATA (4 * MiB)               /* frames that tests map; tables are below */
-enum { P = 1, W = 2, U = 4, A = 32, D = 64, PS = 128, G = 256 };
-#define NX BIT(63)
-#define USER 0x00005555aa400000ull   /* slot 170, at a boundary of 2 MiB */
-#define KERNEL 0xffff888000400000ull /* slot 273 */
-#define TEXT 0xffffffff81000000ull   /* slot 511 */
-#define KEEP_OUT 0xdead              /* what probe() returns for "not reachable" */
-
-struct fixture {
-    struct machine m;
-    struct vcpu v;
-    struct ram ram;
-    struct icpu *c;
-    bool armed;                      /* our handler of signals is in place, not cmocka's */
-    u64 next;                        /* free frame for tables */
-    u8 code[(HIGH + HIGH_SIZE) / PAGE_SIZE];
-};
-
-static u64 *entry_at(struct fixture *f, u64 gpa)
-{
-    return (u64 *)(void *)ram_hva(&f->ram, gpa);
-}
-
-static u64 new_table(struct fixture *f)
-{
-    u64 t = f->next;
-    f->next += PAGE_SIZE;
-    assert_true(f->next <= DATA);
-    memset(entry_at(f, t), 0, PAGE_SIZE);
-    return t;
-}
-
-/* Guest-physical address of the entry for la at a level, below root; tables in between are made with all rights. */
-static u64 slot_of(struct fixture *f, u64 root, u64 la, unsigned level)
-{
-    u64 table = root;
-    for (unsigned l = 4; l > level; l--) {
-        u64 *e = entry_at(f, table + (la >> (12 + 9 * (l - 1)) & 511) * 8);
-        if (!(*e & P))
-            *e = new_table(f) | P | W | U | A;
-        table = *e & PTE_ADDR;
-    }
-    return table + (la >> (12 + 9 * (level - 1)) & 511) * 8;
-}
-
-static void put(struct fixture *f, u64 la, unsigned level, u64 e)
-{
-    *entry_at(f, slot_of(f, f->v.x.cr3, la, level)) = e;
-}
-
-static u64 get(struct fixture *f, u64 la, unsigned level)
-{
-    return *entry_at(f, slot_of(f, f->v.x.cr3, la, level));
-}
-
-/* ---- probing ---- */
-static sigjmp_buf landing;
-static volatile bool probe_write;
-
-static void landed(int sig)
-{
-    siglongjmp(landing, sig);
-}
-
-static void arm(struct fixture *f)
-{
-    struct sigaction sa = { .sa_handler = landed, .sa_flags = SA_NODEFER };
-    if (f->armed)
-        return;
-    f->armed = true;
-    sigaction(SIGSEGV, &sa, NULL);
-    sigaction(SIGBUS, &sa, NULL);
-}
-
-/* The 8 bytes at la's page beginning + 8 (the frame's stamp), or KEEP_OUT. A write stores back what is there. */
-static u64 probe_at(struct fixture *f, enum tlb_view_id view, u64 la, bool write)
-{
-    u64 host = la + f->c->bt.delta[view][la >> 39 & 511], val;
-    arm(f);
-    if (sigsetjmp(landing, 1))
-        return KEEP_OUT;
-    if (write)
-        asm volatile("xor %0, %0; lock xadd %0, (%1)" : "=&r"(val) : "r"(host) : "memory", "cc");
-    else
-        asm volatile("mov (%1), %0" : "=r"(val) : "r"(host) : "memory");
-    return val;
-}
-
-static u64 probe(struct fixture *f, enum tlb_view_id view, u64 la, bool write)
-{
-    return probe_at(f, view, (la & PAGE_MASK) + 8, write);
-}
-
-static u64 stamp(u64 gpa)
-{
-    return 0x57a3000000000000ull | gpa >> PAGE_SHIFT;
-}
-
-/* As translated code does it: tries, fills, tries again. The stamp, or one of these. */
-enum { FAULTED = 1, SLOW = 2 };
-static u64 reach(struct fixture *f, enum tlb_view_id view, u64 la, enum mmu_access access, u32 *error)
-{
-    u32 unused;
-    for (unsigned tries = 0; tries < 4; tries++) {
-        u64 val = probe(f, view, la, access == MMU_WRITE);
-        if (val != KEEP_OUT)
-            return val;
-        enum shadow_result r = shadow_fill(f->c, view, la, access, error ? error : &unused);
-        if (r != SHADOW_FILLED)
-            return r == SHADOW_FAULT ? FAULTED : SLOW;
-    }
-    fail_msg("0x%llx: filled, and still not there", (unsigned long long)la);
-    return 0;
-}
-
-static u64 reads(struct fixture *f, enum tlb_view_id view, u64 la)
-{
-    return reach(f, view, la, MMU_READ, NULL);
-}
-
-static u64 writes(struct fixture *f, enum tlb_view_id view, u64 la)
-{
-    return reach(f, view, la, MMU_WRITE, NULL);
-}
-
-/* ---- fixture ---- */
-static bool is_code(const struct icpu *c, u64 gpa)
-{
-    return container_of(c->v, struct fixture, v)->code[gpa >> PAGE_SHIFT];
-}
-
-static struct shadow_stats stats(struct fixture *f)
-{
-    struct shadow_stats st;
-    shadow_stats(f->c, &st);
-    return st;
-}
-
-static void context(struct fixture *f, u64 cr3, unsigned ctx)
-{
-    f->v.x.cr3 = cr3;
-    shadow_context(f->c, ctx);
-}
-
-static int setup(void **state)
-{
-    struct fixture *f = aligned_alloc(64, ALIGN_UP(sizeof *f, 64));
-    memset(f, 0, sizeof *f);
-    f->m = (struct machine){ .ram = &f->ram, .engine = &interp_engine, .vcpus = 1, .split_lock = PTHREAD_MUTEX_INITIALIZER };
-    assert_int_equal(ram_init(&f->ram), 0);
-    assert_int_equal(ram_add(&f->ram, 0, RAM_SIZE), 0);
-    assert_int_equal(ram_add(&f->ram, HIGH, HIGH_SIZE), 0);
-    assert_int_equal(cpuid_policy_new(1, 1000000, &f->m.cpuid), 0);
-    f->v.m = &f->m;
-    assert_int_equal(interp_engine.machine_open(&f->m), 0);
-    assert_int_equal(interp_engine.vcpu_open(&f->v), 0);
-    f->c = f->v.engine_data;
-    for (unsigned i = 0; i < f->ram.runs; i++)
-        for (u64 gpa = f->ram.run[i].gpa; gpa < f->ram.run[i].gpa + f->ram.run[i].size; gpa += PAGE_SIZE)
-            *entry_at(f, gpa + 8) = stamp(gpa);
-    f->next = 0x1000;
-    struct x86 *x = &f->v.x;
-    x86_reset(x, true);
-    x->cr0 = CR0_PE | CR0_PG | CR0_WP;
-    x->cr4 = CR4_PAE | CR4_PGE | CR4_SMAP | CR4_SMEP;
-    x->efer = EFER_LME | EFER_LMA | EFER_NXE;
-    x->cr3 = new_table(f);
-    assert_int_equal(shadow_open(f->c, is_code), 0);
-    *state = f;
-    return 0;
-}
-
-static int teardown(void **state)
-{
-    struct fixture *f = *state;
-    shadow_close(f->c);
-    interp_engine.vcpu_close(&f->v);
-    interp_engine.machine_close(&f->m);
-    cpuid_policy_free(f->m.cpuid);
-    ram_close(&f->ram);
-    free(f);
-    return 0;
-}
+#include "shadow_fixture.h"
 
 /* ---- arithmetic ---- */
 static bool host_canonical(u64 a)                                  /* with 4-level paging; what else is canonical with 5 levels is the host kernel's, or empty */
@@ -756,25 +565,6 @@ static void test_tracked(void **state)
 }
 
 /* ---- bounds ---- */
-static unsigned host_mappings(struct fixture *f)                   /* in the windows, as the host counts */
-{
-    unsigned n = 0;
-    char line[512];
-    FILE *maps = fopen("/proc/self/maps", "re");
-    assert_non_null(maps);
-    while (fgets(line, sizeof line, maps)) {
-        unsigned long long from, to;
-        assert_int_equal(sscanf(line, "%llx-%llx", &from, &to), 2);
-        for (unsigned i = 0; i < SHADOW_WINDOWS; i++) {
-            const struct shadow_window *w = &f->c->bt.shadow->window[i];
-            if (w->taken && from >= w->reserved && from < w->base + BIT(39) && strstr(line, "doppel-ram"))
-                n++;
-        }
-    }
-    fclose(maps);
-    return n;
-}
-
 static void test_mappings(void **state)
 {
     struct fixture *f = *state;
@@ -842,27 +632,6 @@ static void test_regions_run_out(void **state)
         assert_int_equal(probe(f, VIEW_USER, base + i * 2 * MiB, true), KEEP_OUT);
 }
 
-/* More scattered pages than there may be mappings: `auto` is told at once. */
-static void test_thrashing(void **state)
-{
-    struct fixture *f = *state;
-    f->c->bt.shadow->limit = 300;
-    f->c->bt.shadow->score[0].pays = true;
-    for (unsigned i = 0; i < 2048; i++)
-        put(f, USER + i * PAGE_SIZE, 1, (DATA + (i ^ 1) * PAGE_SIZE) | P | U | W | A | D);
-    for (unsigned i = 0; i < 150; i++)
-        writes(f, VIEW_USER, USER + i * PAGE_SIZE);
-    assert_true(shadow_pays(f->c, 0));
-    for (unsigned i = 0; i < 2048; i++)
-        assert_int_equal(writes(f, VIEW_USER, USER + i * PAGE_SIZE), stamp(DATA + (i ^ 1) * PAGE_SIZE));
-    assert_false(shadow_pays(f->c, 0));
-    assert_true(host_mappings(f) < 300);
-    shadow_ran(f->c, 0, 10000000, 0, 0);                           /* not so soon again */
-    assert_false(shadow_pays(f->c, 0));
-    shadow_ran(f->c, 0, 1000000000, 0, 0);
-    assert_true(shadow_pays(f->c, 0));
-}
-
 static void test_no_address_space(void **state)
 {
     struct fixture *f = *state;
@@ -877,78 +646,6 @@ static void test_no_address_space(void **state)
     int status;
     waitpid(child, &status, 0);
     assert_int_equal(status, 0);
-}
-
-static void test_pays(void **state)
-{
-    struct fixture *f = *state;
-    shadow_started(f->c, 3);
-    assert_false(shadow_pays(f->c, 3));
-    assert_true(shadow_pays(f->c, SHADOW_CONTEXTS));
-    shadow_ran(f->c, 3, 1000000, 300, 0);                          /* a short life, many misses */
-    assert_false(shadow_pays(f->c, 3));
-    shadow_ran(f->c, 3, 20000000, 10, 0);
-    assert_true(shadow_pays(f->c, 3));
-    f->c->bt.shadow->stats.fill_cycles += 3000000;
-    shadow_ran(f->c, 3, 5000000, 0, 0);                            /* most of its time goes into fills */
-    assert_false(shadow_pays(f->c, 3));
-    shadow_ran(f->c, 3, 3000000, 0, 0);                            /* it has to wait */
-    assert_false(shadow_pays(f->c, 3));
-    shadow_ran(f->c, 3, 3000000, 0, 0);
-    assert_true(shadow_pays(f->c, 3));
-}
-
-/* Misses without page faults or flushes are what the shadow would have been spared: it is back before the time that it has to wait is over. */
-static void test_returns(void **state)
-{
-    struct fixture *f = *state;
-    f->c->bt.shadow->score[3] = (struct shadow_score){ .wait = BIT(32) };
-    for (unsigned i = 0; i < 100; i++)                             /* a program that maps and touches: each fault costs some misses more */
-        shadow_ran(f->c, 3, 1000000, 500, 60);
-    assert_false(shadow_pays(f->c, 3));
-    for (unsigned i = 0; i < 3; i++)
-        shadow_ran(f->c, 3, 100000, 150, 0);
-    assert_false(shadow_pays(f->c, 3));
-    shadow_ran(f->c, 3, 100000, 100, 1);
-    assert_true(shadow_pays(f->c, 3));
-    f->c->bt.shadow->stats.fill_cycles += 3000000;                 /* it was wrong: the former wait counts, halved and doubled */
-    shadow_ran(f->c, 3, 5000000, 0, 100);
-    assert_false(shadow_pays(f->c, 3));
-    assert_int_equal(f->c->bt.shadow->score[3].wait, BIT(32));
-}
-
-/* Short processes one after the other at the same root: time that adds up is no reason while faults do. */
-static void test_short_lives(void **state)
-{
-    struct fixture *f = *state;
-    shadow_started(f->c, 3);
-    for (unsigned i = 0; i < 1000; i++) {
-        shadow_ran(f->c, 3, 1200000, 50, 30);
-        assert_false(shadow_pays(f->c, 3));
-    }
-    for (unsigned i = 0; i < 100; i++)
-        shadow_ran(f->c, 3, 12000000, 50, 30);
-    assert_true(shadow_pays(f->c, 3));
-}
-
-/* The root of page tables that a process left is the next one's: that one begins anew. Not so where only some pages are gone. */
-static void test_replaced(void **state)
-{
-    struct fixture *f = *state;
-    u64 one = f->v.x.cr3, two = new_table(f);
-    for (unsigned gone = 8; gone <= 16; gone += 8) {
-        for (unsigned i = 0; i < 16; i++) {
-            put(f, USER + i * PAGE_SIZE, 1, (DATA + (i ^ 1) * PAGE_SIZE) | P | U | W | A | D);
-            assert_int_equal(reads(f, VIEW_USER, USER + i * PAGE_SIZE), stamp(DATA + (i ^ 1) * PAGE_SIZE));
-        }
-        f->c->bt.shadow->score[0].pays = true;
-        context(f, two, 1);
-        shadow_flush(f->c, FLUSH_NONGLOBAL, 0, 0);
-        for (unsigned i = 0; i < gone; i++)
-            *entry_at(f, slot_of(f, one, USER + i * PAGE_SIZE, 1)) = 0;
-        context(f, one, 0);
-        assert_int_equal(shadow_pays(f->c, 0), gone == 8);
-    }
 }
 
 /* ---- random: edits of page tables, flushes, switches and accesses, against a walk of our own ---- */
@@ -1192,6 +889,7 @@ static void test_random(void **state)
 
 /* ---- what it costs: figures for DESIGN.md; only their order of magnitude is a test ---- */
 static struct fixture *filling;
+static volatile bool probe_write;
 
 static void fill_handler(int sig UNUSED, siginfo_t *info, void *context UNUSED)
 {
@@ -1305,7 +1003,7 @@ int main(void)
         TEST(test_closed), TEST(test_open_slot), TEST(test_rights), TEST(test_around), TEST(test_end_of_ram), TEST(test_large), TEST(test_huge),
         TEST(test_revalidate), TEST(test_invlpg), TEST(test_expected), TEST(test_reuse), TEST(test_moved),
         TEST(test_changed_without_flush), TEST(test_contexts), TEST(test_low_supervisor), TEST(test_user_global), TEST(test_odd_states),
-        TEST(test_protect), TEST(test_tracked), TEST(test_mappings), TEST(test_windows), TEST(test_regions_run_out), TEST(test_thrashing), TEST(test_no_address_space), TEST(test_pays), TEST(test_returns), TEST(test_short_lives), TEST(test_replaced),
+        TEST(test_protect), TEST(test_tracked), TEST(test_mappings), TEST(test_windows), TEST(test_regions_run_out), TEST(test_no_address_space),
         TEST(test_random), TEST(test_costs),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);
