@@ -1,9 +1,11 @@
 /*
- * cpu/bt/shadow under `--mmu auto`: when an address space goes to the shadow and when to the software TLB. What the
- * shadow itself does: shadow_test.c.
+ * cpu/bt/shadow under `--mmu auto`: when an address space goes to the shadow and when to the software TLB, and what is mapped ahead for one that has come
+ * (back) to the shadow. What the shadow itself does: shadow_test.c.
  */
 #include <setjmp.h>
 #include <stdarg.h>
+#include <stdatomic.h>
+#include <stdio.h>
 #include <cmocka.h>
 
 #include "shadow_fixture.h"
@@ -102,11 +104,135 @@ static void test_replaced(void **state)
     }
 }
 
+/* ---- mapping ahead ---- */
+/* So many of the pages from la on are in the host's page tables. */
+static unsigned present(struct fixture *f, enum tlb_view_id view, u64 la, unsigned pages)
+{
+    u64 entry[512], host = la + f->c->bt.delta[view][la >> 39 & 511];
+    unsigned n = 0;
+    FILE *map = fopen("/proc/self/pagemap", "re");
+    assert_non_null(map);
+    assert_true(pages <= 512);
+    assert_int_equal(fseeko(map, (off_t)(host / PAGE_SIZE * 8), SEEK_SET), 0);
+    assert_int_equal(fread(entry, 8, pages, map), pages);
+    fclose(map);
+    for (unsigned i = 0; i < pages; i++)
+        n += entry[i] >> 63;
+    return n;
+}
+
+/* What a space is that has just come back by its misses, after much time. */
+static void make_wide(struct fixture *f, unsigned ctx)
+{
+    f->c->bt.shadow->score[ctx] = (struct shadow_score){ .pays = true, .runs = 4, .spare = BIT(40) };
+}
+
+static void map_user(struct fixture *f, u64 la, u64 gpa, unsigned pages)
+{
+    for (unsigned i = 0; i < pages; i++)
+        put(f, la + i * PAGE_SIZE, 1, (gpa + i * PAGE_SIZE) | P | U | W | A | D);
+}
+
+/* One fill, and nothing of what it maps costs a fault of the host any more; the time is taken from what may be spent. */
+static void test_ahead(void **state)
+{
+    struct fixture *f = *state;
+    struct shadow_score *p = &f->c->bt.shadow->score[0];
+    make_wide(f, 0);
+    map_user(f, USER + 3 * PAGE_SIZE, DATA, 500);
+    assert_int_equal(reads(f, VIEW_USER, USER + 200 * PAGE_SIZE), stamp(DATA + 197 * PAGE_SIZE));
+    assert_int_equal(stats(f).fills, 1);
+    assert_int_equal(stats(f).ahead, 32);                          /* the pieces that the 500 pages lie in */
+    for (unsigned i = 16; i < 500; i += 16)
+        assert_int_equal(present(f, VIEW_USER, USER + i * PAGE_SIZE, 1), 1);
+    assert_int_equal(present(f, VIEW_USER, USER, 3), 0);
+    assert_true(stats(f).ahead_cycles);
+    assert_int_equal(p->spare, BIT(40) - stats(f).ahead_cycles);
+    put(f, USER + 2 * MiB, 2, (6 * MiB) | P | U | W | PS | A | D); /* a large page of the guest */
+    assert_int_equal(writes(f, VIEW_USER, USER + 2 * MiB + 7 * PAGE_SIZE), stamp(6 * MiB + 7 * PAGE_SIZE));
+    assert_int_equal(stats(f).ahead, 64);
+    for (unsigned i = 0; i < 512; i += 16)
+        assert_int_equal(present(f, VIEW_USER, USER + 2 * MiB + i * PAGE_SIZE, 1), 1);
+}
+
+static unsigned ahead_by(struct fixture *f, u64 la)
+{
+    u64 before = stats(f).ahead;
+    shadow_flush(f->c, FLUSH_ALL, 0, 0);
+    reads(f, la >> 63 ? VIEW_SUPER : VIEW_USER, la);
+    return (unsigned)(stats(f).ahead - before);
+}
+
+static void test_not_ahead(void **state)
+{
+    struct fixture *f = *state;
+    struct shadow_score *p = &f->c->bt.shadow->score[0];
+    map_user(f, USER, DATA, 128);
+    map_user(f, USER + 2 * MiB, DATA, 128);
+    map_user(f, USER + 4 * MiB, DATA, 128);
+    map_user(f, USER + 6 * MiB, DATA, 128);
+    map_user(f, USER + 8 * MiB, DATA, 63);
+    map_user(f, USER + 10 * MiB, DATA, 128);
+    map_user(f, USER + 12 * MiB, DATA, 128);
+    put(f, KERNEL, 2, 4 * MiB | P | W | PS | A | D | G);
+    make_wide(f, 0);
+    assert_int_equal(ahead_by(f, USER), 8);
+    p->runs = 3;                                                   /* how much it uses is not known before the next one */
+    assert_int_equal(ahead_by(f, USER + 2 * MiB), 0);
+    assert_int_equal(ahead_by(f, USER + 12 * MiB), 8);
+    make_wide(f, 0);
+    p->spare = 0;                                                  /* the time is spent */
+    assert_int_equal(ahead_by(f, USER + 4 * MiB), 0);
+    p->spare = 1;                                                  /* it ends after the first piece */
+    assert_int_equal(ahead_by(f, USER + 10 * MiB), 1);
+    assert_int_equal(p->spare, 0);
+    make_wide(f, 0);
+    atomic_store(&f->v.events, 1);                                 /* an interrupt waits */
+    assert_int_equal(ahead_by(f, USER + 6 * MiB), 0);
+    atomic_store(&f->v.events, 0);
+    assert_int_equal(ahead_by(f, USER + 8 * MiB), 0);              /* few pages */
+    make_wide(f, SHADOW_SUPER);
+    assert_int_equal(ahead_by(f, KERNEL), 0);                      /* the supervisor's map of all memory */
+}
+
+/* The time for it is a share of what the space has run, wherever that was; misses bring it, calm does not. */
+static void test_ahead_share(void **state)
+{
+    struct fixture *f = *state;
+    struct shadow_score *p = &f->c->bt.shadow->score[3];
+    shadow_started(f->c, 3);
+    assert_int_equal(p->spare, 0);
+    shadow_ran(f->c, 3, 8000000, 8000, 250);
+    assert_int_equal(p->spare, 1000000);
+    assert_false(shadow_pays(f->c, 3));
+    shadow_ran(f->c, 3, 80000, 600, 0);
+    assert_true(shadow_pays(f->c, 3));
+    assert_int_equal(p->runs, 4);
+    assert_int_equal(p->spare, 1010000);
+    shadow_ran(f->c, 3, 800000, 0, 0);
+    assert_int_equal(p->spare, 1110000);
+    f->c->bt.shadow->stats.fill_cycles += 8000000;                 /* it does not pay: the share remains */
+    shadow_ran(f->c, 3, 8000000, 0, 0);
+    assert_false(shadow_pays(f->c, 3));
+    assert_int_equal(p->runs, 0);
+    assert_int_equal(p->spare, 2110000);
+    shadow_calm(f->c, 3);
+    assert_true(shadow_pays(f->c, 3));
+    assert_int_equal(p->runs, 0);
+    assert_int_equal(p->spare, 2110000);
+    f->c->bt.shadow->stats.ahead_cycles += 7000000;                /* what was mapped ahead is no fault of the shadow's */
+    shadow_ran(f->c, 3, 8000000, 0, 0);
+    assert_true(shadow_pays(f->c, 3));
+    shadow_started(f->c, 3);                                       /* another process */
+    assert_int_equal(p->spare, 0);
+}
+
 int main(void)
 {
 #define TEST(fn) cmocka_unit_test_setup_teardown(fn, setup, teardown)
     const struct CMUnitTest tests[] = {
         TEST(test_thrashing), TEST(test_pays), TEST(test_returns), TEST(test_short_lives), TEST(test_replaced),
+        TEST(test_ahead), TEST(test_not_ahead), TEST(test_ahead_share),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -293,13 +293,22 @@ static void page_compare(struct shadow *s, struct shadow_window *w, u64 la)
 #define WAIT_THRASHING BIT(28)
 #define TROUBLE_MISSES 32u                                         /* misses that a page fault or flush of the guest excuses: they may be its doing */
 #define AGAIN_MAX 512u                                             /* so many others are what the shadow would have had to fill once at most: its turn */
+#define AHEAD_SHARE 8u                                             /* mapping ahead takes so much of an address space's time at most, should it all be in vain */
+#define AHEAD_PIECE (64 * KiB)                                     /* what Linux maps of a file around a fault */
+#define AHEAD_PAGES 64u                                            /* shorter runs are left to the host's own faults, */
+#define AHEAD_RUNS 4u                                              /* and so are the first ones, unless it came by its misses */
 #define REPLACED_PAGES 8u                                          /* whoever loses so many pages and all, or nearly all, is another address space at the same root */
+
+static void score_leave(struct shadow_score *p, u64 wait)
+{
+    *p = (struct shadow_score){ .wait = MIN(wait, WAIT_MAX), .spare = p->spare };
+}
 
 /* It uses more than the host's mappings can hold: for a while it is better off with the software TLB, whatever else may be. */
 static void score_thrashing(struct shadow_score *p)
 {
     if (p->pays)
-        *p = (struct shadow_score){ .wait = MIN(MAX(2 * p->wait, WAIT_THRASHING), WAIT_MAX) };
+        score_leave(p, MAX(2 * p->wait, WAIT_THRASHING));
 }
 
 /* ---- contexts ---- */
@@ -488,6 +497,27 @@ static u64 next_entry(const struct shadow *s, const struct look *k, u64 la, u64 
     return permitted(s, la + distance, look_entry(k, la + distance, next));
 }
 
+/*
+ * The host maps the file of the guest's RAM a piece at a time, as it is used, and a program that has filled much memory by way of the software TLB meets
+ * such a fault in every piece, wherever it reads next. So where it uses many long runs, all of each is touched at once, while the time
+ * lasts that may be spent on it and no event waits. These faults of the host are no sign that the shadow does not pay: they are not in fill_cycles.
+ */
+static void map_ahead(struct shadow *s, const struct shadow_window *w, u64 la, unsigned n)
+{
+    struct shadow_score *p = &s->score[w->owner < SHADOW_CONTEXTS ? w->owner : SHADOW_SUPER];
+    if (n < AHEAD_PAGES || w->owner >= SHADOW_CONTEXTS || p->runs++ < AHEAD_RUNS)
+        return;
+    u64 start = cycles(), spent = 0, end = la + n * PAGE_SIZE;
+    p->runs = AHEAD_RUNS;
+    for (u64 at = la; at < end && spent < p->spare && !atomic_load_explicit(&s->c->v->events, memory_order_relaxed); at = ALIGN_DOWN(at, AHEAD_PIECE) + AHEAD_PIECE) {
+        (void)*(const volatile u8 *)(uintptr_t)(w->base + (at - w->canon));
+        s->stats.ahead++;
+        spent = cycles() - start;
+    }
+    p->spare -= MIN(spent, p->spare);
+    s->stats.ahead_cycles += spent;
+}
+
 /* la is not mapped: with as many neighbours as have contiguous frames and the same rights. */
 static enum shadow_result map_run(struct shadow *s, const struct look *k, struct shadow_region *r, u64 la, u64 raw, u64 e)
 {
@@ -505,6 +535,7 @@ static enum shadow_result map_run(struct shadow *s, const struct look *k, struct
     if (!cells_map(s, r, r->la + lo * PAGE_SIZE, hi - lo, &s->run[lo], run))
         return SHADOW_SLOW;
     s->stats.pages += hi - lo;
+    map_ahead(s, &s->window[r->window], r->la + lo * PAGE_SIZE, hi - lo);
     return SHADOW_FILLED;
 }
 
@@ -578,6 +609,8 @@ static enum shadow_result fill_block(struct shadow *s, struct shadow_window *w, 
         block_code(s, r, e & PTE_ADDR);
     else if (!ok && !r->pages)
         region_free(s, r);
+    if (ok)
+        map_ahead(s, w, ALIGN_DOWN(la, REGION_SIZE), REGION_PAGES);
     return ok ? SHADOW_FILLED : SHADOW_SLOW;
 }
 
@@ -702,23 +735,28 @@ static enum shadow_result fill(struct icpu *c, struct shadow *s, enum tlb_view_i
     return fill_page(s, &k, view, la, access == MMU_WRITE, &map);
 }
 
+static u64 fill_clock(const struct shadow *s)                       /* stands still while something is mapped ahead */
+{
+    return cycles() - s->stats.ahead_cycles;
+}
+
 enum shadow_result shadow_fill(struct icpu *c, enum tlb_view_id view, u64 la, enum mmu_access access, u32 *error)
 {
     struct shadow *s = c->bt.shadow;
-    u64 start = cycles();
+    u64 start = fill_clock(s);
     enum shadow_result r = fill(c, s, view, la, access, error);
     if (r == SHADOW_FILLED)
         sample_filled(s, la);
     s->stats.fills += r == SHADOW_FILLED;
     s->stats.slow += r == SHADOW_SLOW;
-    s->stats.fill_cycles += cycles() - start;
+    s->stats.fill_cycles += fill_clock(s) - start;
     return r;
 }
 
 void shadow_expected(struct icpu *c)
 {
     struct shadow *s = c->bt.shadow;
-    u64 start = cycles(), la = c->bt.expected & PAGE_MASK;
+    u64 start = fill_clock(s), la = c->bt.expected & PAGE_MASK;
     bool write = s->expected_access == MMU_WRITE;
     struct mmu_map map;
     struct look k;
@@ -730,7 +768,7 @@ void shadow_expected(struct icpu *c)
         return;
     if (!mmu_allows(&k.ctx, &map, s->expected_access) && (!write || map.dirty) && fill_page(s, &k, s->expected_view, la, write, &map) == SHADOW_FILLED)
         s->stats.expected++;
-    s->stats.fill_cycles += cycles() - start;
+    s->stats.fill_cycles += fill_clock(s) - start;
 }
 
 /* ---- code ---- */
@@ -759,9 +797,9 @@ void shadow_started(struct icpu *c, unsigned ctx)
     c->bt.shadow->score[ctx] = (struct shadow_score){ .pays = ctx == SHADOW_SUPER, .wait = ctx == SHADOW_SUPER ? 0 : WAIT_FIRST };
 }
 
-static void score_return(struct shadow_score *p)
+static void score_return(struct shadow_score *p, unsigned runs)
 {
-    *p = (struct shadow_score){ .pays = true, .wait = p->wait / 2 };
+    *p = (struct shadow_score){ .pays = true, .wait = p->wait / 2, .spare = p->spare, .runs = runs };
 }
 
 /* On the shadow for now: more than a quarter of the time spent on it is too much, and what failed once has to wait twice as long. */
@@ -771,7 +809,7 @@ static void score_shadow(struct shadow_score *p, u64 cost)
     if (p->run < RUN_MIN)
         return;
     if (p->cost > p->run / 4) {
-        *p = (struct shadow_score){ .wait = MIN(MAX(2 * p->wait, RUN_MIN), WAIT_MAX) };
+        score_leave(p, MAX(2 * p->wait, RUN_MIN));
     } else if (p->run > RUN_LONG) {
         p->run /= 2;
         p->cost /= 2;
@@ -784,7 +822,7 @@ static void score_software(struct shadow_score *p, u64 misses, u64 troubles)
     p->again += misses;
     p->again -= MIN(p->again, troubles * TROUBLE_MISSES);
     if (p->again >= AGAIN_MAX) {
-        score_return(p);
+        score_return(p, AHEAD_RUNS);
         return;
     }
     p->fills = MIN(p->fills + misses + troubles * TROUBLE_FILLS, FILLS_MAX); /* what thrashes the software TLB would be filled once */
@@ -807,6 +845,7 @@ void shadow_ran(struct icpu *c, unsigned ctx, u64 run, u64 misses, u64 troubles)
     bool paid = p->pays;
     u64 cost = s->stats.fill_cycles + s->stats.flush_cycles + (s->stats.fills + s->stats.faults + s->stats.slow) * SIGNAL_CYCLES;
     p->run += run;
+    p->spare = MIN(p->spare + run / AHEAD_SHARE, WAIT_MAX);
     if (p->pays)
         score_shadow(p, cost - s->cost_seen);
     else
@@ -821,7 +860,7 @@ void shadow_calm(struct icpu *c, unsigned ctx)
     struct shadow_score *p = &c->bt.shadow->score[ctx];
     if (p->pays)
         return;
-    score_return(p);
+    score_return(p, 0);
     c->bt.shadow->stats.returns++;
 }
 
@@ -881,8 +920,9 @@ void shadow_report(const struct icpu *c, struct stats *out)
     ROW(fills, "fills") ROW(expected, "fills-expected") ROW(pages, "pages") ROW(upgrades, "made-writable") ROW(slow, "slow") ROW(faults, "guest-faults")
     ROW(flushes, "flushes") ROW(page_flushes, "flushes-page") ROW(switches, "switches") ROW(compared, "compared") ROW(dropped, "dropped")
     ROW(downgraded, "made-read-only") ROW(moved, "moved") ROW(protects, "protected") ROW(evictions, "evictions") ROW(trims, "trimmed") ROW(refused, "refused")
-    ROW(resets, "resets") ROW(left, "spaces-left") ROW(returns, "spaces-returned") ROW(windows, "windows") ROW(regions, "regions") ROW(mapped, "mapped") ROW(mappings, "mappings")
+    ROW(resets, "resets") ROW(left, "spaces-left") ROW(returns, "spaces-returned") ROW(ahead, "mapped-ahead") ROW(windows, "windows") ROW(regions, "regions") ROW(mapped, "mapped") ROW(mappings, "mappings")
 #undef ROW
+    stats_u64(out, "ahead-us", st.ahead_cycles * 1000 / khz);
     stats_u64(out, "fill-us", st.fill_cycles * 1000 / khz);        /* without the host's part of the fault */
     stats_u64(out, "flush-us", st.flush_cycles * 1000 / khz);
     stats_group_end(out);

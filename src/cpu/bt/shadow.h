@@ -50,7 +50,8 @@ struct shadow_stats {
     u64 flushes, page_flushes, switches, compared, dropped, downgraded, moved; /* compared: pages looked at; taken away; made read-only; with another frame */
     u64 protects, evictions, trims, refused, resets;                /* trims: of the window that was to be filled */
     u64 left, returns;                                             /* --mmu auto: address spaces that went to the software TLB since the shadow did not pay; that came (back) */
-    u64 fill_cycles, flush_cycles;
+    u64 ahead, ahead_cycles;                                       /* pieces of 64 KiB that the host was had to map before anybody missed them */
+    u64 fill_cycles, flush_cycles;                                 /* without these */
     u32 windows, regions, mapped, mappings;                        /* now: windows in use, regions, pages, host mappings at most */
 };
 
@@ -59,6 +60,8 @@ struct shadow_score {
     u64 run, cost, fills;                                          /* cycles that it ran, that the shadow cost it; pages that it had filled; decaying */
     u64 again;                                                     /* misses of the software TLB that the shadow would not have had, as far as can be told */
     u64 wait;                                                      /* cycles that it has to run on the software TLB before it is tried again */
+    u64 spare;                                                     /* cycles that mapping ahead may cost it: a share of all that it ran */
+    unsigned runs;                                                 /* long ones filled since it came to the shadow, as far as they matter */
     bool pays;
 };
 
