@@ -3,7 +3,7 @@
  * counts of bytes.
  *
  * Queues: 0 to the guest, 1 from the guest, 2 events. The vCPU that notifies posts service() to the loop; packets, descriptors and their
- * readiness are all seen to there.
+ * readiness are all seen to there; but for send_at_once(), which spares a dialogue the way over the loop.
  *
  *   CALLED_BY_HOST   a client has named a port of the guest: REQUEST was or is to be sent         -> OPEN by RESPONSE
  *   CALLED_BY_GUEST  the guest has called another guest, whose answer is awaited                   -> OPEN by "OK"
@@ -37,6 +37,8 @@
 #define QUEUE_SIZE 256
 #define EVENT_QUEUE_SIZE 16
 #define CHAINS_PER_TURN 256                                        /* from the guest, before the loop sees to others */
+#define AT_ONCE_PACKETS 8
+#define AT_ONCE_MAX 4096                                           /* bytes: less than a wake-up costs */
 
 static void service(struct virtio_vsock *v);
 
@@ -126,11 +128,16 @@ static void guest_shuts(struct vsock_conn *c, u32 flags)
     vsock_check_ends(c);
 }
 
-static void conn_packet(struct vsock_conn *c, const struct virtio_vsock_hdr *h, struct virtq_chain *chain)
+static void take_credit(struct vsock_conn *c, const struct virtio_vsock_hdr *h)
 {
     c->guest_alloc = h->buf_alloc;
     c->guest_fwd = h->fwd_cnt;
     c->asked &= !vsock_credit(c);
+}
+
+static void conn_packet(struct vsock_conn *c, const struct virtio_vsock_hdr *h, struct virtq_chain *chain)
+{
+    take_credit(c, h);
     switch (h->op) {
     case VIRTIO_VSOCK_OP_RESPONSE: guest_accepts(c); break;
     case VIRTIO_VSOCK_OP_SHUTDOWN: guest_shuts(c, h->flags); break;
@@ -200,6 +207,76 @@ static void from_guest(struct virtio_vsock *v)
     virtio_interrupt(&v->virtio, VSOCK_TX);
 }
 
+/* --- on a vCPU's thread --- */
+
+/*
+ * For an open connection: credit that nothing waits for, or the first data, and not much of it, since the host has sent some. So the descriptor may be left as it is, which is the
+ * loop's. More data would hold the vCPU up, and goes better by the loop, whose batches take fewer exits.
+ */
+static bool simple(const struct virtio_vsock *v, const struct vsock_conn *c, const struct virtio_vsock_hdr *h, const struct virtq_chain *chain)
+{
+    if (!c || c->state != OPEN || c->seq || c->stuck || h->type != VIRTIO_VSOCK_TYPE_STREAM || h->src_cid != v->config.guest_cid || h->dst_cid > UINT32_MAX)
+        return false;
+    return h->op == VIRTIO_VSOCK_OP_CREDIT_UPDATE ||
+           (h->op == VIRTIO_VSOCK_OP_RW && h->len <= MIN(chain->out_len, (u64)AT_ONCE_MAX) && c->answers && !c->len && !c->write_ended &&
+            !(c->guest_shut & VIRTIO_VSOCK_SHUTDOWN_SEND));
+}
+
+/* False: the packet waits as it did. */
+static bool packet_at_once(struct virtio_vsock *v)
+{
+    struct virtio_vsock_hdr h = { 0 };
+    struct vsock_address at;
+    struct vsock_conn *c;
+
+    virtq_read(&v->tx, &h, sizeof(h));
+    at = (struct vsock_address){ .cid = (u32)h.dst_cid, .port = h.dst_port, .guest_port = h.src_port };
+    c = vsock_conn_find(v, &at);
+    if (!simple(v, c, &h, &v->tx) || !vsock_keep(c, &v->tx, 0)) {  /* there is memory for what does not go out */
+        virtq_unpop(&v->virtio.queue[VSOCK_TX], &v->tx);
+        return false;
+    }
+    v->events++;
+    v->counts.sent++;
+    take_credit(c, &h);
+    if (h.op == VIRTIO_VSOCK_OP_RW) {
+        c->answers = false;
+        vsock_guest_data(c, &v->tx, h.len, h.flags);
+        c->late = c->len;
+        v->late |= c->late;
+    }
+    virtq_push(&v->virtio.queue[VSOCK_TX], &v->tx, 0);
+    return true;
+}
+
+/*
+ * In a dialogue, a guest that answers spares waking up the loop's thread, and then a vCPU, which may have halted, by the interrupt of the loop's. (Linux tells of credit whenever
+ * a program has read all that there was.) False: the loop is to look.
+ */
+static bool send_at_once(struct virtio_vsock *v)
+{
+    unsigned sent = 0;
+
+    if (v->posted)
+        return false;
+    while (sent < AT_ONCE_PACKETS && virtio_pop(&v->virtio, VSOCK_TX, &v->tx) && packet_at_once(v))
+        sent++;
+    if (sent)
+        virtio_interrupt(&v->virtio, VSOCK_TX);
+    return virtio_running(&v->virtio) && !virtq_listen(&v->virtio.queue[VSOCK_TX]) && !v->late;
+}
+
+static void rewatch_late(struct virtio_vsock *v)
+{
+    for (struct vsock_conn *c = v->late ? v->first : NULL, *next; c; c = next) {
+        next = c->next;
+        if (c->late)
+            vsock_rewatch(c);
+        c->late = false;
+    }
+    v->late = false;
+}
+
 /* --- the device --- */
 
 /* Nothing is left that the guest knows of. What it had sent still goes to the host. */
@@ -246,18 +323,20 @@ static void service(struct virtio_vsock *v)
     if (!virtio_running(&v->virtio))
         return;
     say_lost(v);
+    rewatch_late(v);
     from_guest(v);
     if (vsock_say_all(v) && v->starved)
         vsock_feed_stuck(v);
     virtio_interrupt(&v->virtio, VSOCK_RX);
 }
 
-static void vsock_kick(struct virtio *virtio, unsigned n UNUSED)
+static void vsock_kick(struct virtio *virtio, unsigned n)
 {
     struct virtio_vsock *v = container_of(virtio, struct virtio_vsock, virtio);
 
     v->counts.notifications++;
-    vsock_post(v);
+    if (n == VSOCK_TX ? !send_at_once(v) : n != VSOCK_RX || v->starved)
+        vsock_post(v);
 }
 
 /* Connections are the loop's. */

@@ -1,7 +1,7 @@
 /*
  * virtio socket device (virtio 1.2, 5.10): connections, of bytes or of messages, between programs of the guest and programs of the host, or other guests.
  *
- * Ends on the host are Unix sockets, which back/vsock_host.h finds. Everything is done on the loop's thread.
+ * Ends on the host are Unix sockets, which back/vsock_host.h finds. Everything is done on the loop's thread, but for the guest's part in a dialogue.
  */
 #pragma once
 

@@ -59,7 +59,7 @@ struct vsock_conn *vsock_conn_new(struct virtio_vsock *v, const struct vsock_add
         vsock_host_closed(v->host);
         return NULL;
     }
-    *c = (struct vsock_conn){ .v = v, .at = *at, .fd = fd, .state = state, .seq = kind != VSOCK_STREAM, .marked = kind == VSOCK_MARKED, .hash_next = *bucket_of(v, at) };
+    *c = (struct vsock_conn){ .v = v, .at = *at, .fd = fd, .state = state, .answers = true, .seq = kind != VSOCK_STREAM, .marked = kind == VSOCK_MARKED, .hash_next = *bucket_of(v, at) };
     *bucket_of(v, at) = c;
     list_add(c);
     v->conns++;

@@ -64,6 +64,7 @@ static bool read_once(struct vsock_conn *c)
     }
     vsock_put_packet(c, VIRTIO_VSOCK_OP_RW, 0, v->piece, (u32)n);
     c->sent += (u32)n;
+    c->answers = true;
     return (u32)n == want;
 }
 

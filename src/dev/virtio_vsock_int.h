@@ -2,7 +2,7 @@
  * What the vsock device's files have in common, for those alone: queues, packets from the guest, save and load are virtio_vsock.c's, where states and locking are told; the table of
  * connections, their descriptors and packets to the guest virtio_vsock_conn.c's; credit and streams virtio_vsock_data.c's; messages virtio_vsock_seq.c's.
  *
- * All of it with the device's lock held, on the loop's thread.
+ * All of it with the device's lock held, on the loop's thread; but for vsock_guest_data(), see send_at_once().
  */
 #pragma once
 
@@ -63,6 +63,8 @@ struct vsock_conn {
     u32 whole, empty;                                              /* messages with their ends in it, and those of them that are no bytes */
     u32 forwarded, told;                                           /* bytes that the host has taken; as the guest knows */
     u8 guest_shut;
+    bool answers;                                                  /* the host has sent something since the guest has */
+    bool late;                                                     /* the loop is to call vsock_rewatch() */
     bool write_ended;                                              /* the end of the guest's data was passed on, or nobody wants it */
 };
 
@@ -74,6 +76,7 @@ struct virtio_vsock {
     bool posted;
     bool starved;                                                  /* something waits for a buffer of the guest's */
     bool say_lost;                                                 /* TRANSPORT_RESET is to be said */
+    bool late;                                                     /* there are connections that are */
     u64 instance, events;                                          /* which device this is, and how often its state has changed */
     struct virtio_vsock_counts counts;
     struct virtq_chain tx, rx;

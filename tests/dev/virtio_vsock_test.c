@@ -10,6 +10,7 @@
 
 #include <fcntl.h>
 #include <linux/virtio_vsock.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -142,16 +143,23 @@ static struct virtio_vsock_hdr to(u64 cid, u32 port, u16 op)
                                       .type = type, .op = op, .buf_alloc = 1 << 20 };
 }
 
-static void packet(struct virtio_vsock_hdr h, const void *bytes, u32 len)
+/* Without a turn of the loop's. */
+static void offer(struct virtio_vsock_hdr h, const void *bytes, u32 len)
 {
     u64 at = OUT + (d.q[TX].next_desc % QUEUE) * 0x4000ull;
-    u32 id, used;
 
     put(&g, at, &h, sizeof(h));
     if (len)
         put(&g, at + sizeof(h), bytes, len);
     gq_add(&d.q[TX], (struct buf[]){ { at, sizeof(h) + len, false } }, 1);
     vdev_kick(&d, TX);
+}
+
+static void packet(struct virtio_vsock_hdr h, const void *bytes, u32 len)
+{
+    u32 id, used;
+
+    offer(h, bytes, len);
     turn();
     assert_true(gq_used(&d.q[TX], &id, &used));
 }
@@ -488,6 +496,56 @@ static void test_credit_of_host(void **state UNUSED)
         ;
     assert_int_equal(hdr.op, VIRTIO_VSOCK_OP_RST);
     close(fd);
+}
+
+/* In a dialogue the guest's part goes out without the loop, credit included; what is more than that by the loop; and if the host's socket is full, what is left of it. */
+static void test_at_once(void **state UNUSED)
+{
+    static u8 block[4096], back[4096];
+    struct virtio_vsock_hdr h;
+    u32 port, id, used, got = 0, n = 0;
+    int fd, waits = -1, waited;
+
+    start_with(16);
+    fd = connected(&port);
+    h = to(VSOCK_CID_HOST, port, VIRTIO_VSOCK_OP_RW);
+    h.len = 1;
+    for (u32 i = 0; i < 300; i++) {
+        send(fd, "?", 1, 0);
+        expect(VIRTIO_VSOCK_OP_RW, port);
+        offer(to(VSOCK_CID_HOST, port, VIRTIO_VSOCK_OP_CREDIT_UPDATE), NULL, 0);
+        assert_true(gq_used(&d.q[TX], &id, &used));
+        offer(h, "1", 1);
+        assert_true(gq_used(&d.q[TX], &id, &used));
+        assert_int_equal(recv(fd, back, sizeof(back), MSG_DONTWAIT), 1);
+        offer(h, "2", 1);
+        assert_false(gq_used(&d.q[TX], &id, &used));
+        expect_text(fd, "2");
+        assert_true(gq_used(&d.q[TX], &id, &used));
+    }
+    h.len = sizeof(block);
+    do {
+        waited = waits;
+        send(fd, "?", 1, 0);
+        while (assert_true(got_packet()), hdr.op != VIRTIO_VSOCK_OP_RW)
+            ;
+        memset(block, (int)n++, sizeof(block));
+        offer(h, block, sizeof(block));
+        assert_true(gq_used(&d.q[TX], &id, &used));
+        assert_int_equal(ioctl(fd, FIONREAD, &waits), 0);
+    } while (waits != waited);                                     /* the last one waits in the device */
+    while (got < n * sizeof(block)) {
+        ssize_t r = recv(fd, back, sizeof(back), MSG_DONTWAIT);
+
+        assert_true(r > 0);
+        for (ssize_t i = 0; i < r; i++)
+            assert_int_equal(back[i], (got + (u32)i) / sizeof(block));
+        got += (u32)r;
+        while (got_packet())
+            assert_int_equal(hdr.op, VIRTIO_VSOCK_OP_CREDIT_UPDATE);
+    }
+    close(fd);
+    turn();
 }
 
 /* It closes at once after its last byte: the host still gets them all, though the guest does not wait. */
@@ -1113,6 +1171,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_half_closed, setup, teardown),
         cmocka_unit_test_setup_teardown(test_credit_of_guest, setup, teardown),
         cmocka_unit_test_setup_teardown(test_credit_of_host, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_at_once, setup, teardown),
         cmocka_unit_test_setup_teardown(test_last_bytes, setup, teardown),
         cmocka_unit_test_setup_teardown(test_other_guests, setup, teardown),
         cmocka_unit_test_setup_teardown(test_bad_packets, setup, teardown),
