@@ -255,8 +255,8 @@ GDB
 case_jit() { /soak/jit "$(pick 500 100000)"; }
 # Memory, vector registers and addresses, each word of them known: what these find stands at their beginnings.
 CASES="$CASES pages:same registers:same places:same vanish:same starts:same"
-case_pages() { /soak/pages "$(pick 10 2000)"; }
-case_registers() { /soak/registers "$(pick 30 2000)"; }
+case_pages() { /soak/pages "$(pick 10 1000)"; }
+case_registers() { /soak/registers "$(pick 30 1000)"; }
 case_places() { /soak/places "$(pick 7 1)"; }
 # While a guest's kernel swaps, merges equal pages, makes huge ones, and moves pages about. That it swapped and moved is asked for; a kernel need not merge.
 case_vanish()
@@ -267,7 +267,7 @@ case_vanish()
         { echo 1 >/sys/kernel/mm/ksm/run; echo 1 >/sys/kernel/mm/ksm/sleep_millisecs; echo 1000 >/sys/kernel/mm/ksm/pages_to_scan; } 2>/dev/null
         while :; do echo 1 >/proc/sys/vm/compact_memory; sleep 0.05; done & mover=$!
     fi
-    /soak/vanish "$(pick 15 3000)" || return 1
+    /soak/vanish "$(pick 15 500)" || return 1
     [ -n "${SOAK_GUEST:-}" ] || return 0
     kill $mover
     echo 0 >/sys/kernel/mm/ksm/run
@@ -294,7 +294,7 @@ case_starts()
     {
         k=$1 i=0
         shift
-        while [ $i -lt "$(pick 2 150)" ]; do
+        while [ $i -lt "$(pick 2 60)" ]; do
             i=$((i + 1))
             for p; do echo "$p: $(one "$p" "$k")"; done
             [ -z "${SOAK_GUEST:-}" ] || [ "$k$((i % 4))" != 10 ] || echo 1 >/proc/sys/vm/drop_caches
