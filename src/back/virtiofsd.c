@@ -414,6 +414,13 @@ void virtiofsd_words(const struct virtiofsd *d, char *buf, size_t size)
     snprintf(buf, size, "%s", line ? line + 1 : text);
 }
 
+u64 virtiofsd_descriptors(const struct virtiofsd *d)
+{
+    struct rlimit l;
+
+    return prlimit(d->pid, RLIMIT_NOFILE, NULL, &l) < 0 ? 0 : MIN((u64)l.rlim_cur, (u64)MANY_DESCRIPTORS);
+}
+
 /* Its socket is closed: it ends by itself, and its children with it, or is ended. */
 void virtiofsd_stop(struct virtiofsd *d)
 {

@@ -9,6 +9,7 @@
 #include <sys/types.h>
 
 #include "base/err.h"
+#include "base/types.h"
 
 struct virtiofsd {
     pid_t pid;                                                     /* 0: does not run */
@@ -27,5 +28,7 @@ int virtiofsd_usable(const char *folder, bool readonly);
 int virtiofsd_start(struct virtiofsd *d, const char *folder, bool readonly);
 /* The last line that it has said, or "". */
 void virtiofsd_words(const struct virtiofsd *d, char *buf, size_t size);
+/* How many descriptors it may have, half a million at the most; 0: that is not known. */
+u64 virtiofsd_descriptors(const struct virtiofsd *d);
 /* Ends it, a second after its socket was closed at the latest. Harmless when it does not run (all zero). */
 void virtiofsd_stop(struct virtiofsd *d);

@@ -25,6 +25,7 @@
 
 #include "back/vhost_user.h"
 #include "back/virtiofsd.h"
+#include "dev/fuse_names.h"
 
 #define QUEUES 2
 #define QUEUE_SIZE 256
@@ -48,6 +49,7 @@ struct virtio_fs {
     bool used;                                                     /* it has had requests */
     bool posted;                                                   /* renew() is */
     bool told_files;                                               /* that virtiofsd has no descriptors left */
+    struct fuse_names names;                                       /* that its guest holds: a descriptor each */
     struct request request[QUEUES][QUEUE_SIZE];
     struct request *free[QUEUES];
     unsigned in_flight;
@@ -101,6 +103,7 @@ static int start_server(struct virtio_fs *f)
     if (sock < 0)
         return sock;
     r = connect_server(f, sock);
+    f->names = (struct fuse_names){ .bound = virtiofsd_descriptors(&f->server) / 2 };
     if (r == 0)
         return 0;
     snprintf(why, sizeof(why), "%s", err_last());
@@ -135,29 +138,15 @@ struct open_request {
 };
 _Static_assert(sizeof(struct open_request) <= VHOST_USER_SLOT_BYTES && QUEUE_SIZE <= VHOST_USER_SLOTS, "an open request goes into a slot");
 
-/* A look at the beginning of a request, or of its answer, of which nothing is consumed. */
-static bool peek(const struct iovec *piece, unsigned pieces, void *buf, size_t len)
-{
-    size_t done = 0;
-
-    for (unsigned i = 0; i < pieces && done < len; i++) {
-        size_t part = MIN(len - done, piece[i].iov_len);
-
-        memcpy((u8 *)buf + done, piece[i].iov_base, part);
-        done += part;
-    }
-    return done == len;
-}
-
 /* What the guest sees only as an error of its own. */
 static void look_at_answer(struct virtio_fs *f, const struct virtq_chain *c)
 {
     struct fuse_out_header out;
 
-    if (f->told_files || !peek(c->in, c->ins, &out, sizeof(out)) || out.len != sizeof(out) || (out.error != -EMFILE && out.error != -ENFILE))
+    if (f->told_files || !fuse_peek(c->in, c->ins, 0, &out, sizeof(out)) || out.len != sizeof(out) || (out.error != -EMFILE && out.error != -ENFILE))
         return;
     f->told_files = true;
-    log_msg(f->virtio.log, LOG_WARN, "share %s: the guest knows as many files as virtiofsd may have descriptors; raise the limit (ulimit -Hn), or share the folder by 9p: "
+    log_msg(f->virtio.log, LOG_WARN, "share %s: the guest uses as many files as virtiofsd may have descriptors; raise the limit (ulimit -Hn), or share the folder by 9p: "
             "leave fs=virtiofs out", f->folder);
 }
 
@@ -172,7 +161,7 @@ static unsigned without_noatime(struct virtio_fs *f, unsigned n, struct request 
     unsigned parts = 1;
     u64 gpa;
 
-    if (c->out_total != sizeof(o) || !peek(c->out, c->outs, &o, sizeof(o)) || (o.head.opcode != FUSE_OPEN && o.head.opcode != FUSE_OPENDIR) ||
+    if (c->out_total != sizeof(o) || !fuse_peek(c->out, c->outs, 0, &o, sizeof(o)) || (o.head.opcode != FUSE_OPEN && o.head.opcode != FUSE_OPENDIR) ||
         !(o.open.flags & O_NOATIME))
         return 0;
     o.open.flags &= ~(u32)O_NOATIME;
@@ -196,6 +185,7 @@ static bool send_request(struct virtio_fs *f, unsigned n, struct request *r)
     f->used = true;
     if (!vhost_user_add(f->vhost, n, f->part, parts, r))
         return false;
+    fuse_names_request(&f->names, c->out, c->outs);
     r->busy = true;
     f->in_flight++;
     return true;
@@ -262,10 +252,12 @@ static void take_answers(struct virtio_fs *f, unsigned n)
 
     while (f->vhost && (r = vhost_user_take(f->vhost, n, &len))) {
         look_at_answer(f, &r->chain);
-        if (f->virtio.resetting || q->broken)
+        if (f->virtio.resetting || q->broken) {
             virtq_drop(q, &r->chain);
-        else
+        } else {
+            fuse_names_answer(&f->names, r->chain.out, r->chain.outs, r->chain.in, r->chain.ins);
             virtq_push(q, &r->chain, (u32)MIN((u64)len, r->chain.in_total));
+        }
         release(f, n, r);
         f->in_flight--;
     }
