@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <limits.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "back/virtiofsd.h"
@@ -16,9 +17,12 @@
 static int find_directory(struct run *run, const char *folder)
 {
     char top[PATH_MAX], here[PATH_MAX];
+    struct stat st;
     size_t len;
-    if (!realpath(folder, top))
+    if (!realpath(folder, top) || stat(top, &st) < 0)
         return err(-errno, "--root %s: %s; name a folder of this host", folder, strerror(errno));
+    if (!S_ISDIR(st.st_mode))
+        return err(-ENOTDIR, "--root %s: it is no folder; name one of this host", folder);
     if (!getcwd(here, sizeof(here)))
         strcpy(here, "/");
     len = strcmp(top, "/") ? strlen(top) : 0;

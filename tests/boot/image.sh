@@ -365,6 +365,20 @@ wait $vm; is "poweroff: status" "$?" 0
 run image info sid --check; is "the image is as it was" "$status $out" "0 sid: the disk is as it was"
 is "a command in it, without systemd" "$(d run sid --engine "$ENGINE" --quiet -- sh -c 'cat /proc/1/comm; whoami; stat -c %a /usr/bin/su; ls -d "/lib/modules/$(uname -r)/kernel" | wc -l; getent hosts localhost >/dev/null && echo hosts' 2>&1 </dev/null)" \
     $'init\nroot\n4755\n1\nhosts'
+
+# --- long form: the same system, interpreted. Guest time is host time, so that systemd's time-outs may fire: then it says which units they hit. ---
+if [ -n "${SOAK_LONG-}" ]; then
+    timeout -k 10 3600 "${user[@]}" "$D" run sid --engine interp --quiet --name vm --console "$tmp/home/slow" </dev/null >"$tmp/vm.out" 2>&1 &
+    vm=$!
+    until_true listed || not_ok "interp: doppel ps lists the VM" "$(cat "$tmp/vm.out")"
+    state=$(timeout -k 10 2400 "${user[@]}" "$D" exec vm --wait 1800 -- systemctl is-system-running --wait 2>&1 </dev/null)
+    like "interp: systemctl is-system-running" "$state" '^(running|degraded)$'
+    [ "$state" = running ] || echo "# interp: $state: $(in_vm systemctl --failed --quiet --no-legend --plain | cut -d' ' -f1 | paste -sd' ')"
+    login() { grep -aq 'login:' "$tmp/home/slow"; }
+    until_true login && ok "interp: a login at the serial console" || not_ok "interp: a login at the serial console" "$(tail -n 5 "$tmp/home/slow")"
+    in_vm systemctl poweroff >/dev/null
+    wait $vm; is "interp: poweroff: status" "$?" 0
+fi
 run image rm sid; is "rm: status, and nothing is left" "$status $(ls -A "$tmp/store")" "0 "
 
 # --- long form: the standard kernel, and cloud-init itself ---

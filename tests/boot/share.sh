@@ -161,6 +161,10 @@ guest "$standard"
 doppel run --quiet --share "$shared:work,owner=host" -- sh -c "$mount_9p stat -c %u /mnt/data"
 is "9p: owner=host" "$status $out" "0 $(stat -c %u "$shared/data")"
 
+as mkdir "$tmp/"$'a:b,c\nd'; as touch "$tmp/"$'a:b,c\nd/there'
+doppel run --quiet --share "$tmp/"$'a:b,c\nd:work,ro' -- sh -c "$mount_9p ls /mnt"
+is "9p: a folder whose name has a colon, a comma and a newline" "$status $out" "0 there"
+
 guest "$cloud"
 refused()                                           # name, pattern, arguments...
 {
@@ -176,6 +180,8 @@ refused "an unknown attribute" "no attribute of shares" --share "$shared:a,rw"
 refused "no such folder" "no such folder" --share "$tmp/none:a"
 refused "a file" "Not a directory" --share "$tmp/matrix:a"
 refused "five" "up to 4" --share "$shared:a" --share "$shared:b" --share "$shared:c" --share "$shared:d" --share "$shared:e"
+refused "--root without a folder" "root $tmp/none: No such file" --root "$tmp/none"
+refused "--root of a file" "root $tmp/matrix: it is no folder" --root "$tmp/matrix"
 refused "owner=host by virtio-fs" "owner=host is for 9p" --share "$shared:a,fs=virtiofs,owner=host"
 export DOPPEL_VIRTIOFSD=/nonexistent
 refused "no virtiofsd" "virtiofsd is not installed; install it .Debian: qemu-system-common." --share "$shared:a,fs=virtiofs"

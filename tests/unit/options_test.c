@@ -335,6 +335,7 @@ static void unknown_options(void **state UNUSED)
     rejects("--noreboot", "--no-reboot?");
     rejects("--frobnicate", "no such option");
     rejects("-m 1G", "two dashes");
+    rejects("uname -a", "a command for the guest stands behind");
     rejects("-", "\"-\"");
     rejects("--=1", "no such option");
     assert_null(strstr(err_last(), "mean"));
