@@ -5,6 +5,9 @@
 #
 #   tests/soak/soak.sh ENGINE [CPUS [CASE...]]      CPUS: default "1 2"; CASE: default all (cases.sh has them)
 #
+# SOAK_DISTURB=1: meanwhile the guest is paused, the monitor stopped, its prompt asked, and the guest's time of day set to any year, several times a second.
+# No program that measures its time by that can take part (stress-ng's).
+#
 # ENGINE tcg is QEMU's emulator, which is to pass, too: a case that fails there is at fault itself. (gdb differs there, by
 # flags that are undefined after a multiplication; our engines take them from the processor.)
 # SOAK_LONG=1 makes each case longer (an hour and more for all of them, on 1 and 2 vCPUs). SOAK_MINUTES=N ends it: cases that would begin later are skipped. Every case is a test by name; one that cannot run is skipped with the reason.
@@ -17,6 +20,7 @@ shift $(($# > 2 ? 2 : $#))
 limit=${SOAK_LONG:+900}
 limit=${limit:-180}                               # of a case: on a busy machine the longest has taken 50
 export SOAK_LONG=${SOAK_LONG:-}
+disturb=${SOAK_DISTURB:-}
 read -ra counts <<<"$cpus"
 share=$((${SOAK_MINUTES:-0} * 60 / ${#counts[@]}))                 # seconds for each number of vCPUs; 0: no end
 PATH=$PATH:/usr/sbin:/sbin
@@ -83,6 +87,29 @@ done
 
 # ---- guests ----
 
+running=                                            # it has a process group of its own, and would outlive us
+trap '[ -z "$running" ] || kill $running; rm -rf "$tmp"' EXIT
+
+# Until the guest named "soak" is gone. How often what was done goes to $tmp/disturbed.
+disturber()                                         # process number of the guest's `timeout`
+{
+    local pid control=$tmp/rt/doppel/soak/control
+    ask() { printf '%s\n' "$@" | timeout 60 "$build/boot/stream" unix "$control" >/dev/null 2>&1; }
+    while kill -0 "$1" 2>/dev/null; do
+        sleep 0.$((RANDOM % 90 + 10))
+        pid=$("$DOPPEL" ps 2>/dev/null | awk '$1 == "soak" { print $2 }')
+        [ -n "$pid" ] || continue
+        case $((RANDOM % 6)) in
+            0) ask pause && sleep 0.0$((RANDOM % 90 + 10)); ask resume && echo paused ;;
+            1) ask pause resume pause resume pause resume && echo "paused thrice" ;;
+            2) kill -STOP "$pid" && sleep 0.$((RANDOM % 30 + 10)); kill -CONT "$pid" && echo stopped ;;
+            3) timeout 60 "$DOPPEL" exec soak -- date -s "@$((1700000000 + RANDOM * 10000))" </dev/null >/dev/null 2>&1 && echo "time set" ;;
+            4) ask info && echo info ;;
+            5) ask stats && echo stats ;;
+        esac
+    done 2>/dev/null >>"$tmp/disturbed"
+}
+
 guest()                                             # vCPUs, seconds, arguments of inside.sh
 {
     local script="modprobe ext4; mkdir /mnt/tools; mount -t ext4 -o ro /dev/vdb /mnt/tools && SOAK_LONG=$SOAK_LONG sh /mnt/tools/inside.sh $3"
@@ -100,9 +127,22 @@ guest()                                             # vCPUs, seconds, arguments 
             </dev/null 2>"$tmp/err" | tr -d '\r' >"$tmp/out"
         return "${PIPESTATUS[0]}"
     fi
-    timeout -k 10 "$2" "$DOPPEL" run --engine "$engine" ${MMU:+--mmu "$MMU"} --quiet --cpus "$1" --memory 1G \
+    local named=()
+    if [ -n "$disturb" ]; then
+        mkdir -p -m 700 "$tmp/rt"
+        export XDG_RUNTIME_DIR=$tmp/rt
+        named=(--name soak)
+    fi
+    timeout -k 10 "$2" "$DOPPEL" run --engine "$engine" ${MMU:+--mmu "$MMU"} "${named[@]}" --quiet --cpus "$1" --memory 1G \
         --disk "$build/soak/root.img,readonly" --disk "$tmp/tools.img,readonly" --disk "$tmp/swap.img" --status-file "$tmp/status" -- sh -c "$script" \
-        </dev/null >"$tmp/out" 2>"$tmp/err"
+        </dev/null >"$tmp/out" 2>"$tmp/err" &
+    running=$!
+    [ -z "$disturb" ] || disturber $running &
+    wait $running
+    local r=$?
+    running=
+    wait
+    return $r
 }
 
 # All cases in one guest. One that takes the guest down is to blame alone; the others go on in a new one.
@@ -153,5 +193,9 @@ for n in $cpus; do
     done
     is "$engine, $n vCPU: the kernel complains of nothing" "$(grep '^\[kernel\]' "$tmp/all")" ""
     is "$engine, $n vCPU: the guest ends well" "$status" 0
+    if [ -n "$disturb" ] && [ -n "$SOAK_LONG" ]; then
+        echo "# disturbed: $(sort "$tmp/disturbed" | uniq -c | awk '{ n = $1; $1 = ""; printf "%s%s %d", s, $0, n; s = "," }')"
+        is "$engine, $n vCPU: it was disturbed, in each way" "$(sort -u "$tmp/disturbed" | wc -l)" 6
+    fi
 done
 done_testing
