@@ -165,6 +165,14 @@ static int write_all(int fd, const void *buf, size_t len, u64 at)
     return 0;
 }
 
+/* No room, said here, is no reason to wait for some: what was to be written is dropped from the host's memory already. */
+static int sync_file(int fd)
+{
+    if (fdatasync(fd) == 0)
+        return 0;
+    return errno == ENOSPC || errno == EDQUOT ? -EIO : -errno;
+}
+
 static u64 slot_at(u64 page, unsigned slot)
 {
     return MAP_OFFSET + (page * 2 + slot) * PAGE;
@@ -199,8 +207,8 @@ static int write_header(struct overlay *o)
 
     o->header.crc = crc32c(0, &o->header, offsetof(struct header, crc));
     r = write_all(o->fd, &o->header, sizeof(o->header), slot * PAGE);
-    if (r == 0 && fdatasync(o->fd) < 0)
-        r = -errno;
+    if (r == 0)
+        r = sync_file(o->fd);
     if (r == 0)
         o->header_slot = slot;
     return r;
@@ -239,7 +247,7 @@ static int write_pages(struct overlay *o, const struct map_page *p, unsigned n)
 
         r = write_all(o->fd, &p[i], sizeof(p[i]), slot_at(p[i].index, s->generation ? !s->slot : 0));
     }
-    return r < 0 ? r : fdatasync(o->fd) < 0 ? -errno : 0;
+    return r < 0 ? r : sync_file(o->fd);
 }
 
 /* The pages are on the disk: the header makes them count. */
@@ -270,7 +278,7 @@ static int commit(struct overlay *o, const struct map_page *p, unsigned n)
 
 /*
  * A header that may or may not be on the disk cannot be followed by another of the same generation, and what fdatasync() could not write is not there
- * for the next one: after such errors there is no flush any more. Without room nothing of the kind has happened.
+ * for the next one: after such errors there is no flush any more. A page of the map for which there was no room is written by the next flush.
  */
 static int flush(struct overlay *o)
 {
@@ -617,6 +625,17 @@ static int overlay_size(struct block *b, u64 *size)
     return 0;
 }
 
+/* Not while a flush writes the header. */
+static void set_size(struct overlay *o, u64 size)
+{
+    pthread_mutex_lock(&o->flushing);
+    pthread_mutex_lock(&o->lock);
+    o->header.size = size;
+    o->header_dirty = true;
+    pthread_mutex_unlock(&o->lock);
+    pthread_mutex_unlock(&o->flushing);
+}
+
 static int overlay_grow(struct block *b, u64 size)
 {
     struct overlay *o = container_of(b, struct overlay, b);
@@ -626,14 +645,11 @@ static int overlay_grow(struct block *b, u64 size)
 
     if (size > most)
         return err(-EFBIG, "disk %s: its overlay has room for %llu bytes at most; make a new one of a larger base", b->path, (unsigned long long)most);
-    pthread_mutex_lock(&o->lock);
-    o->header.size = size;
-    o->header_dirty = true;
-    pthread_mutex_unlock(&o->lock);
+    set_size(o, size);
     if (!o->temporary)
         r = flush(o);
     if (r < 0)
-        o->header.size = was;
+        set_size(o, was);
     return r < 0 ? err(r, "disk %s: cannot write its overlay: %s", b->path, strerror(-r)) : 0;
 }
 
@@ -907,13 +923,12 @@ static int open_temporary(struct overlay *o)
     return create(o, "");
 }
 
-/* As it is made, or as it is when that was interrupted. */
+/* As it is made, or as it is when that was interrupted: without any contents. A disk may well begin with zeroes. */
 static bool blank(const struct overlay *o)
 {
-    static const u8 zero[2 * PAGE];
-    u8 head[2 * PAGE];
+    struct stat st;
 
-    return read_all(o->fd, head, sizeof(head), 0) == 0 && !memcmp(head, zero, sizeof(zero));
+    return fstat(o->fd, &st) == 0 && S_ISREG(st.st_mode) && lseek(o->fd, 0, SEEK_DATA) < 0 && errno == ENXIO;
 }
 
 static int open_named(struct overlay *o, const char *path)

@@ -4,7 +4,7 @@
  *   disk_work verify DEV SECONDS   random writes, reads, zeroes and discards by four threads, compared with a model; then all of it read once more
  *   disk_work journal DEV          records one after another, for ever; prints "flushed N" when what there is up to record N is flushed
  *   disk_work check DEV N          is everything there that a journal had flushed when it said "flushed N"?
- *   disk_work bench DEV MS         rows of so many milliseconds each: "disk: NAME VALUE", operations or MiB a second; for bench/disk
+ *   disk_work bench DEV MS [ROW]   rows of so many milliseconds each, or one: "disk: NAME VALUE", operations or MiB a second; for bench/disk
  *   disk_work fill DEV             writes and flushes the whole disk; prints what the host thinks of it
  */
 #define _GNU_SOURCE
@@ -252,7 +252,7 @@ static void *drive(void *arg)
     return NULL;
 }
 
-static int bench(const char *ms)
+static int bench(const char *ms, const char *only)
 {
     off_t size = lseek(fd, 0, SEEK_END);
 
@@ -261,6 +261,8 @@ static int bench(const char *ms)
         uint64_t sum = 0;
         double from = now(), s;
 
+        if (only && strcmp(only, w->name))
+            continue;
         until = from + atof(ms) / 1000;
         for (unsigned i = 0; i < w->depth; i++) {
             lane[i] = (struct lane){ .row = w, .seed = i + 1, .size = size };
@@ -308,8 +310,8 @@ int main(int argc, char **argv)
         return verify(argv[3]);
     if (!strcmp(argv[1], "journal"))
         journal();
-    if (!strcmp(argv[1], "bench") && argc == 4)
-        return bench(argv[3]);
+    if (!strcmp(argv[1], "bench") && (argc == 4 || argc == 5))
+        return bench(argv[3], argv[4]);
     if (!strcmp(argv[1], "check") && argc == 4)
         return check(argv[3]);
     return strcmp(argv[1], "fill") ? 64 : fill_disk();

@@ -7,12 +7,14 @@
 #include <fcntl.h>
 #include <setjmp.h>
 #include <signal.h>
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stddef.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -27,6 +29,29 @@
 
 static char dir[] = "/tmp/doppel-overlay-XXXXXX";
 static char base[64], over[64], copy[64];
+
+/* In place of the C library's: the host's errors, and its bad moments. */
+static atomic_int sync_error, write_error;                         /* of the next call */
+static void (*_Atomic at_header)(void);                            /* before a header is written */
+
+int fdatasync(int fd)
+{
+    int e = atomic_exchange(&sync_error, 0);
+
+    errno = e;
+    return e ? -1 : (int)syscall(SYS_fdatasync, fd);
+}
+
+ssize_t pwrite(int fd, const void *buf, size_t len, off_t at)
+{
+    void (*hook)(void) = len == 4096 && at < (off_t)MAP ? atomic_exchange(&at_header, NULL) : NULL;
+    int e = atomic_exchange(&write_error, 0);
+
+    if (hook)
+        hook();
+    errno = e;
+    return e ? -1 : (ssize_t)syscall(SYS_pwrite64, fd, buf, len, at);
+}
 
 static void put_file(const char *path, const void *buf, size_t len)
 {
@@ -549,13 +574,109 @@ static void test_parallel(void **state UNUSED)
     assert_true(block_close(b));
 }
 
+/*
+ * No room: what a write could not do it does when there is room. But when fdatasync(2) says so, pages were dropped from the host's memory, and no later flush may
+ * say that they are there; nor is there anything to wait for.
+ */
+static void test_full(void **state UNUSED)
+{
+    static const int no_room[] = { ENOSPC, EDQUOT };
+    static u32 v[SECTORS];
+    struct block *b = opened(over);
+
+    for (unsigned i = 0; i < 2; i++) {
+        assert_int_equal(put_version(b, i * 1000, 200, i + 1), 0);
+        atomic_store(&write_error, no_room[i]);
+        assert_int_equal(block_wait(b, &(struct block_req){ .op = BLOCK_FLUSH }), -no_room[i]);
+        flush(b);
+    }
+    assert_true(block_close(b));
+    for (u32 i = 0; i < SECTORS; i++)
+        v[i] = i % 1000 < 200 && i < 2000 ? i / 1000 + 1 : 0;
+    b = opened(over);
+    check_all(b, v, NULL);
+    assert_true(block_close(b));
+    for (unsigned i = 0; i < 2; i++) {
+        b = opened(over);
+        assert_int_equal(put_version(b, 500, 100, i + 3), 0);
+        atomic_store(&sync_error, no_room[i]);
+        assert_int_equal(block_wait(b, &(struct block_req){ .op = BLOCK_FLUSH }), -EIO);
+        assert_int_equal(block_wait(b, &(struct block_req){ .op = BLOCK_FLUSH }), -EIO);
+        assert_true(block_close(b));
+    }
+    b = opened(over);
+    check_all(b, v, NULL);
+    assert_true(block_close(b));
+}
+
+/* Growing while a flush writes the header: what is on the disk then is whole. */
+static struct block *growing;
+static pthread_t grower;
+
+static void *grow(void *arg UNUSED)
+{
+    return (void *)(intptr_t)block_grow(growing, 10 * MiB);
+}
+
+/* A crash before the grower's own header, which is the next one. */
+static void copy_now(void)
+{
+    copy_file(over, copy);
+}
+
+static void grow_now(void)
+{
+    atomic_store(&at_header, copy_now);
+    assert_int_equal(pthread_create(&grower, NULL, grow, NULL), 0);
+    usleep(200000);                                                /* for it to do what it does without waiting for the flush */
+}
+
+static void test_grow_in_flush(void **state UNUSED)
+{
+    static u32 v[SECTORS];
+    struct block *b = growing = opened(over);
+    void *result;
+
+    assert_int_equal(put_version(b, 0, SECTORS, 1), 0);
+    for (u32 i = 0; i < SECTORS; i++)
+        v[i] = 1;
+    atomic_store(&at_header, grow_now);
+    assert_int_equal(block_wait(b, &(struct block_req){ .op = BLOCK_FLUSH }), 0);
+    assert_int_equal(pthread_join(grower, &result), 0);
+    assert_null(result);
+    assert_null(atomic_load(&at_header));
+    assert_true(block_close(b));
+    b = opened(over);
+    assert_int_equal(block_size(b), 10 * MiB);
+    assert_true(block_close(b));
+    copy_file(copy, over);
+    b = opened(over);
+    check_all(b, v, NULL);
+    assert_true(block_close(b));
+}
+
+/* A file that is no overlay, and begins as some disks do: with nothing. It is left as it was. */
+static void test_not_blank(void **state UNUSED)
+{
+    static u8 disk[256 * KiB], was[sizeof(disk)];
+    int fd;
+
+    memset(disk + 128 * KiB, 0x42, 128 * KiB);
+    put_file(over, disk, sizeof(disk));
+    refused(over, -EINVAL, "is no overlay of doppel");
+    fd = open(over, O_RDONLY);
+    assert_int_equal(read(fd, was, sizeof(was)), sizeof(was));
+    close(fd);
+    assert_memory_equal(disk, was, sizeof(was));
+}
+
 #define T(name) cmocka_unit_test_setup(name, fresh)
 
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         T(test_model), T(test_temporary), T(test_space), T(test_killed), T(test_crash_in_flush), T(test_crash_leftovers), T(test_damage), T(test_base_changed), T(test_locks),
-        T(test_grow), T(test_parallel),
+        T(test_grow), T(test_parallel), T(test_full), T(test_grow_in_flush), T(test_not_blank),
     };
 
     return cmocka_run_group_tests(tests, setup, teardown);
