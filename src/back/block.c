@@ -40,6 +40,12 @@ u64 block_req_len(const struct block_req *r)
     return len;
 }
 
+/* No room, said here, is no reason to wait for some: what was to be written is dropped from the host's memory already. */
+int block_sync_error(int e)
+{
+    return e == -ENOSPC || e == -EDQUOT ? -EIO : e;
+}
+
 void block_gather(const struct block_req *r, u8 *buf, size_t len)
 {
     for (unsigned i = 0; len; i++) {

@@ -131,26 +131,10 @@ static void leave_alone(struct block_direct *d)
 /* --- requests that do not fit --- */
 
 /* All of it, or a negative errno; what is not there (the file has been cut short) is -EIO. */
-static int read_all(int fd, u8 *buf, size_t len, u64 at)
+static int transfer(int fd, bool write, u8 *buf, size_t len, u64 at)
 {
     while (len) {
-        ssize_t n = pread(fd, buf, len, (off_t)at);
-
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0)
-            return n < 0 ? -errno : -EIO;
-        buf += n;
-        len -= (size_t)n;
-        at += (u64)n;
-    }
-    return 0;
-}
-
-static int write_all(int fd, const u8 *buf, size_t len, u64 at)
-{
-    while (len) {
-        ssize_t n = pwrite(fd, buf, len, (off_t)at);
+        ssize_t n = write ? pwrite(fd, buf, len, (off_t)at) : pread(fd, buf, len, (off_t)at);
 
         if (n < 0 && errno == EINTR)
             continue;
@@ -170,16 +154,16 @@ static int rewrite(const struct block_direct *d, int fd, const struct block_req 
     int e = 0;
 
     if (from < at)
-        e = read_all(fd, buf, d->align, from);
+        e = transfer(fd, false, buf, d->align, from);
     if (e == 0 && at + len < to && (last > from || from == at))
-        e = read_all(fd, buf + (last - from), d->align, last);
+        e = transfer(fd, false, buf + (last - from), d->align, last);
     if (e < 0)
         return e;
     if (r)
         block_gather(r, buf + (at - from), len);
     else
         memset(buf + (at - from), 0, len);
-    return write_all(fd, buf, to - from, from);
+    return transfer(fd, true, buf, to - from, from);
 }
 
 static int bounce(const struct block_direct *d, int fd, struct block_req *r)
@@ -193,7 +177,7 @@ static int bounce(const struct block_direct *d, int fd, struct block_req *r)
         size_t len = MIN(left, PIECE);
 
         if (r->op == BLOCK_READ) {
-            e = read_all(fd, buf, ALIGN_UP(r->offset + len, (u64)d->align) - from, from);
+            e = transfer(fd, false, buf, ALIGN_UP(r->offset + len, (u64)d->align) - from, from);
             if (e == 0)
                 block_scatter(r, buf + (r->offset - from), len);
         } else {

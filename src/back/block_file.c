@@ -33,6 +33,7 @@ struct block_file {
     int fd;
     const void *zero;                                              /* ZERO_SIZE bytes; the kernel's page of zeroes, again and again */
     atomic_bool no_punch, no_zero_range, no_nowait;                /* what the file system turned out not to have */
+    atomic_bool unsynced;                                          /* an fdatasync(2) failed */
     bool through;                                                  /* O_DSYNC: a write waits for the storage */
     struct block_direct direct;
     struct block_ring *ring;                                       /* NULL: the threads do it */
@@ -120,6 +121,14 @@ static bool no_such_call(struct block_file *f, const struct block_req *r)
     }
 }
 
+/* What fdatasync(2) could not write is not there for the next one, nor for one at the same time: after an error no flush succeeds any more. */
+static int synced(struct block_file *f, int res)
+{
+    if (res < 0)
+        f->unsynced = true;
+    return res < 0 ? block_sync_error(res) : f->unsynced ? -EIO : 0;
+}
+
 /* True: it is done with. */
 static bool stepped(struct block_file *f, struct block_req *r, int res)
 {
@@ -127,12 +136,14 @@ static bool stepped(struct block_file *f, struct block_req *r, int res)
         return false;
     if ((res == -EOPNOTSUPP || res == -ENOSYS) && no_such_call(f, r))
         return false;
+    if (r->step == STEP_SYNC || r->op == BLOCK_FLUSH) {
+        r->result = synced(f, res);
+        return true;
+    }
     if (res < 0) {
         r->result = res;
         return true;
     }
-    if (r->step == STEP_SYNC)
-        return true;
     if (r->op == BLOCK_READ || r->op == BLOCK_WRITE)
         return transferred(r, res);
     if (r->op == BLOCK_ZEROES && r->step == STEP_ZEROES) {

@@ -163,7 +163,7 @@ static void command_done(struct nbd *n, struct job *j)
     struct block_req *r = j->r;
 
     if (j->result < 0) {
-        end_job(n, j, n->dead || j->result == -ENOTCONN ? -EIO : j->result);
+        end_job(n, j, n->dead || j->result == -ENOTCONN ? -EIO : r->op == BLOCK_FLUSH ? block_sync_error(j->result) : j->result);
         return;
     }
     switch (r->op) {

@@ -165,12 +165,9 @@ static int write_all(int fd, const void *buf, size_t len, u64 at)
     return 0;
 }
 
-/* No room, said here, is no reason to wait for some: what was to be written is dropped from the host's memory already. */
 static int sync_file(int fd)
 {
-    if (fdatasync(fd) == 0)
-        return 0;
-    return errno == ENOSPC || errno == EDQUOT ? -EIO : -errno;
+    return fdatasync(fd) < 0 ? block_sync_error(-errno) : 0;
 }
 
 static u64 slot_at(u64 page, unsigned slot)

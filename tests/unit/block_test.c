@@ -28,6 +28,17 @@ static char dir[] = "/tmp/doppel-block-XXXXXX";
 
 static enum block_io how;
 
+/* In place of the C library's, for back ends that call it: the host's errors. */
+static atomic_int sync_error;                                      /* of the next call */
+
+int fdatasync(int fd)
+{
+    int e = atomic_exchange(&sync_error, 0);
+
+    errno = e;
+    return e ? -1 : (int)syscall(SYS_fdatasync, fd);
+}
+
 static int open_disk(const char *name, bool readonly, struct block **b)
 {
     return block_open(&(struct block_config){ .path = name, .readonly = readonly, .io = how }, b);
@@ -629,6 +640,33 @@ static void test_full(void **state)
     assert_int_equal(WEXITSTATUS(status), 0);
 }
 
+/* What fdatasync(2) could not write is lost, for want of room, too: it is an error, nothing waits for room, and no later flush says that all is well. */
+static void test_sync_error(void **state)
+{
+    static const int error[] = { EIO, ENOSPC, EDQUOT };
+    struct block *b;
+
+    (void)state;
+    if (how != BLOCK_IO_THREADS)
+        skip();                                                    /* the kernel calls it */
+    make("disk", 64 * KiB);
+    for (unsigned i = 0; i < ARRAY_SIZE(error); i++) {
+        u8 buf[512] = { 1 };
+
+        assert_int_equal(open_disk(path("disk"), false, &b), 0);
+        block_hold_full(b, full, NULL);
+        told = 0;
+        assert_int_equal(io(b, BLOCK_FLUSH, 0, NULL, 0), 0);
+        assert_int_equal(io(b, BLOCK_WRITE, 0, buf, sizeof(buf)), 0);
+        atomic_store(&sync_error, error[i]);
+        assert_int_equal(io(b, BLOCK_FLUSH, 0, NULL, 0), -EIO);
+        assert_int_equal(io(b, BLOCK_FLUSH, 0, NULL, 0), -EIO);
+        assert_int_equal(told, 0);
+        assert_int_equal(io(b, BLOCK_READ, 0, buf, sizeof(buf)), 0);
+        assert_true(block_close(b));
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -636,6 +674,7 @@ int main(void)
         cmocka_unit_test(test_many_pieces), cmocka_unit_test(test_close_waits), cmocka_unit_test(test_lock), cmocka_unit_test(test_no_disks),
         cmocka_unit_test(test_permissions), cmocka_unit_test(test_full), cmocka_unit_test(test_discard_and_zeroes), cmocka_unit_test(test_at_once),
         cmocka_unit_test(test_grow), cmocka_unit_test(test_hold_full), cmocka_unit_test(test_no_uring), cmocka_unit_test(test_cache),
+        cmocka_unit_test(test_sync_error),
     };
     static const char *const name[] = { [BLOCK_IO_URING] = "io_uring", [BLOCK_IO_THREADS] = "threads" };
     struct block *b;
