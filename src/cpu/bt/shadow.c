@@ -283,6 +283,7 @@ static void page_compare(struct shadow *s, struct shadow_window *w, u64 la)
 
 /* ---- what pays: constants, in cycles ---- */
 #define SIGNAL_CYCLES 8000u                                        /* the host's part of a fill that is not measured here */
+#define FILL_LONGEST 300000u                                       /* one that takes longer has lost its processor to somebody meanwhile */
 #define MISS_CYCLES 25000u                                         /* so long has to run on the software TLB, for each miss of it, what a fill would have paid for */
 #define RUN_MIN BIT(22)                                            /* nothing is decided on less */
 #define RUN_LONG BIT(27)                                           /* what is longer ago counts half */
@@ -293,7 +294,7 @@ static void page_compare(struct shadow *s, struct shadow_window *w, u64 la)
 #define WAIT_THRASHING BIT(28)
 #define TROUBLE_MISSES 32u                                         /* misses that a page fault or flush of the guest excuses: they may be its doing */
 #define AGAIN_MAX 512u                                             /* so many others are what the shadow would have had to fill once at most: its turn */
-#define AHEAD_SHARE 8u                                             /* mapping ahead takes so much of an address space's time at most, should it all be in vain */
+#define AHEAD_SHARE 16u                                            /* mapping ahead takes so much of an address space's time at most, should it all be in vain */
 #define AHEAD_PIECE (64 * KiB)                                     /* what Linux maps of a file around a fault */
 #define AHEAD_PAGES 64u                                            /* shorter runs are left to the host's own faults, */
 #define AHEAD_RUNS 4u                                              /* and so are the first ones, unless it came by its misses */
@@ -497,23 +498,36 @@ static u64 next_entry(const struct shadow *s, const struct look *k, u64 la, u64 
     return permitted(s, la + distance, look_entry(k, la + distance, next));
 }
 
+/* How far it came; what is not mapped (any more) is left out. */
+static u64 touch(struct shadow *s, const struct shadow_window *w, u64 la, u64 end, u64 until)
+{
+    for (; la < end && cycles() < until && !atomic_load_explicit(&s->c->v->events, memory_order_relaxed); la = ALIGN_DOWN(la, AHEAD_PIECE) + AHEAD_PIECE)
+        if (page_state(s, w, la)) {
+            (void)*(const volatile u8 *)(uintptr_t)(w->base + (la - w->canon));
+            s->stats.ahead++;
+        }
+    return la;
+}
+
 /*
  * The host maps the file of the guest's RAM a piece at a time, as it is used, and a program that has filled much memory by way of the software TLB meets
  * such a fault in every piece, wherever it reads next. So where it uses many long runs, all of each is touched at once, while the time
- * lasts that may be spent on it and no event waits. These faults of the host are no sign that the shadow does not pay: they are not in fill_cycles.
+ * lasts that may be spent on it and until an event comes; the next one begins with what was left. These faults of the host are no sign that the
+ * shadow does not pay: they are not in fill_cycles.
  */
 static void map_ahead(struct shadow *s, const struct shadow_window *w, u64 la, unsigned n)
 {
     struct shadow_score *p = &s->score[w->owner < SHADOW_CONTEXTS ? w->owner : SHADOW_SUPER];
     if (n < AHEAD_PAGES || w->owner >= SHADOW_CONTEXTS || p->runs++ < AHEAD_RUNS)
         return;
-    u64 start = cycles(), spent = 0, end = la + n * PAGE_SIZE;
+    u64 start = cycles(), until = start + p->spare, end = la + n * PAGE_SIZE;
     p->runs = AHEAD_RUNS;
-    for (u64 at = la; at < end && spent < p->spare && !atomic_load_explicit(&s->c->v->events, memory_order_relaxed); at = ALIGN_DOWN(at, AHEAD_PIECE) + AHEAD_PIECE) {
-        (void)*(const volatile u8 *)(uintptr_t)(w->base + (at - w->canon));
-        s->stats.ahead++;
-        spent = cycles() - start;
-    }
+    if (s->rest == w)
+        touch(s, w, s->rest_la, s->rest_end, until);
+    s->rest_la = touch(s, w, la, end, until);
+    s->rest_end = end;
+    s->rest = w;
+    u64 spent = cycles() - start;
     p->spare -= MIN(spent, p->spare);
     s->stats.ahead_cycles += spent;
 }
@@ -749,7 +763,7 @@ enum shadow_result shadow_fill(struct icpu *c, enum tlb_view_id view, u64 la, en
         sample_filled(s, la);
     s->stats.fills += r == SHADOW_FILLED;
     s->stats.slow += r == SHADOW_SLOW;
-    s->stats.fill_cycles += fill_clock(s) - start;
+    s->stats.fill_cycles += MIN(fill_clock(s) - start, FILL_LONGEST);
     return r;
 }
 
@@ -768,7 +782,7 @@ void shadow_expected(struct icpu *c)
         return;
     if (!mmu_allows(&k.ctx, &map, s->expected_access) && (!write || map.dirty) && fill_page(s, &k, s->expected_view, la, write, &map) == SHADOW_FILLED)
         s->stats.expected++;
-    s->stats.fill_cycles += fill_clock(s) - start;
+    s->stats.fill_cycles += MIN(fill_clock(s) - start, FILL_LONGEST);
 }
 
 /* ---- code ---- */

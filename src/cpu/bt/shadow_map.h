@@ -91,6 +91,8 @@ struct shadow {
     unsigned expected_context;
     u64 sample, sample_fault;                                      /* page that is watched for its reuse, since which fault; 0: none */
     int reuse;
+    const struct shadow_window *rest;                              /* where mapping ahead was broken off, */
+    u64 rest_la, rest_end;                                         /* and what was left */
     u64 run[REGION_PAGES];                                         /* entries of the fill that is going on */
     struct shadow_stats stats;
 };
