@@ -10,8 +10,8 @@
  * There, transmit() takes chains from the ring under the device's lock, lets go of it, hands the frames to the back end, takes it again and gives the chains
  * back. While it does so (`busy`), a reset waits: the frames are read from guest memory as they are sent. Nothing takes longer there than a system call that does not wait.
  *
- * To the guest: receive(), on the same thread, copies a frame into buffers of the ring under the lock. If there are none, the frame waits in back/net until the driver
- * has made some available. The interrupt follows the last frame of a batch.
+ * To the guest: receive(), on the same thread, copies a frame into buffers of the ring; a large one with the lock let go of, in the same way. If there are none, the frame waits in
+ * back/net until the driver has made some available. The interrupt follows the last frame of a batch.
  *
  * Frames whose flow the guest has sent on some queue pair come back on it (5.1.6.5.5.1): `flow` remembers the pair by a hash of addresses and ports. A back end with queues of its
  * own decides itself.
@@ -35,6 +35,7 @@
 #define MACS_MAX 64                                                /* of each kind, before all are let through (5.1.6.5.2 leaves it to the device) */
 #define VLANS 4096
 #define CTRL_BATCH 64
+#define LARGE 4096                                                 /* bytes: copying more takes longer than to let go of a lock and take it again */
 
 #define OFFLOADS_GUEST (BIT(VIRTIO_NET_F_GUEST_CSUM) | BIT(VIRTIO_NET_F_GUEST_TSO4) | BIT(VIRTIO_NET_F_GUEST_TSO6))
 #define OFFLOADS                                                                                                                   \
@@ -69,7 +70,7 @@ struct virtio_net {
     struct filter filter;
     u8 flow[FLOWS];
     unsigned rx_told;                                              /* bits of receiveqs whose driver is to be told */
-    bool busy;                                                     /* the card's thread reads the frames in tx[] */
+    bool busy;                                                     /* the card's thread reads the frames in tx[], or fills the buffers in rx[] */
     bool held;                                                     /* until guest time goes on */
     pthread_cond_t idle;                                           /* not busy */
     struct timer go_on;
@@ -285,15 +286,10 @@ static int rx_take(struct virtio_net *n, unsigned queue, u64 len)
     return taken == max || (taken && room < header_len(n)) ? -1 : 0;
 }
 
-static void rx_fill(struct virtio_net *n, unsigned queue, unsigned taken, const struct net_frame *f)
+static void rx_copy(struct virtio_net *n, const struct net_frame *f)
 {
-    struct virtio_net_hdr_mrg_rxbuf h = { .hdr = f->hdr, .num_buffers = (u16)taken };
-    u32 used[RX_CHAINS];
     unsigned c = 0;
 
-    if (!(n->offloads & BIT(VIRTIO_NET_F_GUEST_CSUM)))
-        h.hdr.flags = 0;
-    virtq_write(&n->rx[0], &h, header_len(n));
     for (unsigned i = 0; i < f->iovs; i++) {
         const u8 *p = f->iov[i].iov_base;
         size_t left = f->iov[i].iov_len;
@@ -307,6 +303,42 @@ static void rx_fill(struct virtio_net *n, unsigned queue, unsigned taken, const 
                 c++;
         }
     }
+}
+
+/* The same without the lock: a vCPU that notifies would have to sleep until it is done. False: the queues were reset meanwhile. */
+static bool rx_copy_unlocked(struct virtio_net *n, struct virtq *q, unsigned taken, const struct net_frame *f)
+{
+    struct virtio *v = &n->virtio;
+    bool sends = n->busy;                                          /* it is what the guest sends that has brought f about */
+
+    n->busy = true;
+    pthread_mutex_unlock(&v->device.lock);
+    rx_copy(n, f);
+    pthread_mutex_lock(&v->device.lock);
+    n->busy = sends;
+    if (!sends)
+        pthread_cond_broadcast(&n->idle);
+    if (!v->resetting)
+        return true;
+    for (unsigned i = 0; i < taken; i++)
+        virtq_drop(q, &n->rx[i]);
+    if (!sends)
+        virtio_stopped(v);
+    return false;
+}
+
+static void rx_fill(struct virtio_net *n, unsigned queue, unsigned taken, const struct net_frame *f)
+{
+    struct virtio_net_hdr_mrg_rxbuf h = { .hdr = f->hdr, .num_buffers = (u16)taken };
+    u32 used[RX_CHAINS];
+
+    if (!(n->offloads & BIT(VIRTIO_NET_F_GUEST_CSUM)))
+        h.hdr.flags = 0;
+    virtq_write(&n->rx[0], &h, header_len(n));
+    if (f->len <= LARGE)
+        rx_copy(n, f);
+    else if (!rx_copy_unlocked(n, &n->virtio.queue[queue], taken, f))
+        return;
     for (unsigned i = 0; i < taken; i++)
         used[i] = (u32)(n->rx[i].in_total - n->rx[i].in_len);
     virtq_push_all(&n->virtio.queue[queue], n->rx, used, taken);
