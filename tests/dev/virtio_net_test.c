@@ -612,6 +612,42 @@ static void test_reset_in_flight(void **state UNUSED)
     assert_int_equal(vdev_status(&d), 0);
 }
 
+/* Resets at all moments of large frames' way to the guest: afterwards its memory is its own. */
+static void test_reset_receiving(void **state UNUSED)
+{
+    static u8 f[60000], none[N * 0x2000], now[sizeof(none)];
+    unsigned taken;
+    u32 id, used;
+
+    memset(none, 0x5a, sizeof(none));
+    frame_to(f, mac, sizeof(f));
+    for (unsigned i = 0; i < 150; i++) {
+        start(MERGE);
+        for (unsigned k = 0; k < N; k++)
+            gq_add(&d.q[0], (struct buf[]){ { RX + k * 0x2000ull, 0x2000, true } }, 1);
+        vdev_kick(&d, 0);
+        for (unsigned k = 0; k < 3; k++)
+            fake_inject(fake, NULL, NET_ANY_QUEUE, f, sizeof(f));
+        for (unsigned k = 0; k < 100000 && !gq_used(&d.q[0], &id, &used); k++)
+            ;                                                      /* the first is there: the next is on its way */
+        for (volatile unsigned k = 0; k < i * 20; k++)
+            ;
+        vdev_set_status(&d, 0);
+        for (unsigned k = 0; k < 100000 && vdev_status(&d); k++)
+            usleep(100);
+        assert_int_equal(vdev_status(&d), 0);
+        put(&g, RX, none, sizeof(none));
+        do {
+            usleep(100);
+            pthread_mutex_lock(&fake->lock);
+            taken = fake->taken;
+            pthread_mutex_unlock(&fake->lock);
+        } while (taken != 3 * (i + 1));
+        get(&g, RX, now, sizeof(now));
+        assert_memory_equal(now, none, sizeof(none));
+    }
+}
+
 static void test_link(void **state UNUSED)
 {
     struct virtio_net_hdr_mrg_rxbuf h;
@@ -767,7 +803,7 @@ int main(void)
         T(test_config), T(test_transmit), T(test_transmit_malformed), T(test_offload_passes),
         cmocka_unit_test_setup_teardown(test_offload_done, setup_plain, teardown), T(test_receive), T(test_merge), T(test_wait_for_buffers), T(test_too_large),
         T(test_guest_offloads), T(test_filters), T(test_control_malformed), cmocka_unit_test_setup_teardown(test_pairs, setup_pairs, teardown),
-        cmocka_unit_test_setup_teardown(test_pairs_not_wanted, setup_pairs, teardown), T(test_flow_control), T(test_reset_in_flight), T(test_link),
+        cmocka_unit_test_setup_teardown(test_pairs_not_wanted, setup_pairs, teardown), T(test_flow_control), T(test_reset_in_flight), T(test_reset_receiving), T(test_link),
         T(test_save_and_load), T(test_legacy), T(test_suppression),
     };
 
