@@ -394,9 +394,9 @@ static void check_virtiofs(struct finding *f)
     if (l.rlim_max == RLIM_INFINITY)
         found(f, GOOD, "virtiofsd can run");
     else
-        found(f, few ? NOTE : GOOD, "virtiofsd can run; a guest may use %llu files of a folder at a time", (unsigned long long)l.rlim_max);
+        found(f, few ? NOTE : GOOD, "virtiofsd can run; a guest may use %llu files of a folder at once", (unsigned long long)l.rlim_max);
     if (few)
-        remedy(f, "for folders of more than that: a higher limit (\"ulimit -Hn\", /etc/security/limits.conf), or 9p, which has none");
+        remedy(f, "more at once take a higher limit (\"ulimit -Hn\", /etc/security/limits.conf), or 9p, which has none");
 }
 
 static void check_image_tools(struct finding *f)

@@ -227,6 +227,8 @@ static void on_signal(void *arg, int signo)
 
 static void on_quit_key(void *arg)
 {
+    if (terminal_is_raw() && isatty(STDERR_FILENO))
+        fputs("\r\n", stderr);                                     /* what follows is not to stand behind the guest's prompt */
     quit(arg, 0);
 }
 
