@@ -35,7 +35,7 @@ static const struct help_row file_rows[] = {
      "then."},
     {"guest/", "Beside the program, or in PREFIX/share/doppel: the default guest that came with it."},
     {"~/.cache/doppel", "(or $XDG_CACHE_HOME/doppel) Where the default guest is built if there is none."},
-    {"DOPPEL_VIRTIOFSD", "(environment) The virtiofsd for --share ...,fs=virtiofs and --root; else it is looked for where Debian has it."},
+    {"DOPPEL_VIRTIOFSD", "(environment) The virtiofsd for --share ...,fs=virtiofs and --root; else it is looked for where Debian has it. \"none\": there is none, and --root takes 9p."},
     {"DOPPEL_IMAGES", "(environment) Where images are; else $XDG_DATA_HOME/doppel/images, or ~/.local/share/doppel/images."},
     {"$XDG_RUNTIME_DIR/doppel", "(or /tmp/doppel-UID) A folder for each VM that runs, by its name, with the sockets control (the monitor's "
      "commands, as lines) and vsock. For its owner only."},

@@ -147,7 +147,7 @@ static void look_at_answer(struct virtio_fs *f, const struct virtq_chain *c)
         return;
     f->told_files = true;
     log_msg(f->virtio.log, LOG_WARN, "share %s: the guest uses as many files as virtiofsd may have descriptors; raise the limit (ulimit -Hn), or share the folder by 9p: "
-            "leave fs=virtiofs out", f->folder);
+            "leave fs=virtiofs out, or, for --root, set DOPPEL_VIRTIOFSD=none", f->folder);
 }
 
 /*
