@@ -928,16 +928,36 @@ static bool blank(const struct overlay *o)
     return fstat(o->fd, &st) == 0 && S_ISREG(st.st_mode) && lseek(o->fd, 0, SEEK_DATA) < 0 && errno == ENXIO;
 }
 
+/* What is flushed to a new file is lost if a crash leaves nobody who knows its name. Some file systems cannot do this, and do not need it. */
+static int sync_folder(const char *path)
+{
+    const char *slash = strrchr(path, '/');
+    char *folder = slash ? strndup(path, (size_t)(slash - path) + 1) : strdup(".");
+    int fd = folder ? open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1, r = 0;
+
+    if (fd >= 0 && fsync(fd) < 0 && errno != EINVAL && errno != EROFS)
+        r = err(-errno, "overlay %s: cannot make it: %s", path, strerror(errno));
+    if (fd >= 0)
+        close(fd);
+    free(folder);
+    return r;
+}
+
 static int open_named(struct overlay *o, const char *path)
 {
-    int r;
+    int r = 0;
 
     if (!o->b.readonly) {
         o->fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
         if (o->fd < 0 && errno != EEXIST)
             return err(-errno, "overlay %s: cannot make it: %s", path, strerror(errno));
-        if (o->fd >= 0)
+        if (o->fd >= 0) {
             close(o->fd);
+            o->fd = -1;
+            r = sync_folder(path);
+        }
+        if (r < 0)
+            return r;
     }
     o->fd = r = block_file_fd(path, o->b.readonly, 0);
     if (r < 0)

@@ -42,6 +42,16 @@ int fdatasync(int fd)
     return e ? -1 : (int)syscall(SYS_fdatasync, fd);
 }
 
+static unsigned folders_synced;
+
+int fsync(int fd)
+{
+    struct stat st;
+
+    folders_synced += fstat(fd, &st) == 0 && S_ISDIR(st.st_mode);
+    return (int)syscall(SYS_fsync, fd);
+}
+
 ssize_t pwrite(int fd, const void *buf, size_t len, off_t at)
 {
     void (*hook)(void) = len == 4096 && at < (off_t)MAP ? atomic_exchange(&at_header, NULL) : NULL;
@@ -655,6 +665,16 @@ static void test_grow_in_flush(void **state UNUSED)
     assert_true(block_close(b));
 }
 
+/* A new file's name is on the disk before anything is flushed to it. */
+static void test_name(void **state UNUSED)
+{
+    folders_synced = 0;
+    assert_true(block_close(opened(over)));
+    assert_int_equal(folders_synced, 1);
+    assert_true(block_close(opened(over)));
+    assert_int_equal(folders_synced, 1);
+}
+
 /* A file that is no overlay, and begins as some disks do: with nothing. It is left as it was. */
 static void test_not_blank(void **state UNUSED)
 {
@@ -676,7 +696,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         T(test_model), T(test_temporary), T(test_space), T(test_killed), T(test_crash_in_flush), T(test_crash_leftovers), T(test_damage), T(test_base_changed), T(test_locks),
-        T(test_grow), T(test_parallel), T(test_full), T(test_grow_in_flush), T(test_not_blank),
+        T(test_grow), T(test_parallel), T(test_full), T(test_grow_in_flush), T(test_not_blank), T(test_name),
     };
 
     return cmocka_run_group_tests(tests, setup, teardown);
