@@ -543,17 +543,11 @@ static void test_state(void **state UNUSED)
     for (unsigned bad = 0; bad < s.len; bad += 7) {                /* a damaged file: an error, or a state of some kind */
         dev->ops->reset(dev);
         s.buf[bad] ^= 0x55;
-        stream_load_init(&l, s.buf, s.len);
-        pthread_mutex_lock(&dev->lock);
-        dev->ops->state(dev, &l);
-        pthread_mutex_unlock(&dev->lock);
+        device_load(dev, &l, s.buf, s.len);
         s.buf[bad] ^= 0x55;
     }
     dev->ops->reset(dev);
-    stream_load_init(&l, s.buf, s.len);
-    pthread_mutex_lock(&dev->lock);
-    dev->ops->state(dev, &l);
-    pthread_mutex_unlock(&dev->lock);
+    device_load(dev, &l, s.buf, s.len);
     assert_int_equal(l.error, 0);
     assert_int_equal(l.pos, l.len);
     assert_int_equal(do_cmd(&io, rw(2, 4, 1, DATA, 0)), 0);

@@ -501,10 +501,7 @@ static void test_state(void **state UNUSED)
     dev->ops->reset(dev);
     turn();
     assert_int_equal(end[0].closes, 1);
-    stream_load_init(&l, s.buf, s.len);
-    pthread_mutex_lock(&dev->lock);
-    dev->ops->state(dev, &l);
-    pthread_mutex_unlock(&dev->lock);
+    device_load(dev, &l, s.buf, s.len);
     assert_int_equal(l.error, 0);
     assert_int_equal(l.pos, l.len);
     turn();
@@ -518,10 +515,7 @@ static void test_state(void **state UNUSED)
     assert_int_equal(vport_send(end[0].port, "x", 1), 1);
     for (size_t cut = 0; cut < s.len; cut += 37) {                 /* cut short anywhere: an error, and no harm */
         dev->ops->reset(dev);
-        stream_load_init(&l, s.buf, cut);
-        pthread_mutex_lock(&dev->lock);
-        dev->ops->state(dev, &l);
-        pthread_mutex_unlock(&dev->lock);
+        device_load(dev, &l, s.buf, cut);
         assert_int_not_equal(l.error, 0);
         turn();
     }

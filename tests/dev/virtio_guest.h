@@ -88,6 +88,15 @@ static inline void device_free(void *dev)
     ((struct device *)dev)->ops->free(dev);
 }
 
+/* Of a state that was saved; l tells what became of it. */
+static inline void device_load(struct device *dev, struct stream *l, const u8 *state, size_t len)
+{
+    stream_load_init(l, state, len);
+    pthread_mutex_lock(&dev->lock);
+    dev->ops->state(dev, l);
+    pthread_mutex_unlock(&dev->lock);
+}
+
 static inline u64 guest_alloc(struct guest *g, u64 size)
 {
     u64 at = ALIGN_UP(g->heap, 4096);

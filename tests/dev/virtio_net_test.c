@@ -701,16 +701,10 @@ static void test_save_and_load(void **state UNUSED)
     pthread_mutex_unlock(&dev->lock);
     assert_int_equal(s.error, 0);
     for (size_t cut = 0; cut < s.len; cut += 1 + s.len / 50) {
-        stream_load_init(&l, s.buf, cut);
-        pthread_mutex_lock(&dev->lock);
-        dev->ops->state(dev, &l);
-        pthread_mutex_unlock(&dev->lock);
+        device_load(dev, &l, s.buf, cut);
         assert_int_not_equal(l.error, 0);
     }
-    stream_load_init(&l, s.buf, s.len);
-    pthread_mutex_lock(&dev->lock);
-    dev->ops->state(dev, &l);
-    pthread_mutex_unlock(&dev->lock);
+    device_load(dev, &l, s.buf, s.len);
     assert_int_equal(l.error, 0);
     stream_free(&s);
     clock_resume(host_clock);
