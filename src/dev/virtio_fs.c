@@ -31,6 +31,7 @@
 #define QUEUE_SIZE 256
 #define WAIT_MS 5000
 #define WAIT_STEP_MS 100
+#define FORGETS_LAG 32
 
 struct request {
     struct virtq_chain chain;
@@ -52,7 +53,8 @@ struct virtio_fs {
     struct fuse_names names;                                       /* that its guest holds: a descriptor each */
     struct request request[QUEUES][QUEUE_SIZE];
     struct request *free[QUEUES];
-    unsigned in_flight;
+    unsigned in_flight[QUEUES];
+    bool held;                                                     /* requests wait for virtiofsd to have forgotten */
     struct vhost_part part[VHOST_USER_RING];
 };
 
@@ -77,7 +79,7 @@ static void stop_server(struct virtio_fs *f)
     vhost_user_free(f->vhost);
     f->vhost = NULL;
     virtiofsd_stop(&f->server);
-    f->used = false;
+    f->used = f->held = false;
 }
 
 static int connect_server(struct virtio_fs *f, int sock)
@@ -187,7 +189,7 @@ static bool send_request(struct virtio_fs *f, unsigned n, struct request *r)
         return false;
     fuse_names_request(&f->names, c->out, c->outs);
     r->busy = true;
-    f->in_flight++;
+    f->in_flight[n]++;
     return true;
 }
 
@@ -216,6 +218,17 @@ static bool take(struct virtio_fs *f, unsigned n, struct request *r, bool *kick)
     return true;
 }
 
+/* virtiofsd works at the queues side by side: beyond the bound a guest gets no further with names than virtiofsd has come with closing forgotten ones. */
+static bool must_hold(const struct virtio_fs *f, unsigned n)
+{
+    return n == 1 && f->in_flight[0] > FORGETS_LAG && f->names.bound && f->names.known + f->in_flight[0] > f->names.bound;
+}
+
+static bool in_flight(const struct virtio_fs *f)
+{
+    return f->in_flight[0] || f->in_flight[1];
+}
+
 /* A guest whose other processors bring requests as fast as they are refused must not keep this one here for ever: hence the budget. */
 static void process(struct virtio_fs *f, unsigned n)
 {
@@ -227,10 +240,12 @@ static void process(struct virtio_fs *f, unsigned n)
 
     while (go_on && virtio_running(v)) {
         virtq_ignore(q);
-        while (go_on && budget && (r = f->free[n]) && virtio_pop(v, n, &r->chain)) {
+        while (go_on && budget && !must_hold(f, n) && (r = f->free[n]) && virtio_pop(v, n, &r->chain)) {
             budget--;
             go_on = take(f, n, r, &kick);
         }
+        if (n == 1 && (f->held = must_hold(f, n)))
+            break;
         if (!f->free[n] || !virtq_listen(q) || !budget)
             break;
     }
@@ -259,8 +274,15 @@ static void take_answers(struct virtio_fs *f, unsigned n)
             virtq_push(q, &r->chain, (u32)MIN((u64)len, r->chain.in_total));
         }
         release(f, n, r);
-        f->in_flight--;
+        f->in_flight[n]--;
     }
+}
+
+/* Answers to FORGET let held requests go on. */
+static void go_on_behind(struct virtio_fs *f, unsigned n)
+{
+    if (n == 0 && f->held)
+        process(f, 1);
 }
 
 static void on_used(void *arg, unsigned n)
@@ -270,6 +292,7 @@ static void on_used(void *arg, unsigned n)
     lock(f);
     take_answers(f, n);
     process(f, n);
+    go_on_behind(f, n);
     unlock(f);
 }
 
@@ -289,7 +312,7 @@ static void give_back(struct virtio_fs *f)
             else
                 virtq_push(q, &r->chain, refuse(&r->chain));
             release(f, n, r);
-            f->in_flight--;
+            f->in_flight[n]--;
         }
         if (!f->virtio.resetting)
             process(f, n);
@@ -368,15 +391,17 @@ static void fs_quiesce(struct device *d)
     struct virtio_fs *f = container_of(d, struct virtio_fs, virtio.device);
 
     lock(f);
-    for (int ms = 0; f->vhost && f->in_flight && ms < WAIT_MS; ms += WAIT_STEP_MS) {
-        for (unsigned n = 0; n < QUEUES; n++)
+    for (int ms = 0; f->vhost && in_flight(f) && ms < WAIT_MS; ms += WAIT_STEP_MS) {
+        for (unsigned n = 0; n < QUEUES; n++) {
             take_answers(f, n);
-        if (f->in_flight)
+            go_on_behind(f, n);
+        }
+        if (in_flight(f))
             vhost_user_wait(f->vhost, WAIT_STEP_MS);
     }
     for (unsigned n = 0; n < QUEUES; n++)
         virtio_interrupt(&f->virtio, n);
-    if (f->in_flight)
+    if (in_flight(f))
         log_msg(f->virtio.log, LOG_WARN, "share %s: virtiofsd has not answered for %d seconds", f->folder, WAIT_MS / 1000);
     unlock(f);
 }
@@ -385,7 +410,7 @@ static void load_in_flight(struct virtio_fs *f, struct stream *s, unsigned n, u1
 {
     bool kick = false;
 
-    if (count > QUEUE_SIZE || f->in_flight) {
+    if (count > QUEUE_SIZE || f->in_flight[n]) {
         stream_bad(s, "a shared folder has too many requests in flight");
         return;
     }
