@@ -138,7 +138,7 @@ static bool hold(struct block *b, struct block_req *r)
 
 void block_done(struct block *b, struct block_req *r)
 {
-    if (unlikely(r->result < 0) && is_full(r) && hold(b, r))
+    if (unlikely(r->result < 0) && is_full(r) && !r->never_held && hold(b, r))
         return;
     r->done(r);
 }

@@ -38,6 +38,7 @@ struct block_req {
     u64 len;                                                       /* of discard and zeroes; consumed */
     bool unmap;                                                    /* of zeroes: the space may be given back */
     bool at_once;                                                  /* block_submit() may answer by itself */
+    bool never_held;                                               /* no room is an error of this one, whatever block_hold_full() says */
     void (*done)(struct block_req *r);                             /* any thread; result is set; it may submit again */
     int result;                                                    /* 0 or a negative errno: -EIO, -ENOSPC, ... */
     struct block_req *next;                                        /* the back end's own, like the rest */

@@ -254,11 +254,9 @@ void nvme_came_back(struct nvme *n)
     n->in_flight--;
     if (!n->stopping)
         fetch_all(n);
-    if (n->in_flight)
-        return;
-    if (n->stopping)
+    else if (!n->in_flight)
         forget(n);
-    pthread_cond_broadcast(&n->idle);
+    pthread_cond_broadcast(&n->idle);                              /* the others may be held */
 }
 
 static void nvme_again(struct block_req *io)
@@ -278,21 +276,23 @@ static void flush_done(struct block_req *io)
 
     pthread_mutex_lock(&n->device.lock);
     n->flushing = false;
-    if (io->result < 0 && !n->gone)
+    if (io->result < 0 && !n->gone) {
+        n->dirty = true;
         nvme_host_error(n, io);
+    }
     if ((n->csts & CSTS_SHST(3)) == CSTS_SHST(SHST_BUSY))
         n->csts = (n->csts & ~CSTS_SHST(3)) | CSTS_SHST(SHST_COMPLETE);
     pthread_cond_broadcast(&n->idle);
     pthread_mutex_unlock(&n->device.lock);
 }
 
-/* What is not under way already. */
-static void begin_flush(struct nvme *n)
+/* What is not under way already. Held: for a full host, as the guest's own; the guest waits for it. */
+static void begin_flush(struct nvme *n, bool held)
 {
     if (n->flushing)
         return;
     n->dirty = false;
-    n->flush = (struct block_req){ .op = BLOCK_FLUSH, .done = flush_done };
+    n->flush = (struct block_req){ .op = BLOCK_FLUSH, .never_held = !held, .done = flush_done };
     n->flushing = !block_submit(n->block, &n->flush);
 }
 
@@ -336,7 +336,7 @@ static void write_cc(struct nvme *n, u32 val)
     if (!is && was)
         disable(n);
     if (shut) {                                                    /* 7.6.2 */
-        begin_flush(n);
+        begin_flush(n, true);
         n->csts = (n->csts & ~CSTS_SHST(3)) | CSTS_SHST(n->flushing ? SHST_BUSY : SHST_COMPLETE);
     } else if (!CC_SHN(val)) {
         n->csts &= ~CSTS_SHST(3);
@@ -475,7 +475,7 @@ static void nvme_quiesce(struct device *d)
     while (n->in_flight > block_held(n->block) && r == 0)
         r = pthread_cond_timedwait(&n->idle, &d->lock, &end);
     if (n->dirty && r == 0)
-        begin_flush(n);
+        begin_flush(n, false);
     while (n->flushing && r == 0)
         r = pthread_cond_timedwait(&n->idle, &d->lock, &end);
     pthread_mutex_unlock(&d->lock);

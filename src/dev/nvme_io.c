@@ -128,7 +128,8 @@ void nvme_host_error(struct nvme *n, const struct block_req *io)
     if (n->logged == io->result)
         return;
     n->logged = io->result;
-    log_msg(n->config.log, LOG_ERROR, "disk %s: %s failed: %s; the guest sees an I/O error", block_path(n->block), block_verb(io->op), strerror(-io->result));
+    log_msg(n->config.log, LOG_ERROR, "disk %s: %s failed: %s%s", block_path(n->block), block_verb(io->op), strerror(-io->result),
+            io->never_held ? "" : "; the guest sees an I/O error");
 }
 
 static int prepare(struct nvme_request *r, enum block_op op, u64 lba, u64 count)

@@ -95,7 +95,7 @@ static void host_error(struct virtio_blk *b, const struct block_req *io, int e)
     if (b->logged == e)
         return;
     b->logged = e;
-    log_msg(b->virtio.log, LOG_ERROR, "disk %s: %s failed: %s; the guest sees an I/O error", block_path(b->block), block_verb(io->op), strerror(-e));
+    log_msg(b->virtio.log, LOG_ERROR, "disk %s: %s failed: %s%s", block_path(b->block), block_verb(io->op), strerror(-e), io->never_held ? "" : "; the guest sees an I/O error");
 }
 
 static bool write_back(const struct virtio_blk *b)
@@ -282,10 +282,9 @@ static void came_back(struct virtio_blk *b, unsigned n)
     b->in_flight--;
     if (!b->virtio.resetting)
         process(b, n);
-    if (!b->in_flight) {
+    if (!b->in_flight)
         virtio_stopped(&b->virtio);
-        pthread_cond_broadcast(&b->idle);
-    }
+    pthread_cond_broadcast(&b->idle);                              /* the others may be held */
 }
 
 static void blk_again(struct block_req *io)
@@ -442,8 +441,10 @@ static void flush_done(struct block_req *io)
 
     pthread_mutex_lock(&b->virtio.device.lock);
     b->flushing = false;
-    if (io->result < 0 && !b->gone)
+    if (io->result < 0 && !b->gone) {
+        b->dirty = true;
         host_error(b, io, io->result);
+    }
     pthread_cond_broadcast(&b->idle);
     pthread_mutex_unlock(&b->virtio.device.lock);
 }
@@ -460,7 +461,7 @@ static void blk_quiesce(struct device *d)
         r = pthread_cond_timedwait(&b->idle, &d->lock, &end);
     if (b->dirty && r == 0 && !b->flushing) {
         b->dirty = false;
-        b->flush = (struct block_req){ .op = BLOCK_FLUSH, .done = flush_done };
+        b->flush = (struct block_req){ .op = BLOCK_FLUSH, .never_held = true, .done = flush_done };
         b->flushing = !block_submit(b->block, &b->flush);
     }
     while (b->flushing && r == 0)

@@ -588,6 +588,10 @@ static void test_parallel(void **state UNUSED)
  * No room: what a write could not do it does when there is room. But when fdatasync(2) says so, pages were dropped from the host's memory, and no later flush may
  * say that they are there; nor is there anything to wait for.
  */
+static void nobody(void *arg UNUSED)
+{
+}
+
 static void test_full(void **state UNUSED)
 {
     static const int no_room[] = { ENOSPC, EDQUOT };
@@ -600,9 +604,15 @@ static void test_full(void **state UNUSED)
         assert_int_equal(block_wait(b, &(struct block_req){ .op = BLOCK_FLUSH }), -no_room[i]);
         flush(b);
     }
+    block_hold_full(b, nobody, NULL);                              /* who cannot wait for room says so */
+    assert_int_equal(put_version(b, 2000, 200, 3), 0);
+    atomic_store(&write_error, ENOSPC);
+    assert_int_equal(block_wait(b, &(struct block_req){ .op = BLOCK_FLUSH, .never_held = true }), -ENOSPC);
+    assert_int_equal(block_held(b), 0);
+    flush(b);
     assert_true(block_close(b));
     for (u32 i = 0; i < SECTORS; i++)
-        v[i] = i % 1000 < 200 && i < 2000 ? i / 1000 + 1 : 0;
+        v[i] = i >= 2000 && i < 2200 ? 3 : i % 1000 < 200 && i < 2000 ? i / 1000 + 1 : 0;
     b = opened(over);
     check_all(b, v, NULL);
     assert_true(block_close(b));
