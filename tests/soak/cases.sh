@@ -318,11 +318,14 @@ case_ftrace()
     tracing || return 1
     grep -qw function available_tracers || cannot "no function tracer"
     echo 200 >buffer_size_kb
-    for i in $(seq "$(pick 7 15)"); do
+    for i in $(seq "$(pick 1 15)"); do
         for t in function function_graph nop; do
             echo 0 >tracing_on; echo >trace
+            # Each tracer changes 40,000 places on the way there and back. Once is enough for the short form.
+            [ -n "$long" ] || [ $t != function_graph ] || { echo nop >current_tracer; echo 'vfs_* do_sys_* __x64_sys_*' >set_ftrace_filter; }
             echo $t >current_tracer && echo 1 >tracing_on && load_some; echo 0 >tracing_on
             n=$(head -n 20000 trace | grep -c -E 'vfs_|do_sys|__x64_sys|_raw_spin')
+            [ $t != nop ] || echo >set_ftrace_filter
             case $t in nop) [ "$n" = 0 ] ;; *) [ "$n" -gt 20 ] ;; esac || { echo "round $i, $t: $n lines"; return 1; }
         done
         echo 'vfs_read vfs_write ext4_*' >set_ftrace_filter && echo function >current_tracer && echo 1 >tracing_on && load_some; echo 0 >tracing_on
