@@ -1,4 +1,4 @@
-# Runs in the guest, by the default guest's shell: cases, each in the Debian root of /dev/vda with /soak from /dev/vdb; /dev/vdc is for swapping.
+# Runs in the guest, by the default guest's shell: cases, each in the Debian root of /dev/vda with /soak from /dev/vdb; /dev/vdc is for swapping (vanish).
 #
 #   inside.sh SECONDS UNTIL CASE...     no case may take longer than SECONDS, or begin when UNTIL seconds have passed (0: whenever)
 #
@@ -14,7 +14,6 @@ mount -t ext4 -o ro /dev/vda /mnt/lower && mount -t tmpfs over /mnt/over && mkdi
 for d in dev proc sys; do mount -o bind /$d /mnt/root/$d; done
 mount -t tracefs tracefs /mnt/root/sys/kernel/tracing
 mount -t tmpfs shm /mnt/root/dev/shm 2>/dev/null
-mkswap /dev/vdc >/dev/null && swapon /dev/vdc
 echo 0 >/proc/sys/kernel/printk
 # A busy host takes a processor away for seconds, which is nothing that the guest did: it is to complain of what lasts.
 echo 60 >/proc/sys/kernel/watchdog_thresh
