@@ -16,7 +16,7 @@ else
     out=$(as_nobody run --engine kvm --kernel "$tmp/vmlinuz"); status=$?
     wanted='no permission to use /dev/kvm'
     [ -e /dev/kvm ] || wanted='there is no /dev/kvm'
-    like "--engine kvm: the message says why, and what to do" "$out" "^doppel: kvm: $wanted.*--engine interp"
+    like "--engine kvm: the message says why, and what to do" "$out" "^doppel: kvm: $wanted.*--engine bt"
     is "--engine kvm: fails" "$([ $status != 0 ] && [ $status != 124 ] && echo yes)" yes
     like "doctor says why" "$(as_nobody doctor)" 'kvm  *(no /dev/kvm|/dev/kvm is there but cannot be used: permission)'
 fi
