@@ -647,8 +647,6 @@ static void test_sync_error(void **state)
     struct block *b;
 
     (void)state;
-    if (how != BLOCK_IO_THREADS)
-        skip();                                                    /* the kernel calls it */
     make("disk", 64 * KiB);
     for (unsigned i = 0; i < ARRAY_SIZE(error); i++) {
         u8 buf[512] = { 1 };
@@ -674,8 +672,8 @@ int main(void)
         cmocka_unit_test(test_many_pieces), cmocka_unit_test(test_close_waits), cmocka_unit_test(test_lock), cmocka_unit_test(test_no_disks),
         cmocka_unit_test(test_permissions), cmocka_unit_test(test_full), cmocka_unit_test(test_discard_and_zeroes), cmocka_unit_test(test_at_once),
         cmocka_unit_test(test_grow), cmocka_unit_test(test_hold_full), cmocka_unit_test(test_no_uring), cmocka_unit_test(test_cache),
-        cmocka_unit_test(test_sync_error),
     };
+    static const struct CMUnitTest of_threads[] = { cmocka_unit_test(test_sync_error) }; /* by io_uring the kernel calls fdatasync() */
     static const char *const name[] = { [BLOCK_IO_URING] = "io_uring", [BLOCK_IO_THREADS] = "threads" };
     struct block *b;
     int failed = 0;
@@ -689,6 +687,10 @@ int main(void)
         if (how == BLOCK_IO_URING)
             block_close(b);
         failed += cmocka_run_group_tests_name(name[how], tests, setup, teardown);
+        if (how == BLOCK_IO_THREADS) {
+            strcpy(dir + strlen(dir) - 6, "XXXXXX");
+            failed += cmocka_run_group_tests_name("threads, fdatasync", of_threads, setup, teardown);
+        }
     }
     return failed;
 }

@@ -91,8 +91,10 @@ static void dynamic_bits(void **state)
 static void xsave_sizes(void **state)
 {
     u64 mask = cpuid_xcr0_mask(*state);
-    if (!cpuid_has(*state, CPU_XSAVE))
+    if (!cpuid_has(*state, CPU_XSAVE)) {
+        print_message("# skip: this processor has no XSAVE\n");
         skip();
+    }
     x.xcr0 = 1;
     assert_int_equal(get(*state, 0, 0xd, 0).ebx, 576);
     x.xcr0 = mask;

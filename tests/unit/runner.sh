@@ -7,12 +7,15 @@ fake() { printf '#!/bin/bash\n%s\n' "$2" >"$programs/fake_$1_test"; chmod +x "$p
 run() { out=$("$top/tests/run" --build "$tmp/build" "unit/fake_$1*" 2>&1); status=$?; last=$(tail -n 1 <<<"$out"); }
 
 fake good 'echo 1..2; echo "ok 1 - a"; echo "ok 2 - b # SKIP no such device"
-echo "# skip: no such tool"; echo "ok 3 # SKIP c"; echo 1..1'
+echo "# skip: no such tool"; echo "not ok 3 # SKIP c"; echo 1..1'
 run good
 is "passed and skipped" "$last" "1 passed, 0 failed, 2 skipped"
 is "passed and skipped: exit status" "$status" 0
 like "skipped by name with the reason" "$out" "unit/fake_good_test: b: no such device"
 like "a skip of cmocka's, with the comment before it" "$out" "unit/fake_good_test: c: no such tool"
+fake bad_skip 'echo "not ok 1 - a # SKIP b"; exit 1'
+run bad_skip
+is "a failed test is none that was skipped" "$last" "0 passed, 1 failed, 0 skipped"
 fake bad_line 'echo "ok 1 - a"; echo "not ok 2 - b"; echo "# because"; exit 1'
 run bad_line
 is "a failed test" "$last" "1 passed, 1 failed, 0 skipped"
