@@ -46,6 +46,9 @@ struct block_req {
     bool gated;
 };
 
+/* For devices: the bytes that a vCPU's thread copies by requests answered at once, for one notification. More would keep interrupts waiting. */
+#define BLOCK_AT_ONCE_MAX (1 * MiB)
+
 /* What a device counts of its requests. */
 struct block_counts {
     u64 requests, at_once, notifications;                          /* at once: without another thread */
@@ -63,6 +66,7 @@ struct block_config {
     enum block_cache cache;                                        /* of files and block devices that have no overlay */
 };
 
+u64 block_req_len(const struct block_req *r);                      /* bytes that are left of it */
 /* 0, or a negative errno with err() naming the file, the reason and the remedy: missing, unreadable, empty, a directory, in use, ... */
 int block_open(const struct block_config *c, struct block **out);
 /*

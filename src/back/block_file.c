@@ -210,7 +210,7 @@ static bool file_try(struct block *b, struct block_req *r)
     struct block_file *f = container_of(b, struct block_file, b);
     ssize_t n;
 
-    if (f->no_nowait || f->direct.align || r->iovs > IOV_MAX || block_req_len(r) > BLOCK_AT_ONCE_MAX)
+    if (f->no_nowait || f->direct.align || r->iovs > IOV_MAX)
         return false;
     n = preadv2(f->fd, r->iov, (int)r->iovs, (off_t)r->offset, RWF_NOWAIT);
     if (n < 0 && (errno == EOPNOTSUPP || errno == EINVAL))

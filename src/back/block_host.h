@@ -9,7 +9,6 @@
 
 #include "back/block.h"
 
-#define BLOCK_AT_ONCE_MAX (256 * KiB)                              /* a longer copy is not the vCPU's affair */
 #define BLOCK_CLOSE_SECONDS 5                                      /* how long a close waits for a host that does not answer */
 
 struct block_ops {
@@ -55,7 +54,6 @@ int block_file_lock(int fd, const char *path, bool readonly);
 
 /* Helpers for requests. */
 void block_consume(struct block_req *r, size_t len);               /* len bytes of a read or write are done */
-u64 block_req_len(const struct block_req *r);                      /* bytes that are left of it */
 int block_sync_error(int e);                                       /* of fdatasync(2): what the guest is to see */
 void block_gather(const struct block_req *r, u8 *buf, size_t len); /* the next len bytes of a write; of a read: */
 void block_scatter(const struct block_req *r, const u8 *buf, size_t len);

@@ -603,7 +603,7 @@ static bool overlay_submit(struct block *b, struct block_req *r)
 {
     struct overlay *o = container_of(b, struct overlay, b);
 
-    if (r->at_once && r->op == BLOCK_READ && block_req_len(r) <= BLOCK_AT_ONCE_MAX) {
+    if (r->at_once && r->op == BLOCK_READ) {
         block_consume(r, 0);
         while (r->iovs && try_piece(o, r))
             ;

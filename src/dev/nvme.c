@@ -212,6 +212,7 @@ static void fetch_all(struct nvme *n)
     unsigned budget = 2 * NVME_ENTRIES_MAX;
     bool more = true;
 
+    n->room = BLOCK_AT_ONCE_MAX;
     while (budget && nvme_running(n) && (more || nvme_listen(n))) {
         budget--;
         more = false;

@@ -113,6 +113,7 @@ struct nvme {
     struct nvme_request request[NVME_REQUESTS];
     struct nvme_request *free;
     unsigned in_flight;                                            /* at the host */
+    u64 room;                                                      /* what is left of BLOCK_AT_ONCE_MAX */
     pthread_cond_t idle;
     u16 event_cid[NVME_EVENTS_MAX];
     unsigned events;

@@ -185,12 +185,15 @@ static int run(struct nvme_request *r, bool at_once)
     int status;
 
     do {
+        u64 len = block_req_len(&r->io);
+
         if (r->io.op == BLOCK_FLUSH)
             r->nvme->dirty = false;
-        r->io.at_once = at_once;
+        r->io.at_once = at_once && len <= r->nvme->room;
         r->io.done = nvme_done;
         if (!block_submit(r->nvme->block, &r->io))
             return LATER;
+        r->nvme->room -= MIN(len, r->nvme->room);
     } while ((status = next_io(r)) == LATER);
     return status;
 }

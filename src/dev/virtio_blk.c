@@ -58,6 +58,7 @@ struct virtio_blk {
     struct blk_queue *queue;
     unsigned queues;
     unsigned in_flight;                                            /* at the host */
+    u64 room;                                                      /* what is left of BLOCK_AT_ONCE_MAX */
     pthread_cond_t idle;                                           /* in_flight has become 0, or the flush of quiesce has ended */
     bool gone;                                                     /* freed but for what the host may still answer */
     bool dirty;                                                    /* written since the last flush */
@@ -191,11 +192,14 @@ static bool run(struct request *r, bool at_once, int *status)
     struct virtio_blk *b = r->blk;
 
     do {
+        u64 len = block_req_len(&r->io);
+
         if (r->io.op == BLOCK_FLUSH)
             b->dirty = false;
-        r->io.at_once = at_once;
+        r->io.at_once = at_once && len <= b->room;
         if (!block_submit(b->block, &r->io))
             return false;
+        b->room -= MIN(len, b->room);
     } while (next_io(r, status));
     return true;
 }
@@ -253,6 +257,7 @@ static void process(struct virtio_blk *b, unsigned n)
     struct request *r;
     unsigned budget = 4u * q->size;
 
+    b->room = BLOCK_AT_ONCE_MAX;
     while (virtio_running(v)) {
         virtq_ignore(q);
         while (budget && (r = bq->free) && virtio_pop(v, n, &r->chain)) {
