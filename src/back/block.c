@@ -1,7 +1,7 @@
 /*
  * What stands in front of every block back end (block.h): bounds, read-only disks, requests that are kept while the host is full, and threads.
  *
- * Locking: block.lock guards the list of held requests, a leaf; done() and full() are called without it.
+ * Locking: block.lock guards the list of held requests, a leaf; done(), held() and full() are called without it.
  */
 #define _GNU_SOURCE
 #include "back/block.h"
@@ -131,6 +131,8 @@ static bool hold(struct block *b, struct block_req *r)
         b->held_count++;
     }
     pthread_mutex_unlock(&b->lock);
+    if (held && b->told_held)
+        b->told_held(b->told_held_arg);
     if (full)
         full(arg);
     return held;
@@ -185,6 +187,12 @@ void block_hold_full(struct block *b, void (*full)(void *arg), void *arg)
     b->full = full;
     b->full_arg = arg;
     pthread_mutex_unlock(&b->lock);
+}
+
+void block_tell_held(struct block *b, void (*held)(void *arg), void *arg)
+{
+    b->told_held = held;
+    b->told_held_arg = arg;
 }
 
 unsigned block_held(struct block *b)

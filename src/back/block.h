@@ -99,6 +99,8 @@ int block_wait(struct block *b, struct block_req *r);
 
 /* full() is called on any thread when a request is kept that was not before; NULL: such requests fail (the beginning). */
 void block_hold_full(struct block *b, void (*full)(void *arg), void *arg);
+/* held() is called on any thread when block_held() has risen: for the device, which may be waiting for what does not come back by itself. Before any request. */
+void block_tell_held(struct block *b, void (*held)(void *arg), void *arg);
 unsigned block_held(struct block *b);                              /* requests that are kept */
 void block_retry(struct block *b);
 void block_fail_held(struct block *b);                             /* they are answered with their error now */

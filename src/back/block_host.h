@@ -34,6 +34,8 @@ struct block {
     bool closing;                                                  /* nothing is held any more */
     void (*full)(void *arg);
     void *full_arg;
+    void (*told_held)(void *arg);                                  /* set before any request, and never again */
+    void *told_held_arg;
 };
 
 /* For constructors. -ENOMEM with err(). */

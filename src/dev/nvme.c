@@ -257,7 +257,7 @@ void nvme_came_back(struct nvme *n)
         fetch_all(n);
     else if (!n->in_flight)
         forget(n);
-    pthread_cond_broadcast(&n->idle);                              /* the others may be held */
+    pthread_cond_broadcast(&n->idle);
 }
 
 static void nvme_again(struct block_req *io)
@@ -295,6 +295,12 @@ static void begin_flush(struct nvme *n, bool held)
     n->dirty = false;
     n->flush = (struct block_req){ .op = BLOCK_FLUSH, .never_held = !held, .done = flush_done };
     n->flushing = !block_submit(n->block, &n->flush);
+}
+
+static void shut_down(struct nvme *n)
+{
+    begin_flush(n, true);
+    n->csts = (n->csts & ~CSTS_SHST(3)) | CSTS_SHST(n->flushing ? SHST_BUSY : SHST_COMPLETE);
 }
 
 /* --- registers --- */
@@ -337,8 +343,7 @@ static void write_cc(struct nvme *n, u32 val)
     if (!is && was)
         disable(n);
     if (shut) {                                                    /* 7.6.2 */
-        begin_flush(n, true);
-        n->csts = (n->csts & ~CSTS_SHST(3)) | CSTS_SHST(n->flushing ? SHST_BUSY : SHST_COMPLETE);
+        shut_down(n);
     } else if (!CC_SHN(val)) {
         n->csts &= ~CSTS_SHST(3);
     }
@@ -437,24 +442,46 @@ static struct timespec quiesce_end(void)
     return end;
 }
 
-static void nvme_reset(struct device *d)
+static void nvme_held(void *arg)
 {
-    struct nvme *n = container_of(d, struct nvme, device);
+    struct nvme *n = arg;
+
+    pthread_mutex_lock(&n->device.lock);
+    pthread_cond_broadcast(&n->idle);
+    pthread_mutex_unlock(&n->device.lock);
+}
+
+/* Requests that are held for a full host do not come back by themselves; a shutdown's flush can be one. */
+static bool only_held(struct nvme *n)
+{
+    return n->in_flight + n->flushing <= block_held(n->block);
+}
+
+/* While the controller is being reset: what is in flight ends, within QUIESCE_SECONDS; what is held, or comes to be, fails. */
+static void end_requests(struct nvme *n)
+{
     struct timespec end = quiesce_end();
     int r = 0;
 
+    while ((n->in_flight || block_held(n->block)) && r == 0)
+        if (block_held(n->block)) {
+            pthread_mutex_unlock(&n->device.lock);
+            block_fail_held(n->block);
+            pthread_mutex_lock(&n->device.lock);
+        } else {
+            r = pthread_cond_timedwait(&n->idle, &n->device.lock, &end);
+        }
+}
+
+static void nvme_reset(struct device *d)
+{
+    struct nvme *n = container_of(d, struct nvme, device);
+
     pthread_mutex_lock(&d->lock);
     n->stopping = true;
-    pthread_mutex_unlock(&d->lock);
-    block_fail_held(n->block);
-    pthread_mutex_lock(&d->lock);
-    while (n->in_flight && r == 0)
-        r = pthread_cond_timedwait(&n->idle, &d->lock, &end);
-    if (n->in_flight && block_abandon(n->block)) {
-        end = quiesce_end();
-        for (r = 0; n->in_flight && r == 0;)
-            r = pthread_cond_timedwait(&n->idle, &d->lock, &end);
-    }
+    end_requests(n);
+    if (n->in_flight && block_abandon(n->block))
+        end_requests(n);
     d->stuck = n->in_flight;
     if (!d->stuck) {
         forget(n);
@@ -473,11 +500,11 @@ static void nvme_quiesce(struct device *d)
     int r = 0;
 
     pthread_mutex_lock(&d->lock);
-    while (n->in_flight > block_held(n->block) && r == 0)
+    while (!only_held(n) && r == 0)
         r = pthread_cond_timedwait(&n->idle, &d->lock, &end);
     if (n->dirty && r == 0)
         begin_flush(n, false);
-    while (n->flushing && r == 0)
+    while (!only_held(n) && r == 0)
         r = pthread_cond_timedwait(&n->idle, &d->lock, &end);
     pthread_mutex_unlock(&d->lock);
     if (r == ETIMEDOUT)
@@ -620,6 +647,8 @@ static void nvme_state(struct device *d, struct stream *s)
     in_flight_state(n, s);
     if (s->load && n->stopping && !n->in_flight)
         forget(n);
+    if (s->load && !s->error && (n->csts & CSTS_SHST(3)) == CSTS_SHST(SHST_BUSY))
+        shut_down(n);
     if (s->load && !s->error)
         fetch_all(n);
 }
@@ -717,6 +746,7 @@ int nvme_new(const struct nvme_config *c, struct block *block, struct nvme **out
     pthread_condattr_destroy(&attr);
     memcpy(n->serial, c->serial, strnlen(c->serial, sizeof(n->serial)));
     n->again = (struct block_req){ .op = BLOCK_NOP, .done = nvme_again };
+    block_tell_held(block, nvme_held, n);
     for (unsigned i = 0; i < NVME_REQUESTS; i++) {
         n->request[i].nvme = n;
         nvme_release(&n->request[i]);

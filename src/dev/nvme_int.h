@@ -114,7 +114,7 @@ struct nvme {
     struct nvme_request *free;
     unsigned in_flight;                                            /* at the host */
     u64 room;                                                      /* what is left of BLOCK_AT_ONCE_MAX */
-    pthread_cond_t idle;
+    pthread_cond_t idle;                                           /* a request has come back or is held, or a flush has ended */
     u16 event_cid[NVME_EVENTS_MAX];
     unsigned events;
     bool changed, changed_told;                                    /* the namespace: and whether the driver was told since it has looked */

@@ -59,7 +59,7 @@ struct virtio_blk {
     unsigned queues;
     unsigned in_flight;                                            /* at the host */
     u64 room;                                                      /* what is left of BLOCK_AT_ONCE_MAX */
-    pthread_cond_t idle;                                           /* in_flight has become 0, or the flush of quiesce has ended */
+    pthread_cond_t idle;                                           /* a request has come back or is held, or the flush of quiesce has ended */
     bool gone;                                                     /* freed but for what the host may still answer */
     bool dirty;                                                    /* written since the last flush */
     struct block_counts counts;
@@ -289,7 +289,7 @@ static void came_back(struct virtio_blk *b, unsigned n)
         process(b, n);
     if (!b->in_flight)
         virtio_stopped(&b->virtio);
-    pthread_cond_broadcast(&b->idle);                              /* the others may be held */
+    pthread_cond_broadcast(&b->idle);
 }
 
 static void blk_again(struct block_req *io)
@@ -355,20 +355,44 @@ static bool only_held(struct virtio_blk *b)
     return b->in_flight <= block_held(b->block);
 }
 
+static void fail_held(struct virtio_blk *b)
+{
+    pthread_mutex_unlock(&b->virtio.device.lock);
+    block_fail_held(b->block);
+    pthread_mutex_lock(&b->virtio.device.lock);
+}
+
+/* While the device is being reset: what is in flight ends, within QUIESCE_SECONDS; what is held, or comes to be, fails. */
+static void end_requests(struct virtio_blk *b)
+{
+    struct timespec end = quiesce_end();
+    int r = 0;
+
+    while (b->virtio.resetting && b->in_flight && r == 0)
+        if (block_held(b->block))
+            fail_held(b);
+        else
+            r = pthread_cond_timedwait(&b->idle, &b->virtio.device.lock, &end);
+}
+
+static void blk_held(void *arg)
+{
+    struct virtio_blk *b = arg;
+
+    pthread_mutex_lock(&b->virtio.device.lock);
+    pthread_cond_broadcast(&b->idle);
+    pthread_mutex_unlock(&b->virtio.device.lock);
+}
+
 /* A legacy driver uses its buffers for something else at once: it waits in the store that resets, as long as quiesce would. */
 static bool blk_stop(struct virtio *v)
 {
     struct virtio_blk *b = container_of(v, struct virtio_blk, virtio);
-    struct timespec end = quiesce_end();
-    int r = 0;
 
-    if (b->in_flight && block_held(b->block)) {
-        pthread_mutex_unlock(&v->device.lock);
-        block_fail_held(b->block);
-        pthread_mutex_lock(&v->device.lock);
-    }
-    while (v->legacy && v->resetting && b->in_flight && r == 0)
-        r = pthread_cond_timedwait(&b->idle, &v->device.lock, &end);
+    if (v->legacy)
+        end_requests(b);
+    else if (b->in_flight && block_held(b->block))
+        fail_held(b);
     return v->resetting && !b->in_flight;
 }
 
@@ -417,21 +441,12 @@ struct block_counts virtio_blk_counts(struct virtio_blk *b)
 static void blk_reset(struct device *d)
 {
     struct virtio_blk *b = container_of(d, struct virtio_blk, virtio.device);
-    struct timespec end = quiesce_end();
-    int r = 0;
 
     pthread_mutex_lock(&d->lock);
     b->virtio.resetting = true;
-    pthread_mutex_unlock(&d->lock);
-    block_fail_held(b->block);
-    pthread_mutex_lock(&d->lock);
-    while (b->in_flight && r == 0)
-        r = pthread_cond_timedwait(&b->idle, &d->lock, &end);
-    if (b->in_flight && block_abandon(b->block)) {
-        end = quiesce_end();
-        for (r = 0; b->in_flight && r == 0;)
-            r = pthread_cond_timedwait(&b->idle, &d->lock, &end);
-    }
+    end_requests(b);
+    if (b->in_flight && block_abandon(b->block))
+        end_requests(b);
     d->stuck = b->in_flight;
     if (!d->stuck) {
         virtio_device_reset(&b->virtio);
@@ -620,6 +635,7 @@ int virtio_blk_new(struct ram *ram, const struct log *log, struct block *block, 
     memcpy(b->serial, serial, strnlen(serial, sizeof(b->serial)));
     init_queues(b);
     set_config(b);
+    block_tell_held(block, blk_held, b);
     *out = b;
     return 0;
 }

@@ -142,15 +142,20 @@ static int make_queues(void)
     return r;
 }
 
-static void open_disk(bool readonly)
+static void open_disk_of(struct block *b, const struct log *log)
 {
     struct nvme_config c;
 
     guest_new(&g);
-    c = (struct nvme_config){ .ram = &g.ram, .pci = g.pci, .slot = DEV, .intx = guest_line(&g), .gsi = 10, .serial = "serial", .number = 3, .queues = 2 };
-    assert_int_equal(nvme_new(&c, open_image(readonly), &nvme), 0);
+    c = (struct nvme_config){ .ram = &g.ram, .log = log, .pci = g.pci, .slot = DEV, .intx = guest_line(&g), .gsi = 10, .serial = "serial", .number = 3, .queues = 2 };
+    assert_int_equal(nvme_new(&c, b, &nvme), 0);
     bar = bar_address(&g, DEV, 0);
     ecam_write(&g, DEV, PCI_COMMAND, PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER, 2);
+}
+
+static void open_disk(bool readonly)
+{
+    open_disk_of(open_image(readonly), NULL);
 }
 
 static int setup(void **state UNUSED)
@@ -530,6 +535,75 @@ static void test_shutdown(void **state UNUSED)
     assert_int_equal(reg(0x1c), 2 << 2 | 1);
 }
 
+static struct block *open_disk_of_host(const struct log *log)
+{
+    struct block *b = open_host();
+
+    device_free(nvme);
+    guest_free(&g);
+    open_disk_of(b, log);
+    msix_on(3);
+    enable();
+    assert_int_equal(make_queues(), 0);
+    return b;
+}
+
+static void answer(struct block *b, int result)
+{
+    asked->result = result;
+    block_done(b, asked);
+}
+
+static void ask(void)
+{
+    add(&io, rw(1, 0, 1, DATA, 0));
+    ring(&io);
+}
+
+/* The host comes to be full while the controller waits: a command is held then, and the wait has an end; so for the flush of a shutdown. */
+static void test_full(void **state UNUSED)
+{
+    unsigned warnings = 0;
+    struct log log = { count_warnings, &warnings };
+    struct block *b = open_disk_of_host(&log);
+    struct device *dev = (struct device *)nvme;
+    struct stream s, l;
+
+    block_hold_full(b, nobody, NULL);
+    ask();
+    full_meanwhile(b, dev, dev->ops->quiesce, &warnings);
+    assert_int_equal(block_held(b), 1);
+    assert_true(nothing(&io));
+    block_retry(b);
+    answer(b, 0);
+    assert_int_equal(take(&io, NULL), 0);
+
+    set(0x14, 4 << 20 | 6 << 16 | 1 << 14 | 1);
+    assert_int_equal(asked->op, BLOCK_FLUSH);
+    answer(b, -ENOSPC);
+    dev->ops->quiesce(dev);
+    stream_save_init(&s);
+    dev->ops->state(dev, &s);
+    assert_int_equal(s.error, 0);
+    ask();                                                         /* the flush that is held is not to be taken for this one */
+    full_meanwhile(b, dev, dev->ops->quiesce, &warnings);
+    assert_int_equal(block_held(b), 2);
+
+    block_retry(b);
+    full_meanwhile(b, dev, dev->ops->reset, &warnings);
+    assert_false(dev->stuck);
+    assert_int_equal(block_held(b), 0);
+
+    b = open_disk_of_host(&log);                                   /* a shutdown goes on where it is loaded */
+    device_load((struct device *)nvme, &l, s.buf, s.len);
+    stream_free(&s);
+    assert_int_equal(l.error, 0);
+    assert_int_equal(reg(0x1c), 1 << 2 | 1);
+    assert_int_equal(asked->op, BLOCK_FLUSH);
+    answer(b, 0);
+    assert_int_equal(reg(0x1c), 2 << 2 | 1);
+}
+
 static void test_state(void **state UNUSED)
 {
     struct device *dev = (struct device *)nvme;
@@ -653,7 +727,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         T(test_registers), T(test_bad_enable), T(test_identify), T(test_admin), T(test_queues), T(test_prps), T(test_bad_prps), T(test_io),
         T(test_deallocate), T(test_readonly), T(test_intx), T(test_full_completion_queue), T(test_resize_event), T(test_reset_in_flight),
-        T(test_delete_in_flight), T(test_shutdown), T(test_state), T(test_shadow),
+        T(test_delete_in_flight), T(test_shutdown), T(test_full), T(test_state), T(test_shadow),
     };
 
     return cmocka_run_group_tests(tests, make_image, remove_image);

@@ -7,7 +7,6 @@
 
 #include <linux/virtio_blk.h>
 
-#include "back/block_host.h"
 #include "dev/virtio_blk.h"
 #include "disk_guest.h"
 
@@ -428,57 +427,68 @@ static void test_host_error(void **state UNUSED)
     assert_int_equal(request(VIRTIO_BLK_T_IN, 0, DATA, 512, true, NULL), VIRTIO_BLK_S_OK);
 }
 
-/* A host that does not answer: what waits for it does so for a while only, and what it answers in the end does no harm. */
-static struct block_req *never;
-
-static bool hang_submit(struct block *b UNUSED, struct block_req *r)
+static struct block *open_disk_of_host(const struct log *log)
 {
-    never = r;
-    return false;
-}
-
-static int hang_size(struct block *b UNUSED, u64 *size)
-{
-    *size = SECTORS * 512;
-    return 0;
-}
-
-static bool hang_close(struct block *b)
-{
-    block_destroy(b);
-    free(b);
-    return true;
-}
-
-static void test_host_hangs(void **state UNUSED)
-{
-    static const struct block_ops ops = { .submit = hang_submit, .size = hang_size, .close = hang_close };
-    struct device *dev;
-    struct block *b = calloc(1, sizeof(*b));
+    struct block *b = open_host();
 
     device_free(blk);
     guest_free(&g);
     guest_new(&g);
-    assert_int_equal(block_init(b, &ops, "hangs", "image", false), 0);
-    assert_int_equal(block_refresh(b), 0);
-    assert_int_equal(virtio_blk_new(&g.ram, NULL, b, "x", 1, &blk), 0);
+    assert_int_equal(virtio_blk_new(&g.ram, log, b, "x", 1, &blk), 0);
     assert_int_equal(virtio_pci_attach(g.pci, DEV, guest_line(&g), 20, false, (struct virtio *)blk), 0);
+    vdev_find(&d, &g, DEV);
     assert_true(vdev_start(&d, &g, DEV, ALL, 64));
-    dev = (struct device *)blk;
-    put_head(HEAD, VIRTIO_BLK_T_IN, 0);
-    gq_add(&d.q[0], (struct buf[]){ { HEAD, 16, false }, { DATA, 512, true }, { STATUS, 1, true } }, 3);
+    return b;
+}
+
+static void ask(void)
+{
+    put_head(HEAD, VIRTIO_BLK_T_OUT, 0);
+    gq_add(&d.q[0], (struct buf[]){ { HEAD, 16, false }, { DATA, 512, false }, { STATUS, 1, true } }, 3);
     vdev_kick(&d, 0);
-    assert_non_null(never);
+}
+
+/* A host that does not answer: what waits for it does so for a while only, and what it answers in the end does no harm. */
+static void test_host_hangs(void **state UNUSED)
+{
+    struct block *b = open_disk_of_host(NULL);
+    struct device *dev = (struct device *)blk;
+
+    ask();
+    assert_non_null(asked);
     vdev_set_status(&d, 0);
     assert_int_not_equal(vdev_status(&d), 0);                      /* the driver sees that it has to wait */
     dev->ops->reset(dev);
     assert_true(dev->stuck);
-    never->result = -EIO;
-    block_done(b, never);
+    asked->result = -EIO;
+    block_done(b, asked);
     dev->ops->reset(dev);
     assert_false(dev->stuck);
     assert_int_equal(vdev_status(&d), 0);
     assert_int_equal(status(), 0xee);                              /* nothing was written */
+}
+
+/* The host comes to be full while the device waits: the request is held then, and the wait has an end; it is answered when there is room, or fails by a reset. */
+static void test_full(void **state UNUSED)
+{
+    unsigned warnings = 0;
+    struct log log = { count_warnings, &warnings };
+    struct block *b = open_disk_of_host(&log);
+    struct device *dev = (struct device *)blk;
+
+    block_hold_full(b, nobody, NULL);
+    ask();
+    full_meanwhile(b, dev, dev->ops->quiesce, &warnings);
+    assert_int_equal(block_held(b), 1);
+    assert_int_equal(status(), 0xee);
+    block_retry(b);
+    asked->result = 0;
+    block_done(b, asked);
+    assert_int_equal(status(), VIRTIO_BLK_S_OK);
+    ask();
+    full_meanwhile(b, dev, dev->ops->reset, &warnings);
+    assert_false(dev->stuck);
+    assert_int_equal(block_held(b), 0);
 }
 
 static void test_state(void **state UNUSED)
@@ -550,7 +560,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         T(test_config), T(test_read), T(test_write_and_read), T(test_out_of_disk), T(test_unsupported), T(test_discard_and_zeroes), T(test_queues), T(test_cache_switch), T(test_get_id), T(test_readonly),
         T(test_any_layout), T(test_malformed), T(test_many), T(test_at_once), T(test_flood), T(test_reset_in_flight), T(test_power_on_reset_in_flight),
-        T(test_resize), T(test_host_error), T(test_host_hangs), T(test_state),
+        T(test_resize), T(test_host_error), T(test_host_hangs), T(test_full), T(test_state),
         P(test_read), P(test_write_and_read), P(test_out_of_disk), P(test_discard_and_zeroes), P(test_get_id), P(test_any_layout),
         P(test_many), P(test_power_on_reset_in_flight), P(test_state),
     };
