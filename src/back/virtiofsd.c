@@ -13,6 +13,7 @@
 #define _GNU_SOURCE
 #include "back/virtiofsd.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -419,6 +420,51 @@ u64 virtiofsd_descriptors(const struct virtiofsd *d)
     struct rlimit l;
 
     return prlimit(d->pid, RLIMIT_NOFILE, NULL, &l) < 0 ? 0 : MIN((u64)l.rlim_cur, (u64)MANY_DESCRIPTORS);
+}
+
+/* Its sandbox has a pid namespace: the process that serves is the child of the one that was started, which waits for it. */
+static pid_t find_server(pid_t parent)
+{
+    char path[64];
+    int pid = 0;
+    FILE *f;
+
+    snprintf(path, sizeof(path), "/proc/%d/task/%d/children", parent, parent);
+    f = fopen(path, "re");
+    if (!f)
+        return 0;
+    if (fscanf(f, "%d", &pid) != 1)
+        pid = 0;
+    fclose(f);
+    return pid;
+}
+
+static u64 count_entries(const char *path)
+{
+    DIR *dir = opendir(path);
+    u64 n = 0;
+
+    if (!dir)
+        return 0;
+    while (readdir(dir))
+        n++;
+    closedir(dir);
+    return n > 2 ? n - 2 : 0;                                      /* "." and ".." */
+}
+
+u64 virtiofsd_open_descriptors(struct virtiofsd *d)
+{
+    char path[64];
+    struct stat st;
+
+    if (!d->server)
+        d->server = find_server(d->pid);
+    if (!d->server)
+        return 0;
+    snprintf(path, sizeof(path), "/proc/%d/fd", d->server);
+    if (stat(path, &st) < 0)
+        return 0;
+    return st.st_size > 0 ? (u64)st.st_size : count_entries(path);  /* Linux 6.2 and later say it at once */
 }
 
 /* Its socket is closed: it ends by itself, and its children with it, or is ended. */

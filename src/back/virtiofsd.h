@@ -14,6 +14,7 @@
 struct virtiofsd {
     pid_t pid;                                                     /* 0: does not run */
     int log;                                                       /* what it has said */
+    pid_t server;                                                  /* the process in its sandbox; 0: not looked for yet */
 };
 
 /*
@@ -30,5 +31,7 @@ int virtiofsd_start(struct virtiofsd *d, const char *folder, bool readonly);
 void virtiofsd_words(const struct virtiofsd *d, char *buf, size_t size);
 /* How many descriptors it may have, half a million at the most; 0: that is not known. */
 u64 virtiofsd_descriptors(const struct virtiofsd *d);
+/* How many it has now; 0: this host does not say that. */
+u64 virtiofsd_open_descriptors(struct virtiofsd *d);
 /* Ends it, a second after its socket was closed at the latest. Harmless when it does not run (all zero). */
 void virtiofsd_stop(struct virtiofsd *d);

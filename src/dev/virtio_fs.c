@@ -8,6 +8,10 @@
  * A virtiofsd that dies (or talks nonsense, and is ended then): all requests, and whatever comes later, are answered with EIO until the guest is
  * reset. After a reset there is a new one, since a file server's session is its guest's.
  *
+ * Descriptors of virtiofsd's: requests that take one are parked when it has none to spare, and go on when others have been given back: the guest forgets names as
+ * it goes (fuse_names.h), but on another processor, and virtiofsd closes them when it comes to it. When nothing is given back for a while, all are in use:
+ * virtiofsd gets the requests, and the guest its error.
+ *
  * A saved state has no open files; what is in flight at a save is saved as chains and sent again after the load.
  *
  * Left out: the notification queue, the DAX window.
@@ -31,12 +35,16 @@
 #define QUEUE_SIZE 256
 #define WAIT_MS 5000
 #define WAIT_STEP_MS 100
-#define FORGETS_LAG 32
+#define SPARE_DESCRIPTORS 8                                        /* what virtiofsd opens for the time of a request that is not parked */
+#define LIST_BYTES_MAX (1 * MiB)
+#define PARKED_NS 2000000000ull
 
 struct request {
     struct virtq_chain chain;
     bool busy;
-    struct request *next_free;
+    unsigned takes;                                                /* descriptors, at the most */
+    bool parked;
+    struct request *next;                                          /* free, or parked */
 };
 
 struct virtio_fs {
@@ -54,7 +62,12 @@ struct virtio_fs {
     struct request request[QUEUES][QUEUE_SIZE];
     struct request *free[QUEUES];
     unsigned in_flight[QUEUES];
-    bool held;                                                     /* requests wait for virtiofsd to have forgotten */
+    u64 limit;                                                     /* of descriptors; 0: not known */
+    u64 spare;                                                     /* so many may be taken before virtiofsd's are counted again */
+    u64 taking;                                                    /* by requests that it has */
+    struct request *parked, **parked_last;                         /* of queue 1, in their order */
+    bool exhausted;                                                /* nothing is given back: no use in parking */
+    struct timer timer;                                            /* of the guest's clock: it stands still while the guest does */
     struct vhost_part part[VHOST_USER_RING];
 };
 
@@ -79,7 +92,8 @@ static void stop_server(struct virtio_fs *f)
     vhost_user_free(f->vhost);
     f->vhost = NULL;
     virtiofsd_stop(&f->server);
-    f->used = f->held = false;
+    f->used = f->exhausted = false;
+    f->spare = f->taking = 0;
 }
 
 static int connect_server(struct virtio_fs *f, int sock)
@@ -105,7 +119,8 @@ static int start_server(struct virtio_fs *f)
     if (sock < 0)
         return sock;
     r = connect_server(f, sock);
-    f->names = (struct fuse_names){ .bound = virtiofsd_descriptors(&f->server) / 2 };
+    f->limit = virtiofsd_descriptors(&f->server);
+    f->names = (struct fuse_names){ .bound = f->limit / 2 };
     if (r == 0)
         return 0;
     snprintf(why, sizeof(why), "%s", err_last());
@@ -119,7 +134,7 @@ static int start_server(struct virtio_fs *f)
 static void release(struct virtio_fs *f, unsigned n, struct request *r)
 {
     r->busy = false;
-    r->next_free = f->free[n];
+    r->next = f->free[n];
     f->free[n] = r;
 }
 
@@ -190,7 +205,110 @@ static bool send_request(struct virtio_fs *f, unsigned n, struct request *r)
     fuse_names_request(&f->names, c->out, c->outs);
     r->busy = true;
     f->in_flight[n]++;
+    f->taking += r->takes;
     return true;
+}
+
+/* --- descriptors --- */
+
+static u32 opcode(const struct virtq_chain *c)
+{
+    struct fuse_in_header in;
+
+    return fuse_peek(c->out, c->outs, 0, &in, sizeof(in)) ? in.opcode : 0;
+}
+
+/* How many it may leave virtiofsd with. */
+static unsigned takes(const struct virtq_chain *c)
+{
+    switch (opcode(c)) {
+    case FUSE_LOOKUP:
+    case FUSE_SYMLINK:
+    case FUSE_MKNOD:
+    case FUSE_MKDIR:
+    case FUSE_OPEN:
+    case FUSE_OPENDIR:
+        return 1;
+    case FUSE_CREATE:
+        return 2;
+    case FUSE_READDIRPLUS:
+        return (unsigned)(MIN(c->in_total, LIST_BYTES_MAX) / FUSE_NAME_OFFSET_DIRENTPLUS);
+    default:
+        return 0;
+    }
+}
+
+static bool gives_back(const struct virtq_chain *c)
+{
+    u32 op = opcode(c);
+
+    return op == FUSE_FORGET || op == FUSE_BATCH_FORGET || op == FUSE_RELEASE || op == FUSE_RELEASEDIR;
+}
+
+static void count_descriptors(struct virtio_fs *f)
+{
+    u64 open = f->limit ? virtiofsd_open_descriptors(&f->server) : 0, used = open + f->taking + SPARE_DESCRIPTORS;
+
+    f->spare = !open ? UINT64_MAX : used < f->limit ? f->limit - used : 0;
+}
+
+static bool has_descriptors(struct virtio_fs *f, unsigned n)
+{
+    if (n <= f->spare)
+        return true;
+    count_descriptors(f);
+    return n <= f->spare;
+}
+
+static void park(struct virtio_fs *f, struct request *r)
+{
+    if (!f->parked)
+        timer_arm(&f->timer, clock_ns(f->timer.clock) + PARKED_NS);
+    r->busy = r->parked = true;
+    r->next = NULL;
+    *f->parked_last = r;
+    f->parked_last = &r->next;
+}
+
+static struct request *unpark(struct virtio_fs *f)
+{
+    struct request *r = f->parked;
+
+    f->parked = r->next;
+    if (!f->parked) {
+        f->parked_last = &f->parked;
+        timer_disarm(&f->timer);
+    }
+    r->parked = false;
+    return r;
+}
+
+static void send_parked(struct virtio_fs *f)
+{
+    struct request *r;
+    bool kick = false;
+
+    while ((r = f->parked) && (f->exhausted || has_descriptors(f, r->takes)) && send_request(f, 1, r)) {
+        unpark(f);
+        f->spare -= MIN(f->spare, (u64)r->takes);
+        kick = true;
+    }
+    if (kick)
+        vhost_user_kick(f->vhost, 1);
+}
+
+/* Something was closed. An eighth has to be there before parking is worth while again. */
+static void given_back(struct virtio_fs *f)
+{
+    f->spare = 0;
+    if (f->exhausted) {
+        count_descriptors(f);
+        f->exhausted = f->spare < f->limit / 8;
+    }
+    if (!f->parked)
+        return;
+    timer_arm(&f->timer, clock_ns(f->timer.clock) + PARKED_NS);
+    send_parked(f);
 }
 
 /* False: the ring is not to be gone on with now. */
@@ -209,19 +327,20 @@ static bool take(struct virtio_fs *f, unsigned n, struct request *r, bool *kick)
         virtq_push(q, c, refuse(c));
         return true;
     }
+    r->takes = takes(c);
+    if (n == 1 && r->takes && !f->exhausted && (f->parked || !has_descriptors(f, r->takes))) {
+        f->free[n] = r->next;
+        park(f, r);
+        return true;
+    }
     if (!send_request(f, n, r)) {
         virtq_unpop(q, c);                                         /* goes on when something is answered */
         return false;
     }
-    f->free[n] = r->next_free;
+    f->spare -= MIN(f->spare, (u64)r->takes);
+    f->free[n] = r->next;
     *kick = true;
     return true;
-}
-
-/* virtiofsd works at the queues side by side: beyond the bound a guest gets no further with names than virtiofsd has come with closing forgotten ones. */
-static bool must_hold(const struct virtio_fs *f, unsigned n)
-{
-    return n == 1 && f->in_flight[0] > FORGETS_LAG && f->names.bound && f->names.known + f->in_flight[0] > f->names.bound;
 }
 
 static bool in_flight(const struct virtio_fs *f)
@@ -240,18 +359,18 @@ static void process(struct virtio_fs *f, unsigned n)
 
     while (go_on && virtio_running(v)) {
         virtq_ignore(q);
-        while (go_on && budget && !must_hold(f, n) && (r = f->free[n]) && virtio_pop(v, n, &r->chain)) {
+        while (go_on && budget && (r = f->free[n]) && virtio_pop(v, n, &r->chain)) {
             budget--;
             go_on = take(f, n, r, &kick);
         }
-        if (n == 1 && (f->held = must_hold(f, n)))
-            break;
         if (!f->free[n] || !virtq_listen(q) || !budget)
             break;
     }
     if (kick)
         vhost_user_kick(f->vhost, n);
     virtio_interrupt(v, n);
+    if (n == 1 && f->parked)
+        process(f, 0);                                             /* FORGETs of a processor that has not come to notify of them */
 }
 
 static void on_kick(struct virtio *v, unsigned n)
@@ -263,10 +382,13 @@ static void take_answers(struct virtio_fs *f, unsigned n)
 {
     struct virtq *q = &f->virtio.queue[n];
     struct request *r;
+    bool given = false;
     u32 len;
 
     while (f->vhost && (r = vhost_user_take(f->vhost, n, &len))) {
         look_at_answer(f, &r->chain);
+        given |= gives_back(&r->chain);
+        f->taking -= r->takes;
         if (f->virtio.resetting || q->broken) {
             virtq_drop(q, &r->chain);
         } else {
@@ -276,13 +398,8 @@ static void take_answers(struct virtio_fs *f, unsigned n)
         release(f, n, r);
         f->in_flight[n]--;
     }
-}
-
-/* Answers to FORGET let held requests go on. */
-static void go_on_behind(struct virtio_fs *f, unsigned n)
-{
-    if (n == 0 && f->held)
-        process(f, 1);
+    if (given)
+        given_back(f);
 }
 
 static void on_used(void *arg, unsigned n)
@@ -291,14 +408,32 @@ static void on_used(void *arg, unsigned n)
 
     lock(f);
     take_answers(f, n);
+    send_parked(f);                                                /* what found no room in the ring */
     process(f, n);
-    go_on_behind(f, n);
+    unlock(f);
+}
+
+static void on_timer(void *arg)
+{
+    struct virtio_fs *f = arg;
+
+    lock(f);
+    if (f->parked && clock_ns(f->timer.clock) >= f->timer.deadline_ns) {
+        process(f, 1);
+        f->exhausted = !f->in_flight[0];
+        if (!f->exhausted)
+            timer_arm(&f->timer, clock_ns(f->timer.clock) + PARKED_NS);
+        send_parked(f);
+    }
     unlock(f);
 }
 
 /* Nobody writes to them any more: all chains come back, refused, or forgotten where the driver has reset the device. */
 static void give_back(struct virtio_fs *f)
 {
+    f->parked = NULL;
+    f->parked_last = &f->parked;
+    timer_disarm(&f->timer);
     for (unsigned n = 0; n < QUEUES; n++) {
         struct virtq *q = &f->virtio.queue[n];
 
@@ -311,8 +446,11 @@ static void give_back(struct virtio_fs *f)
                 virtq_drop(q, &r->chain);
             else
                 virtq_push(q, &r->chain, refuse(&r->chain));
+            if (r->parked)
+                r->parked = false;
+            else
+                f->in_flight[n]--;
             release(f, n, r);
-            f->in_flight[n]--;
         }
         if (!f->virtio.resetting)
             process(f, n);
@@ -392,10 +530,8 @@ static void fs_quiesce(struct device *d)
 
     lock(f);
     for (int ms = 0; f->vhost && in_flight(f) && ms < WAIT_MS; ms += WAIT_STEP_MS) {
-        for (unsigned n = 0; n < QUEUES; n++) {
+        for (unsigned n = 0; n < QUEUES; n++)
             take_answers(f, n);
-            go_on_behind(f, n);
-        }
         if (in_flight(f))
             vhost_user_wait(f->vhost, WAIT_STEP_MS);
     }
@@ -468,6 +604,7 @@ static void fs_free(struct device *d)
     struct virtio_fs *f = container_of(d, struct virtio_fs, virtio.device);
 
     loop_unpost(f->loop, renew, f);
+    timer_disarm(&f->timer);
     virtio_destroy(&f->virtio);
     fs_destroy(f);
 }
@@ -475,7 +612,8 @@ static void fs_free(struct device *d)
 static const struct device_ops device_ops = { .name = "virtio_fs", .reset = fs_reset, .quiesce = fs_quiesce, .state = fs_state, .free = fs_free };
 static const struct virtio_ops virtio_ops = { .kick = on_kick, .stop = on_stop };
 
-int virtio_fs_new(struct ram *ram, const struct log *log, struct loop *loop, const char *folder, const char *tag, bool readonly, struct virtio_fs **out)
+int virtio_fs_new(struct ram *ram, const struct log *log, struct loop *loop, struct clock *clock, const char *folder, const char *tag, bool readonly,
+                  struct virtio_fs **out)
 {
     static const u16 size[QUEUES] = { QUEUE_SIZE, QUEUE_SIZE };
     struct virtio_fs *f = calloc(1, sizeof(*f));
@@ -487,6 +625,8 @@ int virtio_fs_new(struct ram *ram, const struct log *log, struct loop *loop, con
     }
     f->readonly = readonly;
     f->loop = loop;
+    f->parked_last = &f->parked;
+    timer_init(&f->timer, clock, on_timer, f);
     memcpy(f->config.tag, tag, strnlen(tag, sizeof(f->config.tag)));
     f->config.num_request_queues = 1;
     for (unsigned n = 0; n < QUEUES; n++)

@@ -3,6 +3,7 @@
  */
 #pragma once
 
+#include "base/clock.h"
 #include "base/loop.h"
 #include "io/virtio.h"
 
@@ -11,4 +12,5 @@
 struct virtio_fs;
 
 /* tag: 1 to VIRTIO_FS_TAG_MAX bytes. 0, or a negative errno with err(): virtiofsd is not there or does not start. */
-int virtio_fs_new(struct ram *ram, const struct log *log, struct loop *loop, const char *folder, const char *tag, bool readonly, struct virtio_fs **out);
+int virtio_fs_new(struct ram *ram, const struct log *log, struct loop *loop, struct clock *clock, const char *folder, const char *tag, bool readonly,
+                  struct virtio_fs **out);

@@ -434,7 +434,7 @@ static int build_virtiofs(struct board *b, unsigned i)
 {
     const struct vm_share *share = &b->config->share[i];
     struct virtio_fs *dev;
-    int r = virtio_fs_new(&b->ram, b->config->log, b->config->loop, share->path, share->tag, share->readonly, &dev);
+    int r = virtio_fs_new(&b->ram, b->config->log, b->config->loop, b->m->clock, share->path, share->tag, share->readonly, &dev);
 
     return r < 0 ? r : attach_virtio(b, slot_share[i], dev);
 }
