@@ -19,6 +19,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#define HOLE_MIN 4096                                              /* what file systems leave out is that large at least */
+
 /* The first thing that goes wrong is what is told. */
 static void failed(struct tree_result *r, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 static void failed(struct tree_result *r, const char *fmt, ...)
@@ -297,20 +299,66 @@ static bool write_all(int fd, const char *p, size_t len)
     return true;
 }
 
+static bool zeroes(const char *p, size_t len)
+{
+    return !*p && !memcmp(p, p + 1, len - 1);
+}
+
+/* The length of the blocks that p begins with and that are zeroes, or that are not. */
+static size_t alike(const char *p, size_t len, off_t at, bool *hole)
+{
+    size_t n = 0;
+
+    while (n < len) {
+        size_t block = HOLE_MIN - (size_t)(at + (off_t)n) % HOLE_MIN;
+        bool zero;
+
+        if (block > len - n)
+            block = len - n;
+        zero = zeroes(p + n, block);
+        if (n && zero != *hole)
+            break;
+        *hole = zero;
+        n += block;
+    }
+    return n;
+}
+
+/* A piece at *at: blocks of zeroes are left out, so that holes (which are sent as zeroes) take no room here either. */
+static bool write_piece(int out, const char *p, size_t len, off_t *at)
+{
+    while (len) {
+        bool hole = false;
+        size_t n = alike(p, len, *at, &hole);
+
+        if (hole ? lseek(out, (off_t)n, SEEK_CUR) < 0 : !write_all(out, p, n))
+            return false;
+        p += n;
+        len -= n;
+        *at += (off_t)n;
+    }
+    return true;
+}
+
 /* The pieces of a file; out -1: they are dropped. 1: whole; 0: not; -1: the connection broke. */
 static int take_pieces(struct receiver *v, int out, const char *name)
 {
     uint32_t len;
+    off_t at = 0;
     bool good = out >= 0;
 
     for (;;) {
         if (!tree_get(v->fd, &len, sizeof(len)))
             return -1;
+        if (len == 0 && good && ftruncate(out, at) < 0) {          /* it may end in a hole */
+            failed(v->r, "%s: cannot be written: %s", name, strerror(errno));
+            good = false;
+        }
         if (len == 0 || len == TREE_LOST)
             return good && len == 0;
         if (len > TREE_PIECE_MAX || !tree_get(v->fd, v->buf, len))
             return -1;
-        if (good && !write_all(out, v->buf, len)) {
+        if (good && !write_piece(out, v->buf, len, &at)) {
             failed(v->r, "%s: cannot be written: %s", name, strerror(errno));
             tell(v);
             good = false;

@@ -11,8 +11,8 @@
  * The receiver answers with one struct tree_result, as soon as it has failed or when it has all; the sender stops when an answer comes early.
  *
  * Nothing outside the place given is touched: names are checked, and no link is followed. A file is written under a name that begins
- * with ".doppel-cp-", and gets its own when it is whole. Kept: modes, links, names. Not: owners, times, holes. Devices, FIFOs and sockets are left out,
- * which the result tells.
+ * with ".doppel-cp-", and gets its own when it is whole. Kept: modes, links, names. Not: owners, times. Blocks of zeroes become
+ * holes. Devices, FIFOs and sockets are left out, which the result tells.
  */
 #pragma once
 

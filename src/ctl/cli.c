@@ -50,7 +50,7 @@ static const char *const exec_text[] = {
 };
 static const char *const cp_text[] = {
     "Copies a file between this host and the guest of a VM that runs: SRC to NAME:DST, or NAME:SRC to DST. Into DST if that is a folder, else under "
-    "that name, in place of what has it. Modes and links are kept, owners and times are not. A file appears when it is whole.",
+    "that name, in place of what has it. Modes and links are kept, owners and times are not; zeroes become holes. A file appears when it is whole.",
     NULL,
 };
 static const char *const ps_text[] = {

@@ -117,6 +117,10 @@ d cp "$tmp/data" a:/tmp/; is "cp in: status" $? 0
 is "cp in: $MiB MiB" "$(d exec a -- sha256sum /tmp/data </dev/null)" "${sum% *} /tmp/data"
 run cp a:/tmp/data "$tmp/home/back"; is "cp out: status" "$status" 0
 is "cp out: $MiB MiB" "$(sha256sum <"$tmp/home/back")" "$sum"
+truncate -s 1G "$tmp/holes"; echo end >>"$tmp/holes"           # more than the guest has memory
+run cp "$tmp/holes" a:/tmp/; is "cp in: a file with holes" "$status $err $(d exec a -- sh -c 'stat -c %s /tmp/holes; tail -c 4 /tmp/holes' </dev/null | paste -sd ' ')" "0  1073741828 end"
+run cp a:/tmp/holes "$tmp/home/holes"; is "cp out: a file with holes" "$status $err $(stat -c %s "$tmp/home/holes") $(($(stat -c %b "$tmp/home/holes") < 1000))" "0  1073741828 1"
+rm -f "$tmp/holes" "$tmp/home/holes"; d exec a -- rm /tmp/holes </dev/null
 mkdir -p "$tmp/tree/sub/empty"; echo x >"$tmp/tree/sub/file"; chmod 754 "$tmp/tree/sub/file"; chmod 2755 "$tmp/tree/sub"; ln -s ../../nowhere "$tmp/tree/link"
 : >"$tmp/tree/none"; chmod 444 "$tmp/tree/none"; touch "$tmp/tree/$(printf 'a\nb')"
 list() { (cd "$1" && find . -printf '%p %m %l\n' | sort | sed 's/ 2755/ 755/'); }

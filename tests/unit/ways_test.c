@@ -346,6 +346,46 @@ static void test_tree(void **state UNUSED)
     assert_false(there("in/two"));
 }
 
+static void block(struct script *s, u32 len, char c)
+{
+    char buf[8192];
+
+    memset(buf, c, len);
+    add(s, &len, sizeof(len));
+    add(s, buf, len);
+}
+
+/* Zeroes take no room, wherever pieces begin and end, and nothing else is lost. */
+static void test_tree_holes(void **state UNUSED)
+{
+    struct script s = { .len = 0 };
+    struct tree_result r;
+    char path[128], got[14200];
+    struct stat st;
+
+    snprintf(path, sizeof(path), "%s/in", dir);
+    assert_int_equal(mkdir(path, 0700), 0);
+    record(&s, TREE_FILE, 0644, "f");
+    block(&s, 100, 'a');
+    block(&s, 8192, 0);
+    block(&s, 1, 'b');
+    block(&s, 5907, 0);                                            /* ends in a hole, in the middle of a block */
+    piece(&s, "");
+    record(&s, TREE_END, 0, "");
+    assert_int_equal(receive(&s, "in", NULL, &r), 0);
+    assert_int_equal(r.failed, 0);
+    snprintf(path, sizeof(path), "%s/in/f", dir);
+    assert_int_equal(stat(path, &st), 0);
+    assert_int_equal(st.st_size, sizeof(got));
+    assert_true(st.st_blocks * 512 <= 2 * 4096);                   /* the blocks of 'a' and of 'b' */
+    FILE *f = fopen(path, "r");
+    assert_non_null(f);
+    assert_int_equal(fread(got, 1, sizeof(got), f), sizeof(got));
+    fclose(f);
+    for (unsigned i = 0; i < sizeof(got); i++)
+        assert_int_equal(got[i], i < 100 ? 'a' : i == 8292 ? 'b' : 0);
+}
+
 static void test_tree_outside(void **state UNUSED)
 {
     static const char *const names[] = { "..", ".", "a/b", "/etc", "", "../x" };
@@ -425,6 +465,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_directory, setup, teardown),
         cmocka_unit_test_setup_teardown(test_control, setup, teardown),
         cmocka_unit_test_setup_teardown(test_tree, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_tree_holes, setup, teardown),
         cmocka_unit_test_setup_teardown(test_tree_outside, setup, teardown),
         cmocka_unit_test_setup_teardown(test_tree_broken, setup, teardown),
     };
