@@ -110,6 +110,20 @@ static int set_append(void *target, const char *value)
     return 0;
 }
 
+/* The name of an attribute whose value is none of its kind: what it may be. */
+static const char *disk_values(const char *word)
+{
+    static const struct { const char *name, *values; } kind[] = {
+        {"bus=", "virtio or nvme"}, {"on-full=", "pause or error"}, {"io=", "uring or threads"},
+        {"cache=", "writeback, writethrough or none"}, {"overlay=", "a file"},
+        {"serial=", "1 to 20 letters, digits, \"_\", \".\" or \"-\""},
+    };
+    for (unsigned i = 0; i < ARRAY_SIZE(kind); i++)
+        if (!strncmp(word, kind[i].name, strlen(kind[i].name)))
+            return kind[i].values;
+    return NULL;
+}
+
 /*
  * A comma may be part of a file's name; what stands behind it is an attribute of a misspelt kind if only the name
  * before it exists.
@@ -117,14 +131,25 @@ static int set_append(void *target, const char *value)
 static int check_attribute(const char *value)
 {
     char path[PATH_MAX];
-    const char *comma = strrchr(value, ',');
+    const char *comma = strrchr(value, ','), *values;
     if (!comma || access(value, F_OK) == 0 || (size_t)(comma - value) >= sizeof(path))
         return 0;
     snprintf(path, sizeof(path), "%.*s", (int)(comma - value), value);
     if (access(path, F_OK) < 0)
         return 0;
+    values = disk_values(comma + 1);
+    if (values)
+        return err(-EINVAL, "--disk %.200s: \"%.50s\": behind \"=\" stands %s", value, comma + 1, values);
     return err(-EINVAL, "--disk %.200s: \"%.50s\" is no attribute of disks; \"doppel help run\" lists them", value,
                comma + 1);
+}
+
+/* What guests and their tools (udev) take as it is. */
+static bool serial_ok(const char *s)
+{
+    size_t len = strlen(s);
+    return len && len <= VM_DISK_SERIAL_MAX &&
+           strspn(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-") == len;
 }
 
 /* True: word is an attribute, and is taken. */
@@ -154,6 +179,8 @@ static bool disk_attribute(struct vm_disk *d, const char *word)
         d->block.cache = BLOCK_CACHE_THROUGH;
     else if (!strcmp(word, "cache=none"))
         d->block.cache = BLOCK_CACHE_NONE;
+    else if (!strncmp(word, "serial=", 7) && serial_ok(word + 7))
+        d->serial = word + 7;
     else
         return false;
     return true;
@@ -172,6 +199,9 @@ static int set_disk(void *target, const char *value)
         *comma = '\0';
     if (!*name)
         return err(-EINVAL, "--disk: the file's name is missing; write --disk FILE,readonly");
+    for (unsigned i = 0; d->serial && i < o->disks; i++)
+        if (o->disk[i].serial && !strcmp(o->disk[i].serial, d->serial))
+            return err(-EINVAL, "--disk %.200s: another disk has serial=%s; give each its own", name, d->serial);
     o->disks++;
     return check_attribute(value);
 }
@@ -482,7 +512,8 @@ const struct option run_option_table[] = {
      "no room for what the guest writes: the guest is paused until \"resume\" at the monitor prompt (the default), or "
      "sees an I/O error; io=uring|threads, how the host's file is accessed (the default is io_uring where the host permits it); cache=writeback|writethrough|none, of files and block "
      "devices: the host's page cache is used, and what the guest flushes is brought to the storage (the default); or every write is; or the page cache is not used (O_DIRECT), "
-     "which spares the host memory for disks that are large and read once, and costs where it would have had the answer.", true, set_disk},
+     "which spares the host memory for disks that are large and read once, and costs where it would have had the answer; serial=TEXT, by which the guest "
+     "can tell its disks (/dev/disk/by-id; up to 20 characters, else disk0, disk1, ...).", true, set_disk},
     {"share", "FOLDER:TAG[,ATTRIBUTE...]",
      "Shares a folder of this host with the guest, which mounts it by its tag: mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144 TAG /mnt (Debian's "
      "standard kernel has 9p, its cloud kernel has not). Up to 4 times. The guest does there what you may do on this host, and reaches nothing outside: links are its own "

@@ -416,7 +416,10 @@ static int build_disk(struct board *b, unsigned i)
     if (!d->full_is_error)
         block_hold_full(block, on_disk_full, b);
     b->disk[i].block = block;
-    snprintf(serial, sizeof serial, "disk%u", i);
+    if (d->serial)
+        snprintf(serial, sizeof serial, "%s", d->serial);
+    else
+        snprintf(serial, sizeof serial, "disk%u", i);
     if (d->nvme) {
         struct nvme_config c = {
             .ram = &b->ram, .log = b->config->log, .pci = b->pci, .slot = SLOT_DISK + i, .intx = { pci_wire_set, b, (int)(SLOT_DISK + i) },

@@ -30,6 +30,7 @@ struct vport;
 struct vm_disk {
     struct block_config block;
     bool nvme;                                                     /* an NVMe controller of its own; else virtio */
+    const char *serial;                                            /* 1 to VM_DISK_SERIAL_MAX characters; NULL: "disk" and its number */
     bool full_is_error;                                            /* no room on the host is an I/O error; else the machine is paused */
 };
 
@@ -126,6 +127,7 @@ struct vm_config {
 
 #define VM_VCPUS_MAX 64
 #define VM_DISKS_MAX 16
+#define VM_DISK_SERIAL_MAX 20
 #define VM_NETS_MAX 8
 #define VM_SHARES_MAX 4
 #define VM_SHARE_TAG_MAX 36

@@ -56,4 +56,10 @@ drivers "legacy driver without MSI" "$legacy" 0 --initrd "$tmp/initrd" --append 
 drivers "--virtio modern" $'0x1043 0x01 1 0x0000000f\n0x1044 0x01 1 0x0000000f\n0x1042 0x01 1 0x0000000f\n0x1042 0x01 1 0x0000000f\n0x1041 0x01 1 0x0000000f' 5 \
     --virtio modern
 
+# What the guest can tell its disks by; without a word of the user's they are counted.
+truncate -s 4M "$tmp/c.img"
+doppel "${run[@]}" --disk "$tmp/a.img,readonly,serial=Work_1.2-b" --disk "$tmp/b.img" --disk "$tmp/c.img,bus=nvme,serial=12345678901234567890" -- \
+    sh -c 'cat /sys/block/vda/serial; echo; cat /sys/block/vdb/serial; echo; cat /sys/class/nvme/nvme0/serial' </dev/null
+is "serial numbers" "$(grep . <<<"$out" | paste -sd ' ')" "Work_1.2-b disk1 12345678901234567890"
+
 done_testing

@@ -166,6 +166,19 @@ static void disks(void **state UNUSED)
     assert_true(o.disk[0].block.cache == BLOCK_CACHE_NONE && o.disk[1].block.cache == BLOCK_CACHE_THROUGH && o.disk[2].block.cache == BLOCK_CACHE_BACK);
     rejects("--disk ,readonly", "--disk");
     rejects("--disk /dev/null,readwrite", "attribute");
+    accepts(&o, "--disk a,serial=Work_1.2-b --disk b --disk c,serial=12345678901234567890,readonly");
+    assert_string_equal(o.disk[0].serial, "Work_1.2-b");
+    assert_null(o.disk[1].serial);
+    assert_string_equal(o.disk[2].serial, "12345678901234567890");
+    rejects("--disk /dev/null,serial=123456789012345678901", "1 to 20 letters");
+    rejects("--disk /dev/null,serial=", "1 to 20 letters");
+    rejects("--disk /dev/null,serial=a/b", "1 to 20 letters");
+    rejects("--disk a,serial=x --disk b,serial=x", "another disk has serial=x");
+    rejects("--disk /dev/null,bus=scsi", "virtio or nvme");            /* a value that is none: what it may be */
+    rejects("--disk /dev/null,cache=unsafe", "writeback, writethrough or none");
+    rejects("--disk /dev/null,on-full=stop", "pause or error");
+    rejects("--disk /dev/null,io=aio", "uring or threads");
+    rejects("--disk /dev/null,overlay=", "a file");
 }
 
 static void too_many_disks(void **state UNUSED)
