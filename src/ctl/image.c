@@ -112,7 +112,7 @@ static int list_images(void)
             printf("%-20s %s\n", *n, "(damaged)");
         if (r == 0)
             printf("%-20s %-12.12s %9llu %9llu  %s\n", *n, origin(&i.info), (unsigned long long)(i.info.size / MiB),
-                   (unsigned long long)(bytes_used(&i, "root.img") / MiB), i.info.created);
+                   (unsigned long long)((bytes_used(&i, "root.img") + MiB - 1) / MiB), i.info.created);
         image_close(&i);
     }
     image_list_free(names);

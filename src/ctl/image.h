@@ -21,3 +21,11 @@ int image_main(int argc, char **argv);
 int image_build(const char *name, const char *suite, const struct image_options *o);
 /* image_import.c: from a file with a disk; name NULL: after the file's. */
 int image_import(const char *file, const char *name);
+
+struct image_format {
+    const char *magic;                                             /* what a file of it begins with */
+    unsigned len;
+    const char *kind, *remedy;
+};
+/* What file is if it holds a disk in another form than raw, as far as its first bytes tell; NULL: raw, or it cannot be read. */
+const struct image_format *image_format_of(const char *file);

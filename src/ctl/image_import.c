@@ -54,22 +54,45 @@ static bool begins(const struct import *m, const char *magic, size_t len)
     return !memcmp(m->head, magic, len);
 }
 
+static const char raw_remedy[] = "make a raw disk of it: qemu-img convert -O raw";
+
+/* Formats of other monitors' disks, and of overlays. */
+static const struct image_format disk_format[] = {
+    {"QFI\xfb", 4, "a qcow2 image", raw_remedy},
+    {"KDMV", 4, "a VMDK image", raw_remedy},
+    {"vhdxfile", 8, "a VHDX image", raw_remedy},
+    {"doppelOV", 8, "an overlay of doppel's", "its disk is --disk BASE,overlay=FILE"},
+};
+
+const struct image_format *image_format_of(const char *file)
+{
+    char head[8];
+    int fd = open(file, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    ssize_t n = fd < 0 ? -1 : pread(fd, head, sizeof(head), 0);
+    if (fd >= 0)
+        close(fd);
+    for (unsigned i = 0; n == sizeof(head) && i < ARRAY_SIZE(disk_format); i++)
+        if (!memcmp(head, disk_format[i].magic, disk_format[i].len))
+            return &disk_format[i];
+    return NULL;
+}
+
 /* Formats that are known not to be disks as they are. */
 static int refuse_others(const struct import *m)
 {
-    static const struct { const char *magic; size_t len; const char *kind, *remedy; } other[] = {
-        {"QFI\xfb", 4, "a qcow2 image", "qemu-img convert -O raw"},
-        {"KDMV", 4, "a VMDK image", "qemu-img convert -O raw"},
-        {"vhdxfile", 8, "a VHDX image", "qemu-img convert -O raw"},
+    static const struct image_format packed[] = {
         {"\xfd" "7zXZ", 5, "compressed", "unxz"},
         {"\x1f\x8b", 2, "compressed", "gunzip"},
         {"\x28\xb5\x2f\xfd", 4, "compressed", "unzstd"},
         {"BZh", 3, "compressed", "bunzip2"},
         {"PK\3\4", 4, "a zip archive", "unzip"},
     };
-    for (unsigned i = 0; i < ARRAY_SIZE(other); i++)
-        if (begins(m, other[i].magic, other[i].len))
-            return err(-EINVAL, "%s: is %s; make a raw disk of it first (%s)", m->file, other[i].kind, other[i].remedy);
+    for (unsigned i = 0; i < ARRAY_SIZE(disk_format); i++)
+        if (begins(m, disk_format[i].magic, disk_format[i].len))
+            return err(-EINVAL, "%s: is %s; %s", m->file, disk_format[i].kind, disk_format[i].remedy);
+    for (unsigned i = 0; i < ARRAY_SIZE(packed); i++)
+        if (begins(m, packed[i].magic, packed[i].len))
+            return err(-EINVAL, "%s: is %s; make a raw disk of it first (%s)", m->file, packed[i].kind, packed[i].remedy);
     return 0;
 }
 

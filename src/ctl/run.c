@@ -17,6 +17,7 @@
 #include "ctl/detach.h"
 #include "ctl/engine_choice.h"
 #include "ctl/gdb.h"
+#include "ctl/image.h"
 #include "ctl/run_state.h"
 #include "ctl/signals.h"
 #include "ctl/terminal.h"
@@ -426,6 +427,20 @@ static int open_vm(struct run *run, const struct engine *engine)
     return 0;
 }
 
+/*
+ * A disk is what its file has, byte for byte: its format is never guessed from what a guest may have written there. So one that looks like another form
+ * of disk is only told of.
+ */
+static void tell_formats(struct run *run)
+{
+    const struct run_options *o = &run->options;
+    for (unsigned i = 0; i < o->disks; i++) {
+        const struct image_format *f = image_format_of(o->disk[i].block.path);
+        if (f)
+            message(&run->messages, LOG_WARN, "disk %s: it looks like %s, and is given to the guest as it is; %s", o->disk[i].block.path, f->kind, f->remedy);
+    }
+}
+
 static int open_gdb(struct run *run)
 {
     const struct run_options *o = &run->options;
@@ -481,6 +496,8 @@ static int prepare(struct run *run)
         r = make_cmdline(run);
     if (r == 0)
         r = open_vm(run, engine);
+    if (r == 0)
+        tell_formats(run);
     if (r == 0)
         r = open_gdb(run);
     return r;

@@ -317,6 +317,30 @@ static void guest_failures(void **state UNUSED)
     has(status_file(), "status=0\nend=reset\nfailed=none\n");
 }
 
+/* Disks of other monitors are raw disks with strange contents: told, not guessed. */
+static void strange_disks(void **state UNUSED)
+{
+    static const struct { char head[9]; const char *said; } disk[] = {
+        {"QFI\xfb\0\0\0\3", "it looks like a qcow2 image, and is given to the guest as it is; make a raw disk of it: qemu-img"},
+        {"KDMV\1\0\0\0", "a VMDK image"}, {"vhdxfile", "a VHDX image"}, {"doppelOV", "an overlay of doppel's"},
+        {"\x1f\x8b\0\0\0\0\0\0", NULL},
+    };
+    char path[96], line[160];
+    for (unsigned i = 0; i < ARRAY_SIZE(disk); i++) {
+        snprintf(path, sizeof(path), "%s/disk", scratch);
+        FILE *f = fopen(path, "w");
+        assert_non_null(f);
+        assert_int_equal(fwrite(disk[i].head, 1, 8, f), 8);
+        fclose(f);
+        snprintf(line, sizeof(line), "run --disk %s --kernel poweroff", path);
+        assert_int_equal(run(line), 0);
+        if (disk[i].said)
+            has(child.text[1], disk[i].said);
+        else
+            assert_null(strstr(child.text[1], "looks like"));
+    }
+}
+
 static void host_failures(void **state UNUSED)
 {
     assert_int_equal(run(with_status_file("--kernel hosterror")), 1);
@@ -926,7 +950,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(powers_off), cmocka_unit_test(quiet_and_explicit_engine), cmocka_unit_test(statistics), cmocka_unit_test(guest_failures),
-        cmocka_unit_test(host_failures), cmocka_unit_test(usage), cmocka_unit_test(doctor_ends_well),
+        cmocka_unit_test(strange_disks), cmocka_unit_test(host_failures), cmocka_unit_test(usage), cmocka_unit_test(doctor_ends_well),
         cmocka_unit_test(missing_guest), cmocka_unit_test(command_line_of_the_kernel),
         cmocka_unit_test(all_output_comes_out), cmocka_unit_test(closed_output_harms_nobody),
         cmocka_unit_test(end_of_input_does_not_end_the_guest), cmocka_unit_test(console_file),
