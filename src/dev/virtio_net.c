@@ -13,8 +13,9 @@
  * To the guest: receive(), on the same thread, copies a frame into buffers of the ring; a large one with the lock let go of, in the same way. If there are none, the frame waits in
  * back/net until the driver has made some available. The interrupt follows the last frame of a batch.
  *
- * Frames whose flow the guest has sent on some queue pair come back on it (5.1.6.5.5.1): `flow` remembers the pair by a hash of addresses and ports. A back end with queues of its
- * own decides itself.
+ * Frames whose flow the guest has sent on some queue pair come back on it (5.1.6.5.5.1): `flow` remembers the pair by a hash of addresses and ports. It
+ * follows the guest to another pair only when nothing has come for a while (FLOW_IDLE_NS): a driver works at its pairs side by side, and frames of one connection on two of them overtake
+ * each other, which who sends them takes for loss. A back end with queues of its own decides itself.
  *
  * Left out: UDP segmentation, ECN, RSS and hash reports, notification coalescing, announcements (there is no migration yet).
  *
@@ -32,6 +33,7 @@
 #define TX_BATCH 32
 #define RX_CHAINS QUEUE_SIZE                                       /* buffers of one frame, at most */
 #define FLOWS 256
+#define FLOW_IDLE_NS 200000000u                                    /* by then a driver has long taken the frames of a ring, even an interpreted one */
 #define MACS_MAX 64                                                /* of each kind, before all are let through (5.1.6.5.2 leaves it to the device) */
 #define VLANS 4096
 #define CTRL_BATCH 64
@@ -69,6 +71,7 @@ struct virtio_net {
     u64 offloads;                                                  /* BIT(VIRTIO_NET_F_GUEST_...), as the driver has them now */
     struct filter filter;
     u8 flow[FLOWS];
+    u64 flow_free[FLOWS];                                          /* guest time from which on it may change its pair */
     unsigned rx_told;                                              /* bits of receiveqs whose driver is to be told */
     bool busy;                                                     /* the card's thread reads the frames in tx[], or fills the buffers in rx[] */
     bool held;                                                     /* until guest time goes on */
@@ -128,6 +131,27 @@ static unsigned flow_of(const struct net_frame *f)
     return h >> 24;
 }
 
+/* The guest sent on this pair. */
+static void flow_on(struct virtio_net *n, unsigned flow, unsigned pair)
+{
+    if (n->flow[flow] != pair && clock_ns(n->go_on.clock) >= n->flow_free[flow])
+        n->flow[flow] = (u8)pair;
+}
+
+/* The pair on which a frame comes. */
+static unsigned pair_of(struct virtio_net *n, const struct net_frame *f)
+{
+    unsigned flow;
+
+    if (n->pairs == 1)
+        return 0;
+    if (f->queue != NET_ANY_QUEUE)
+        return f->queue % n->pairs;
+    flow = flow_of(f);
+    n->flow_free[flow] = clock_ns(n->go_on.clock) + FLOW_IDLE_NS;
+    return n->flow[flow] % n->pairs;
+}
+
 /* --- from the guest --- */
 
 /* False: the driver made no sense. */
@@ -144,7 +168,7 @@ static bool tx_take(struct virtio_net *n, struct sending *s, unsigned pair)
     s->frame = (struct net_frame){ .hdr = h.hdr, .iov = s->chain.out, .iovs = s->chain.outs, .len = s->chain.out_len, .queue = pair };
     s->drop = s->chain.out_len < NET_HEADER || s->chain.out_len > NET_FRAME_MAX || !net_header_valid(&h.hdr, s->chain.out_len);
     if (!s->drop && n->pairs > 1)
-        n->flow[flow_of(&s->frame)] = (u8)pair;
+        flow_on(n, flow_of(&s->frame), pair);
     return true;
 }
 
@@ -348,8 +372,7 @@ static void rx_fill(struct virtio_net *n, unsigned queue, unsigned taken, const 
 /* False: not now. */
 static bool rx_frame(struct virtio_net *n, const struct net_frame *f)
 {
-    unsigned pair = n->pairs == 1 ? 0 : f->queue == NET_ANY_QUEUE ? n->flow[flow_of(f)] : f->queue;
-    unsigned queue = 2 * (pair % n->pairs);
+    unsigned queue = 2 * pair_of(n, f);
     struct virtq *q = &n->virtio.queue[queue];
     int taken;
 
@@ -579,6 +602,7 @@ static void defaults(struct virtio_net *n)
     n->offloads = 0;
     n->rx_told = 0;
     memset(n->flow, 0, sizeof(n->flow));
+    memset(n->flow_free, 0, sizeof(n->flow_free));
     memcpy(n->config.mac, n->mac, NET_MAC);
 }
 
@@ -700,6 +724,7 @@ static void nic_state(struct device *d, struct stream *s)
     }
     n->pairs = pairs;
     n->rx_told = 0;
+    memset(n->flow_free, 0, sizeof(n->flow_free));
     tell_offloads(n);
     net_kick(n->net);
     net_receive_ready(n->net);

@@ -488,42 +488,82 @@ static void test_control_malformed(void **state UNUSED)
     assert_true(vdev_status(&d) & VIRTIO_CONFIG_S_NEEDS_RESET);
 }
 
+/* A TCP segment of the guest's from port 0x9000 + i on a pair, and what is answered. */
+static void send_on(unsigned pair, unsigned i, u8 in[60])
+{
+    unsigned sent = fake->sents;
+    u8 out[60];
+
+    frame_to(out, mac, 60);
+    memcpy(out + 12, (u8[]){ 8, 0, 0x45, 0, 0, 46, 0, 0, 0, 0, 64, 6, 0, 0, 10, 0, 2, 15, 10, 0, 2, 2, 0x90, (u8)i, 0, 80 }, 26);
+    transmit(2 * pair + 1, NULL, out, 60);
+    assert_true(fake_wait(fake, sent + 1));
+    assert_int_equal(fake->sent[sent].queue, pair);
+    memcpy(in, out, 60);
+    memcpy(in + 26, out + 30, 4);
+    memcpy(in + 30, out + 26, 4);
+    memcpy(in + 34, out + 36, 2);
+    memcpy(in + 36, out + 34, 2);
+}
+
+/* Four of them are in use, with buffers. */
+static void use_pairs(void)
+{
+    u16 pairs = 4;
+
+    assert_int_equal(control(VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, &pairs, 2), VIRTIO_NET_OK);
+    control(VIRTIO_NET_CTRL_VLAN, VIRTIO_NET_CTRL_VLAN_ADD, &(u16){ 0 }, 2);
+    for (unsigned i = 0; i < 4; i++)
+        give(2 * i, 8, 2048);
+}
+
 /* Answers go where the flow was seen to be sent. */
 static void test_pairs(void **state UNUSED)
 {
     struct virtio_net_hdr_mrg_rxbuf h;
-    u8 out[60], in[60], got[2048];
-    u16 pairs = 4;
+    u8 in[60], got[2048];
 
     start(CTRLS | BIT(VIRTIO_NET_F_MQ));
     assert_int_equal(bus_read(g.mmio, d.config + offsetof(struct virtio_net_config, max_virtqueue_pairs), 2), 4);
     for (u16 bad = 0; bad < 7; bad += 5)
         assert_int_equal(control(VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, &bad, 2), VIRTIO_NET_ERR);
-    assert_int_equal(control(VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, &pairs, 2), VIRTIO_NET_OK);
-    control(VIRTIO_NET_CTRL_VLAN, VIRTIO_NET_CTRL_VLAN_ADD, &(u16){ 0 }, 2);
-    for (unsigned i = 0; i < 4; i++)
-        give(2 * i, 8, 2048);
+    use_pairs();
     for (unsigned i = 0; i < 20; i++) {
         unsigned pair = i * 3 % 4;
 
-        frame_to(out, mac, 60);
-        memcpy(out + 12, (u8[]){ 8, 0, 0x45, 0, 0, 46, 0, 0, 0, 0, 64, 6, 0, 0, 10, 0, 2, 15, 10, 0, 2, 2, 0x90, (u8)(i * 37), 0, 80 }, 26);
-        transmit(2 * pair + 1, NULL, out, 60);
-        assert_true(fake_wait(fake, i + 1));
-        assert_int_equal(fake->sent[i].queue, pair);
-        memcpy(in, out, 60);
-        memcpy(in + 26, out + 30, 4);
-        memcpy(in + 30, out + 26, 4);
-        memcpy(in + 34, out + 36, 2);
-        memcpy(in + 36, out + 34, 2);
+        send_on(pair, i, in);
         fake_inject(fake, NULL, NET_ANY_QUEUE, in, 60);
         assert_int_equal(take(2 * pair, &h, got), 60);
         assert_memory_equal(got, in, 60);
     }
-    fake_inject(fake, NULL, 2, out, 60);                           /* a back end with queues says which */
+    fake_inject(fake, NULL, 2, in, 60);                            /* a back end with queues says which */
     assert_int_equal(take(4, &h, got), 60);
-    fake_inject(fake, NULL, 7, out, 60);                           /* more than are in use */
+    fake_inject(fake, NULL, 7, in, 60);                            /* more than are in use */
     assert_int_equal(take(6, &h, got), 60);
+}
+
+/* A connection stays on its pair while frames come there: on another they would overtake those that the driver has not taken yet. */
+static void test_pairs_in_order(void **state UNUSED)
+{
+    struct virtio_net_hdr_mrg_rxbuf h;
+    u8 in[60], got[2048];
+
+    start(CTRLS | BIT(VIRTIO_NET_F_MQ));
+    use_pairs();
+    send_on(0, 1, in);
+    send_on(1, 1, in);                                             /* nothing has come yet */
+    clock_pause(host_clock);
+    for (unsigned i = 0; i < 2; i++) {
+        fake_inject(fake, NULL, NET_ANY_QUEUE, in, 60);
+        assert_int_equal(take(2, &h, got), 60);
+        send_on(2, 1, in);
+    }
+    clock_resume(host_clock);
+    for (u64 then = clock_ns(host_clock) + 200000000; clock_ns(host_clock) < then;)
+        usleep(10000);
+    send_on(2, 1, in);
+    fake_inject(fake, NULL, NET_ANY_QUEUE, in, 60);
+    assert_int_equal(take(4, &h, got), 60);
 }
 
 /* Without VIRTIO_NET_F_MQ the control queue is the third. */
@@ -797,6 +837,7 @@ int main(void)
         T(test_config), T(test_transmit), T(test_transmit_malformed), T(test_offload_passes),
         cmocka_unit_test_setup_teardown(test_offload_done, setup_plain, teardown), T(test_receive), T(test_merge), T(test_wait_for_buffers), T(test_too_large),
         T(test_guest_offloads), T(test_filters), T(test_control_malformed), cmocka_unit_test_setup_teardown(test_pairs, setup_pairs, teardown),
+        cmocka_unit_test_setup_teardown(test_pairs_in_order, setup_pairs, teardown),
         cmocka_unit_test_setup_teardown(test_pairs_not_wanted, setup_pairs, teardown), T(test_flow_control), T(test_reset_in_flight), T(test_reset_receiving), T(test_link),
         T(test_save_and_load), T(test_legacy), T(test_suppression),
     };
