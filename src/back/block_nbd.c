@@ -13,10 +13,13 @@
  * Locking: a mutex around the list of new requests and the wishes of others, a leaf.
  */
 #define _GNU_SOURCE
+#include <ctype.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <libnbd.h>
+#include <limits.h>
 #include <poll.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -30,8 +33,8 @@
 #define RANGE_MAX (64 * MiB)
 
 #define FUNCTIONS(F)                                                                                                    \
-    F(create) F(close) F(get_error) F(get_errno) F(set_uri_allow_local_file) F(aio_connect_uri) F(poll) F(aio_is_connecting) F(aio_is_ready) F(aio_is_dead) \
-    F(aio_is_closed) F(get_size) F(is_read_only) F(can_flush) F(can_trim) F(can_zero) F(get_block_size) F(aio_get_fd) F(aio_get_direction) F(aio_notify_read) \
+    F(create) F(close) F(get_error) F(get_errno) F(set_uri_allow_local_file) F(set_tls_certificates) F(aio_connect_uri) F(poll) F(aio_is_connecting) \
+    F(aio_is_ready) F(aio_is_dead) F(aio_is_closed) F(get_size) F(is_read_only) F(can_flush) F(can_trim) F(can_zero) F(get_block_size) F(aio_get_fd) F(aio_get_direction) F(aio_notify_read) \
     F(aio_notify_write) F(aio_pread) F(aio_pwrite) F(aio_flush) F(aio_trim) F(aio_zero)
 
 struct libnbd {
@@ -345,13 +348,107 @@ static int lib_error(struct nbd *n, const char *what)
     return err(e ? -e : -EIO, "disk %s: %s: %s", n->b.path, what, why ? why : "unknown");
 }
 
+/* The parameter at p, up to the next one, with %XX undone; "" if it does not fit. */
+static void parameter_value(const char *p, char *value, size_t size)
+{
+    size_t len = 0;
+
+    while (*p && *p != '&' && *p != ';' && *p != '#') {
+        char hex[3] = "";
+
+        if (len == size - 1) {
+            len = 0;
+            break;
+        }
+        if (*p == '%' && isxdigit((unsigned char)p[1]) && isxdigit((unsigned char)p[2])) {
+            memcpy(hex, p + 1, 2);
+            value[len++] = (char)strtoul(hex, NULL, 16);
+            p += 3;
+        } else {
+            value[len++] = *p++;
+        }
+    }
+    value[len] = '\0';
+}
+
+/* The folder's CA is what libnbd knows the server by, or there is none. */
+static int use_folder(struct nbd *n, const char *folder, bool *found)
+{
+    char ca[PATH_MAX + 16];
+
+    snprintf(ca, sizeof(ca), "%s/ca-cert.pem", folder);
+    *found = access(ca, R_OK) == 0;
+    if (*found && n->lib.set_tls_certificates(n->h, folder) < 0)
+        return lib_error(n, "cannot connect");
+    return 0;
+}
+
+/* Where libnbd looks, too. */
+static int use_usual_folder(struct nbd *n)
+{
+    static const char *const below_home[] = { ".pki/libnbd", ".config/pki/libnbd" };
+    const char *home = getenv("HOME");
+    char folder[PATH_MAX];
+    bool found = false;
+    int r = 0;
+
+    if (geteuid() == 0)
+        r = use_folder(n, "/etc/pki/libnbd", &found);
+    for (unsigned i = 0; geteuid() != 0 && home && r == 0 && !found && i < ARRAY_SIZE(below_home); i++) {
+        snprintf(folder, sizeof(folder), "%s/%s", home, below_home[i]);
+        r = use_folder(n, folder, &found);
+    }
+    if (r == 0 && !found)
+        r = err(-EINVAL, "disk %s: there is nothing to know the server by; put the ca-cert.pem of its CA into %s, or into a folder that you name: ?tls-certificates=FOLDER",
+                n->b.path, geteuid() == 0 ? "/etc/pki/libnbd" : "~/.config/pki/libnbd");
+    return r;
+}
+
+/*
+ * TLS is worth something only if the server is the one that was meant. libnbd (1.14; CVE-2024-7383) takes whatever certificate a server has where it finds no
+ * CA's in the folder that it was given or in the usual ones, and always over Unix sockets, where there is no name to compare. So that is looked at before.
+ * A key that both know (tls-psk-file) needs none of it.
+ */
+static int know_server(struct nbd *n)
+{
+    static const char folder_key[] = "tls-certificates=", psk_key[] = "tls-psk-file=";
+    const char *p = strchr(n->b.path, '?');
+    char folder[PATH_MAX];
+    bool named = false, found;
+
+    if (strncasecmp(n->b.path, "nbds", 4))
+        return 0;
+    for (const char *q = p; q; q = strpbrk(q + 1, "&;"))
+        if (!strncasecmp(q + 1, psk_key, strlen(psk_key)))
+            return 0;
+    if (strncasecmp(n->b.path, "nbds://", 7))
+        return err(-EINVAL, "disk %s: over such a socket no certificate is checked; use nbd+unix://, or a key: ?tls-psk-file=FILE", n->b.path);
+    for (; p; p = strpbrk(p + 1, "&;")) {
+        if (strncasecmp(p + 1, folder_key, strlen(folder_key)))
+            continue;
+        parameter_value(p + 1 + strlen(folder_key), folder, sizeof(folder));
+        int r = use_folder(n, folder, &found);
+        if (r < 0)
+            return r;
+        if (!found)
+            return err(-EINVAL, "disk %s: %.200s/ca-cert.pem cannot be read: that is the certificate of the server's CA, by which it is known", n->b.path, folder);
+        named = true;
+    }
+    return named ? 0 : use_usual_folder(n);
+}
+
 static int connect_server(struct nbd *n)
 {
     struct timespec now, end;
     int r;
 
     n->h = n->lib.create();
-    if (!n->h || n->lib.set_uri_allow_local_file(n->h, true) < 0 || n->lib.aio_connect_uri(n->h, n->b.path) < 0)
+    if (!n->h || n->lib.set_uri_allow_local_file(n->h, true) < 0)
+        return lib_error(n, "cannot connect");
+    r = know_server(n);
+    if (r < 0)
+        return r;
+    if (n->lib.aio_connect_uri(n->h, n->b.path) < 0)
         return lib_error(n, "cannot connect");
     clock_gettime(CLOCK_MONOTONIC, &end);
     end.tv_sec += CONNECT_SECONDS;

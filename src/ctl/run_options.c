@@ -504,7 +504,7 @@ const struct option run_option_table[] = {
      false, set_firmware},
     {"append", "STRING", "Adds STRING to the kernel's command line.", false, set_append},
     {"disk", "FILE[,ATTRIBUTE...]",
-     "A raw disk image, block device or network disk (nbd://HOST/EXPORT, nbds:// with TLS, nbd+unix:///EXPORT?socket=PATH), which the guest sees as /dev/vda; the next one as /dev/vdb, and so on, up to "
+     "A raw disk image, block device or network disk (nbd://HOST/EXPORT, nbds:// with TLS, by the ca-cert.pem in ~/.config/pki/libnbd or ?tls-certificates=FOLDER, nbd+unix:///EXPORT?socket=PATH), which the guest sees as /dev/vda; the next one as /dev/vdb, and so on, up to "
      "16. It is locked against a second writer. Attributes: readonly; bus=nvme|virtio, what the guest sees: with nvme an NVMe "
      "controller with /dev/nvme0n1 and so on, whose driver many kernels have built in; overlay: what the guest "
      "writes goes to a temporary file (in TMPDIR, else /var/tmp) and is gone afterwards, FILE is only read; overlay=FILE2: it goes to FILE2, which is made if it "

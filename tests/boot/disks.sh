@@ -259,6 +259,54 @@ if [ -n "$have_nbd" ]; then
     kill "$server" 2>/dev/null
     doppel "${run[@]}" --disk "nbd+unix:///?socket=$tmp/nobody" -- true </dev/null
     like "nbd: no server" "$err" 'cannot connect'
+
+    # TLS: the server is the one that was meant, or there is no disk. A key that both have; certificates: libnbd itself takes any where it finds no CA's.
+    echo "doppel:$(head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \n')" >"$tmp/psk"
+    echo "doppel:$(head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \n')" >"$tmp/other-psk"
+    serve psk --tls=require --tls-psk="$tmp/psk" memory 16M
+    doppel "${run[@]}" --disk "nbds+unix://doppel@/?socket=$tmp/psk.sock&tls-psk-file=$tmp/psk" -- cat /sys/block/vda/size </dev/null
+    is "nbds: a key" "$status $out" "0 32768"
+    doppel "${run[@]}" --disk "nbds+unix://doppel@/?socket=$tmp/psk.sock&tls-psk-file=$tmp/other-psk" -- true </dev/null
+    is "nbds: another key: status" "$status" 1; like "nbds: another key: told" "$err" 'cannot connect: .*gnutls'
+    doppel "${run[@]}" --disk "nbds+unix:///?socket=$tmp/psk.sock" -- true </dev/null
+    is "nbds: nothing is checked over a Unix socket: status" "$status" 1; like "nbds: nothing is checked over a Unix socket: told" "$err" 'no certificate is checked'
+    kill "$server" 2>/dev/null
+    ca()                                                # folder, name of the server: a CA and a certificate by it
+    {
+        mkdir -p "$1" && cd "$1" &&
+            openssl req -x509 -newkey rsa:2048 -nodes -keyout ca-key.pem -out ca-cert.pem -subj "/CN=CA $2" -days 2 &&
+            openssl req -newkey rsa:2048 -nodes -keyout server-key.pem -out server.csr -subj "/CN=$2" &&
+            openssl x509 -req -in server.csr -CA ca-cert.pem -CAkey ca-key.pem -CAcreateserial -out server-cert.pem -days 2 -extfile <(echo "subjectAltName=DNS:$2")
+    }
+    (ca "$tmp/good" localhost && ca "$tmp/named" elsewhere) >"$tmp/ca.log" 2>&1 || not_ok "nbds: certificates are made" "$(tail -n 5 "$tmp/ca.log")"
+    # A port of its own: nbdkit says that one is taken by ending.
+    port=$((22000 + $$ % 8000))
+    serve_tls()                                         # folder
+    {
+        local try
+        for try in 1 2 3 4 5; do
+            rm -f "$tmp/tls.pid"
+            port=$((port + 1))
+            nbdkit --foreground -i 127.0.0.1 -p $port --pidfile "$tmp/tls.pid" --tls=require --tls-certificates="$1" memory 16M 2>"$tmp/tls.log" &
+            server=$!
+            until [ -s "$tmp/tls.pid" ] || ! kill -0 $server 2>/dev/null; do sleep 0.1; done
+            [ -s "$tmp/tls.pid" ] && return
+        done
+    }
+    nbds() { HOME=$tmp/nowhere doppel "${run[@]}" --disk "nbds://localhost:$port/$1" -- cat /sys/block/vda/size </dev/null; }
+    serve_tls "$tmp/good"
+    nbds "?tls-certificates=$tmp/good"; is "nbds: the server's CA" "$status $out" "0 32768"
+    nbds "?tls-certificates=$tmp/named"; is "nbds: another CA: status" "$status" 1; like "nbds: another CA: told" "$err" 'certificate verification'
+    nbds "?tls-certificates=$tmp/none"; is "nbds: a folder without a CA: status" "$status" 1; like "nbds: a folder without a CA: told" "$err" 'none/ca-cert.pem cannot be read'
+    if [ -e /etc/pki/libnbd/ca-cert.pem ]; then
+        skip "nbds: no CA" "this host has one for libnbd"
+    else
+        nbds ""; is "nbds: no CA: status" "$status" 1; like "nbds: no CA: told" "$err" 'nothing to know the server by'
+    fi
+    kill "$server" 2>/dev/null; wait "$server" 2>/dev/null
+    serve_tls "$tmp/named"
+    nbds "?tls-certificates=$tmp/named"; is "nbds: a certificate for another name: status" "$status" 1; like "nbds: a certificate for another name: told" "$err" 'certificate verification'
+    kill "$server" 2>/dev/null; wait "$server" 2>/dev/null
 else
     skip "network disks" "nbdkit is not installed"
 fi
