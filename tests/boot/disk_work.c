@@ -5,6 +5,7 @@
  *   disk_work journal DEV          records one after another, for ever; prints "flushed N" when what there is up to record N is flushed
  *   disk_work check DEV N          is everything there that a journal had flushed when it said "flushed N"?
  *   disk_work bench DEV MS [ROW]   rows of so many milliseconds each, or one: "disk: NAME VALUE", operations or MiB a second; for bench/disk
+ *   disk_work direct DEV MS [ROW]  the same past the page cache: a file is not measured there
  *   disk_work fill DEV             writes and flushes the whole disk; prints what the host thinks of it
  */
 #define _GNU_SOURCE
@@ -302,7 +303,7 @@ int main(int argc, char **argv)
 {
     if (argc < 3)
         return 64;
-    /* A file on the host is measured in the page cache, which is where a guest's disk is, too. */
+    /* bench: a file on the host is measured in the page cache, which is where a guest's disk is, too. */
     fd = open(argv[2], (strcmp(argv[1], "check") ? O_RDWR : O_RDONLY) | (strcmp(argv[1], "bench") || !strncmp(argv[2], "/dev/", 5) ? O_DIRECT : 0));
     if (fd < 0)
         die(argv[2]);
@@ -310,7 +311,7 @@ int main(int argc, char **argv)
         return verify(argv[3]);
     if (!strcmp(argv[1], "journal"))
         journal();
-    if (!strcmp(argv[1], "bench") && (argc == 4 || argc == 5))
+    if ((!strcmp(argv[1], "bench") || !strcmp(argv[1], "direct")) && (argc == 4 || argc == 5))
         return bench(argv[3], argv[4]);
     if (!strcmp(argv[1], "check") && argc == 4)
         return check(argv[3]);
