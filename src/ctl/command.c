@@ -172,10 +172,15 @@ static void check_done(struct command *c)
     c->config.done(c->config.arg);
 }
 
+/* A second READY is another kernel's init (kexec): the command has gone with the old one, and is not run twice. */
 static void on_ready(struct command *c, const struct msg_ready *m)
 {
-    if (c->state != WAITING || !c->config.argv)
+    if (!c->config.argv)
         return;
+    if (c->state != WAITING) {
+        fail(c, "the guest started another kernel before %s", c->state == EXITED ? "it had shut down" : "the command had ended");
+        return;
+    }
     if (m->version != PROTOCOL_VERSION) {
         fail(c, "the guest's init speaks version %u of the protocol, doppel speaks %u; build the guest again",
              m->version, PROTOCOL_VERSION);
