@@ -37,3 +37,8 @@ void codemem_unmap(u8 *rw, u8 *rx, size_t bytes)
     if (rx != rw)
         munmap(rx, bytes);
 }
+
+void codemem_forget(u8 *rw, u8 *rx, size_t from, size_t bytes)
+{
+    madvise(rw + from, bytes, rx == rw ? MADV_DONTNEED : MADV_REMOVE); /* a shared mapping's pages are the file's */
+}

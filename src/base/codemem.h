@@ -12,3 +12,5 @@
  */
 int codemem_map(const char *name, size_t bytes, u8 **rw, u8 **rx);
 void codemem_unmap(u8 *rw, u8 *rx, size_t bytes);
+/* What stands in [from, from + bytes), whole pages, is not needed any more: its memory is the host's again, and reads as zeros. */
+void codemem_forget(u8 *rw, u8 *rx, size_t from, size_t bytes);

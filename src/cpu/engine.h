@@ -23,6 +23,7 @@ struct engine {
     void (*kick)(struct vcpu *v);                                  /* any thread; v->events is set already. NULL: polling suffices */
     int (*get)(struct vcpu *v, struct x86 *x);                     /* vCPU's thread, or while it stands still */
     int (*set)(struct vcpu *v, const struct x86 *x);
+    void (*reset)(struct vcpu *v);                                 /* while it stands still: another guest begins, what is cached of the old one's code and memory is given back. NULL: it has nothing */
     void (*cpuid_limit)(struct cpuid_policy *p);                   /* takes away the features that this engine cannot carry */
     void (*time_stop)(struct machine *m);                          /* before guest time stands still, and after it goes on; vCPUs are held. NULL: */
     void (*time_start)(struct machine *m);                         /* the engine has no clock of its own */

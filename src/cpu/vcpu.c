@@ -326,6 +326,13 @@ int vcpu_set(struct vcpu *v, const struct x86 *x)
     return v->m->engine->set(v, x);
 }
 
+int vcpu_reset(struct vcpu *v, const struct x86 *x)
+{
+    if (v->m->engine->reset)
+        v->m->engine->reset(v);
+    return vcpu_set(v, x);
+}
+
 const char *vcpu_count_name(enum vcpu_counted what)
 {
     static const char *const name[COUNTS] = {

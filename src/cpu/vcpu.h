@@ -31,6 +31,8 @@ void vcpus_release(struct machine *m);                             /* caller has
 
 /* Replaces the state of a held vCPU. */
 int vcpu_set(struct vcpu *v, const struct x86 *x);
+/* The same, for a machine that begins anew: what the engine has cached of the old guest is dropped. */
+int vcpu_reset(struct vcpu *v, const struct x86 *x);
 int vcpu_get(struct vcpu *v, struct x86 *x);
 /* INIT, start-up IPIs and kicks that a held vCPU has not looked at yet become part of its state: before it is saved. */
 void vcpu_settle(struct vcpu *v);

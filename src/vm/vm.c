@@ -176,7 +176,7 @@ static int vm_boot(struct vm *vm)
         if (i > 0 && !boot.firmware)
             boot_mtrrs(&boot, x);
         if (r == 0)
-            r = vcpu_set(vm->m.vcpu[i], x);
+            r = vcpu_reset(vm->m.vcpu[i], x);
     }
     free(x);
     return r;

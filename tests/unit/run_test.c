@@ -700,6 +700,8 @@ static void guest_fails_under_a_command(void **state UNUSED)
     has(child.text[1], "powered off before");
     assert_int_equal(run("run -- reboot"), 1);
     has(child.text[1], "reset itself before");
+    assert_int_equal(run("run -- kexec"), 1);
+    has(child.text[1], "another kernel before the command had ended");
     assert_int_equal(run("run -- nonsense"), 1);
     has(child.text[1], "nonsense");
     assert_int_equal(run("run -- nostatus"), 1);

@@ -246,6 +246,16 @@ static void moved(struct icpu *c, struct block *b)
             t->tb[n].b = c->code->nothing;
 }
 
+/* icpu.bt.forget_all. */
+static void forget_all(struct icpu *c)
+{
+    struct bt *t = c->bt.bt;
+    bt_unplant(t);
+    tb_forget(c, t);
+    if (c->bt.shadow)
+        shadow_reset(c);
+}
+
 static struct tb *translate(struct icpu *c, struct bt *t, struct block *b, u32 page, bool indirect)
 {
     bool full, user = c->cpl == 3;
@@ -608,6 +618,7 @@ static int vcpu_open(struct vcpu *v)
     }
     c->bt.run = bt_run;
     c->bt.forget = bt_forget;
+    c->bt.forget_all = forget_all;
     if (!v->m->tools.check)                                        /* which holds on to blocks */
         c->bt.moved = moved;
     c->bt.flushed = bt_flushed;
@@ -652,6 +663,11 @@ static int get(struct vcpu *v, struct x86 *x)
 static int set(struct vcpu *v, const struct x86 *x)
 {
     return interp_engine.set(v, x);
+}
+
+static void reset(struct vcpu *v)
+{
+    interp_engine.reset(v);
 }
 
 /* What translations have cost. */
@@ -717,4 +733,5 @@ const struct engine bt_engine = {
     .stats = stats,
     .get = get,
     .set = set,
+    .reset = reset,
 };

@@ -200,6 +200,7 @@ void bt_arena_close(struct bt *t);
 int tb_open(struct icpu *c, struct bt *t);
 void tb_close(struct bt *t);
 void tb_reset(struct icpu *c, struct bt *t);                       /* forgets everything */
+void tb_forget(struct icpu *c, struct bt *t);                      /* the same, and its memory is the host's again */
 /* The id of the page that holds c->rip, entered in the itlb; 0: not there, or not RAM. */
 u32 tb_page(struct icpu *c, struct bt *t, u64 la, bool user);
 struct tb *tb_find(struct bt *t, u64 la, u32 page, unsigned key);

@@ -15,6 +15,7 @@
 #include <sys/mman.h>
 #include <sys/random.h>
 
+#include "base/codemem.h"
 #include "base/err.h"
 #include "cpu/bt/shadow.h"
 #include "cpu/bt/tr.h"
@@ -136,6 +137,19 @@ void tb_reset(struct icpu *c, struct bt *t)
     t->flushes = c->code->flushes;
     t->dead = t->ways = 0;
     c->bt.exit_stale = c->bt.site = 0;
+}
+
+void tb_forget(struct icpu *c, struct bt *t)
+{
+    size_t first = ALIGN_UP(t->first, PAGE_SIZE);
+    tb_reset(c, t);
+    codemem_forget(t->rw, t->rx, first, BT_ARENA_BYTES - first);
+    give_back(t->tb, BT_TBS * sizeof *t->tb);
+    give_back(t->link, BT_LINKS * sizeof *t->link);
+    give_back(t->mark, BT_MARKS * sizeof *t->mark);
+    give_back(t->page, BT_PAGES * sizeof *t->page);
+    give_back(t->way, BT_WAYS * sizeof *t->way);
+    give_back(t->reloc, BT_RELOCS * sizeof *t->reloc);
 }
 
 /* ---- pages ---- */

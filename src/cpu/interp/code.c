@@ -97,7 +97,13 @@ static void code_flush(struct icpu *c)
     vcpu_count(c->v, COUNT_CODE_FLUSH);
     c->block = NULL;
     fp_flush_stubs(c);
-    trace(c->v->m->trace, TRACE_EXITS, (int)c->v->id, "code cache full: flushed");
+    trace(c->v->m->trace, TRACE_EXITS, (int)c->v->id, "code cache flushed");
+}
+
+void code_forget(struct icpu *c)
+{
+    code_flush(c);
+    madvise(c->code->arena, ARENA_BYTES, MADV_DONTNEED);
 }
 
 void code_flush_later(struct icpu *c)

@@ -76,6 +76,8 @@ void code_close(struct icpu *c);
 struct block *code_find_slow(struct icpu *c, u64 la);
 /* Everything is dropped before the next block is looked up; for whoever runs out of memory that blocks refer to (fp.c's stubs). */
 void code_flush_later(struct icpu *c);
+/* Everything is dropped at once, between blocks, and its memory is the host's again. */
+void code_forget(struct icpu *c);
 /* A store of this vCPU. forget: the page counts as data from now on (codepage_store_begin()). */
 void code_written(struct icpu *c, u64 gpa, unsigned n, bool forget);
 /* Forgets a block that could be a better one. */

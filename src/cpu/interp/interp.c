@@ -25,6 +25,7 @@ struct interp {
     struct icpu c;
     struct x86 seen;                                               /* address translation of v->x when run() returned: who changed it since? */
     bool fresh;                                                    /* v->x was replaced: nothing cached is to be trusted */
+    bool forget;                                                   /* another guest begins: nothing cached is of use */
     u64 debug_generation;                                          /* of the debugger's lists that caches were made with */
 };
 
@@ -431,11 +432,24 @@ static enum run_exit debug_stopped(struct vcpu *v)
     return RUN_DEBUG;
 }
 
+/* For reset(), which is another thread's: caches are the vCPU's own. */
+static void forget(struct icpu *c)
+{
+    struct interp *in = container_of(c, struct interp, c);
+    in->forget = false;
+    in->fresh = true;
+    code_forget(c);
+    if (c->bt.forget_all)
+        c->bt.forget_all(c);
+}
+
 static enum run_exit run(struct vcpu *v)
 {
     struct icpu *c = v->engine_data;
     enum run_exit exit = RUN_DEBUG;
     tlb_check_epoch(c);
+    if (unlikely(container_of(c, struct interp, c)->forget))
+        forget(c);
     if (pv_enter(v, c->x))
         container_of(c, struct interp, c)->fresh = true;
     codepage_enter(c);
@@ -531,6 +545,12 @@ static int set(struct vcpu *v, const struct x86 *x)
     return 0;
 }
 
+static void reset(struct vcpu *v)
+{
+    struct icpu *c = v->engine_data;
+    container_of(c, struct interp, c)->forget = true;
+}
+
 /* The block's, since single instructions do not say where they are. */
 static u64 sample(const struct vcpu *v, u64 pc UNUSED, bool *direct)
 {
@@ -548,6 +568,7 @@ const struct engine interp_engine = {
     .run = run,
     .get = get,
     .set = set,
+    .reset = reset,
     .sample = sample,
     .counts_insns = true,
     .debug_points = DEBUG_POINTS_MAX,

@@ -128,6 +128,7 @@ struct icpu_bt {
     _Atomic u32 inside;            /* in translated code: a kick needs a signal */
     void (*run)(struct icpu *c);
     void (*forget)(struct icpu *c, struct block *b);
+    void (*forget_all)(struct icpu *c); /* all blocks have gone, as have the guest's memory and tables: the next is another guest; NULL: nobody asks */
     void (*moved)(struct icpu *c, struct block *b); /* b has another address now, and translations; NULL: those were all. Unset: blocks stay where they are */
     void (*flushed)(struct icpu *c, enum tlb_flush what, u64 la, unsigned context); /* translations have been dropped; NULL: nobody asks */
     void (*context_changed)(struct icpu *c, unsigned context);    /* tlb.context is another one; NULL: nobody asks */
