@@ -2,13 +2,7 @@
  * Extended state where privilege or control registers matter: what CR0, CR4 and XCR0 forbid, pending and unmasked exceptions, XSETBV, XSAVES and XRSTORS,
  * reset state, many stubs. What the instructions compute is tests/insn's subject.
  */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <string.h>
-#include <cmocka.h>
-
-#include "cpu/cpuid.h"
-#include "cpu/engine.h"
+#include "one_vcpu.h"
 #include "cpu/interp/fp.h"
 
 #define RAM_SIZE (4 * MiB)
@@ -29,13 +23,6 @@ struct fixture {
     struct ram ram;
     struct x86 *x;
 };
-
-static int no_interrupt(void *chip)
-{
-    (void)chip;
-    return -1;
-}
-static const struct intc_ops quiet = {.peek = no_interrupt, .ack = no_interrupt};
 
 static void put64(struct fixture *f, u64 gpa, u64 v)
 {
@@ -103,21 +90,10 @@ static void real_mode(struct fixture *f)
 
 static int setup(void **state)
 {
-    struct fixture *f = aligned_alloc(64, ALIGN_UP(sizeof *f, 64));
-
-    memset(f, 0, sizeof *f);
-    f->m = (struct machine){.ram = &f->ram, .engine = &interp_engine, .vcpus = 1, .split_lock = PTHREAD_MUTEX_INITIALIZER};
-    assert_int_equal(ram_init(&f->ram), 0);
-    assert_int_equal(ram_add(&f->ram, 0, RAM_SIZE), 0);
-    assert_int_equal(bus_new(NULL, &f->m.mmio), 0);
-    assert_int_equal(bus_new(NULL, &f->m.pio), 0);
-    assert_int_equal(cpuid_policy_new(1, 1000000, &f->m.cpuid), 0);
-    f->v.m = &f->m;
-    f->v.mmio = f->m.mmio;
-    f->v.intc.ops = &quiet;
+    struct fixture *f = fixture_new(sizeof *f);
+    ram_make(&f->ram, RAM_SIZE);
+    one_vcpu_open(&f->m, &f->v, &f->ram);
     f->x = &f->v.x;
-    assert_int_equal(interp_engine.machine_open(&f->m), 0);
-    assert_int_equal(interp_engine.vcpu_open(&f->v), 0);
     make_tables(f);
     long_mode(f);
     *state = f;
@@ -128,12 +104,7 @@ static int teardown(void **state)
 {
     struct fixture *f = *state;
 
-    interp_engine.vcpu_close(&f->v);
-    interp_engine.machine_close(&f->m);
-    cpuid_policy_free(f->m.cpuid);
-    bus_free(f->m.mmio);
-    bus_free(f->m.pio);
-    ram_close(&f->ram);
+    one_vcpu_close(&f->m, &f->v, &f->ram);
     free(f);
     return 0;
 }

@@ -2,13 +2,8 @@
  * The guest's extended state in the host's registers (cpu/bt/fpstate.c), gates to heavy code, and light code's memory functions. Registers are dumped and
  * filled right behind the call that is tested: nothing of the compiler's comes in between.
  */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <string.h>
-#include <cmocka.h>
-
+#include "one_vcpu.h"
 #include "cpu/bt/fpstate.h"
-#include "cpu/cpuid.h"
 #include "cpu/interp/fp.h"
 
 size_t heavy_strlen(const char *s);
@@ -48,16 +43,9 @@ static u64 rnd(void)
 
 static int setup(void **state)
 {
-    struct fixture *t = aligned_alloc(64, ALIGN_UP(sizeof *t, 64));
-    memset(t, 0, sizeof *t);
-    t->m = (struct machine){ .ram = &t->ram, .engine = &interp_engine, .vcpus = 1, .split_lock = PTHREAD_MUTEX_INITIALIZER };
-    assert_int_equal(ram_init(&t->ram), 0);
-    assert_int_equal(ram_add(&t->ram, 0, 1 * MiB), 0);
-    assert_int_equal(cpuid_policy_new(1, 1000000, &t->m.cpuid), 0);
-    t->v.m = &t->m;
-    assert_int_equal(interp_engine.machine_open(&t->m), 0);
-    assert_int_equal(interp_engine.vcpu_open(&t->v), 0);
-    t->c = t->v.engine_data;
+    struct fixture *t = fixture_new(sizeof *t);
+    ram_make(&t->ram, 1 * MiB);
+    t->c = one_vcpu_open(&t->m, &t->v, &t->ram);
     t->f = t->c->fp;
     t->can = cpuid_xcr0_mask(t->m.cpuid) & ALL;
     x86_reset(&t->v.x, true);
@@ -72,10 +60,7 @@ static int setup(void **state)
 static int teardown(void **state)
 {
     struct fixture *t = *state;
-    interp_engine.vcpu_close(&t->v);
-    interp_engine.machine_close(&t->m);
-    cpuid_policy_free(t->m.cpuid);
-    ram_close(&t->ram);
+    one_vcpu_close(&t->m, &t->v, &t->ram);
     free(t);
     return 0;
 }

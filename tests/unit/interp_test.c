@@ -2,13 +2,7 @@
  * The interpreter's core: small programs on a machine of 8 MiB of RAM and nothing else. Programs end with HLT; an exception ends in a HLT of its
  * own, whose address tells the vector. Instructions against the host are tests/insn's subject, privileged mechanisms tests/sys's.
  */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <string.h>
-#include <cmocka.h>
-
-#include "cpu/cpuid.h"
-#include "cpu/engine.h"
+#include "one_vcpu.h"
 #include "cpu/interp/code.h"
 #include "cpu/interp/tlb.h"
 
@@ -31,13 +25,6 @@ struct fixture {
     struct ram ram;
     struct x86 *x;
 };
-
-static int no_interrupt(void *chip)
-{
-    (void)chip;
-    return -1;
-}
-static const struct intc_ops quiet = { .peek = no_interrupt, .ack = no_interrupt };
 
 static u8 *at(struct fixture *f, u64 gpa)
 {
@@ -108,20 +95,10 @@ static void long_mode(struct fixture *f)
 
 static int setup(void **state)
 {
-    struct fixture *f = aligned_alloc(64, ALIGN_UP(sizeof *f, 64));
-    memset(f, 0, sizeof *f);
-    f->m = (struct machine){ .ram = &f->ram, .engine = &interp_engine, .vcpus = 1, .split_lock = PTHREAD_MUTEX_INITIALIZER };
-    assert_int_equal(ram_init(&f->ram), 0);
-    assert_int_equal(ram_add(&f->ram, 0, RAM_SIZE), 0);
-    assert_int_equal(bus_new(NULL, &f->m.mmio), 0);
-    assert_int_equal(bus_new(NULL, &f->m.pio), 0);
-    assert_int_equal(cpuid_policy_new(1, 1000000, &f->m.cpuid), 0);
-    f->v.m = &f->m;
-    f->v.mmio = f->m.mmio;
-    f->v.intc.ops = &quiet;
+    struct fixture *f = fixture_new(sizeof *f);
+    ram_make(&f->ram, RAM_SIZE);
+    one_vcpu_open(&f->m, &f->v, &f->ram);
     f->x = &f->v.x;
-    assert_int_equal(interp_engine.machine_open(&f->m), 0);
-    assert_int_equal(interp_engine.vcpu_open(&f->v), 0);
     long_mode(f);
     *state = f;
     return 0;
@@ -130,12 +107,7 @@ static int setup(void **state)
 static int teardown(void **state)
 {
     struct fixture *f = *state;
-    interp_engine.vcpu_close(&f->v);
-    interp_engine.machine_close(&f->m);
-    cpuid_policy_free(f->m.cpuid);
-    bus_free(f->m.mmio);
-    bus_free(f->m.pio);
-    ram_close(&f->ram);
+    one_vcpu_close(&f->m, &f->v, &f->ram);
     free(f);
     return 0;
 }

@@ -4,17 +4,11 @@
  */
 #pragma once
 
-#include <setjmp.h>
 #include <signal.h>
-#include <stdarg.h>
 #include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <cmocka.h>
 
+#include "one_vcpu.h"
 #include "cpu/bt/shadow_map.h"
-#include "cpu/cpuid.h"
-#include "cpu/engine.h"
 
 #define RAM_SIZE (16 * MiB)
 #define HIGH (32 * MiB)              /* a second run; between them is nothing: devices */
@@ -165,17 +159,10 @@ static inline void context(struct fixture *f, u64 cr3, unsigned ctx)
 
 static inline int setup(void **state)
 {
-    struct fixture *f = aligned_alloc(64, ALIGN_UP(sizeof *f, 64));
-    memset(f, 0, sizeof *f);
-    f->m = (struct machine){ .ram = &f->ram, .engine = &interp_engine, .vcpus = 1, .split_lock = PTHREAD_MUTEX_INITIALIZER };
-    assert_int_equal(ram_init(&f->ram), 0);
-    assert_int_equal(ram_add(&f->ram, 0, RAM_SIZE), 0);
+    struct fixture *f = fixture_new(sizeof *f);
+    ram_make(&f->ram, RAM_SIZE);
     assert_int_equal(ram_add(&f->ram, HIGH, HIGH_SIZE), 0);
-    assert_int_equal(cpuid_policy_new(1, 1000000, &f->m.cpuid), 0);
-    f->v.m = &f->m;
-    assert_int_equal(interp_engine.machine_open(&f->m), 0);
-    assert_int_equal(interp_engine.vcpu_open(&f->v), 0);
-    f->c = f->v.engine_data;
+    f->c = one_vcpu_open(&f->m, &f->v, &f->ram);
     for (unsigned i = 0; i < f->ram.runs; i++)
         for (u64 gpa = f->ram.run[i].gpa; gpa < f->ram.run[i].gpa + f->ram.run[i].size; gpa += PAGE_SIZE)
             *entry_at(f, gpa + 8) = stamp(gpa);
@@ -195,10 +182,7 @@ static inline int teardown(void **state)
 {
     struct fixture *f = *state;
     shadow_close(f->c);
-    interp_engine.vcpu_close(&f->v);
-    interp_engine.machine_close(&f->m);
-    cpuid_policy_free(f->m.cpuid);
-    ram_close(&f->ram);
+    one_vcpu_close(&f->m, &f->v, &f->ram);
     free(f);
     return 0;
 }

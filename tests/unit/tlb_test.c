@@ -4,13 +4,7 @@
  *
  * The last test does all of it at random, against a model that notes for each page of each address space which translations a processor could still have.
  */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <string.h>
-#include <cmocka.h>
-
-#include "cpu/cpuid.h"
-#include "cpu/engine.h"
+#include "one_vcpu.h"
 #include "cpu/interp/code.h"
 #include "cpu/interp/tlb.h"
 
@@ -125,16 +119,9 @@ static void views(struct fixture *f, unsigned cpl, bool ac)
 
 static int setup(void **state)
 {
-    struct fixture *f = aligned_alloc(64, ALIGN_UP(sizeof *f, 64));
-    memset(f, 0, sizeof *f);
-    f->m = (struct machine){ .ram = &f->ram, .engine = &interp_engine, .vcpus = 1, .split_lock = PTHREAD_MUTEX_INITIALIZER };
-    assert_int_equal(ram_init(&f->ram), 0);
-    assert_int_equal(ram_add(&f->ram, 0, RAM_SIZE), 0);
-    assert_int_equal(cpuid_policy_new(1, 1000000, &f->m.cpuid), 0);
-    f->v.m = &f->m;
-    assert_int_equal(interp_engine.machine_open(&f->m), 0);
-    assert_int_equal(interp_engine.vcpu_open(&f->v), 0);
-    f->c = f->v.engine_data;
+    struct fixture *f = fixture_new(sizeof *f);
+    ram_make(&f->ram, RAM_SIZE);
+    f->c = one_vcpu_open(&f->m, &f->v, &f->ram);
     for (u64 gpa = 0; gpa < RAM_SIZE; gpa += PAGE_SIZE)
         *entry_at(f, gpa + 8) = stamp(gpa);
     f->next = 0x1000;
@@ -152,10 +139,7 @@ static int setup(void **state)
 static int teardown(void **state)
 {
     struct fixture *f = *state;
-    interp_engine.vcpu_close(&f->v);
-    interp_engine.machine_close(&f->m);
-    cpuid_policy_free(f->m.cpuid);
-    ram_close(&f->ram);
+    one_vcpu_close(&f->m, &f->v, &f->ram);
     free(f);
     return 0;
 }
