@@ -52,15 +52,22 @@ doppel "${run[@]}" --append reboot=t -- reboot -f </dev/null
 is "triple fault: exit status" "$status" 71
 like "triple fault: the processor's state is shown" "$err" $'\nrip [0-9a-f]{16}'
 
-printf 'echo shell; reboot\n' | timeout -k 10 "$BOOT_SECONDS" "$DOPPEL" "${run[@]}" --no-reboot >"$tmp/out" 2>"$tmp/err"
+printf 'echo shell; reboot\n' | timeout -k 10 "$BOOT_SECONDS" "$DOPPEL" "${run[@]}" --no-reboot --stats=json,file="$tmp/once" >"$tmp/out" 2>"$tmp/err"
 is "reset with --no-reboot: exit status" $? 0
 like "shell: runs what is piped into it" "$(tr -d '\r' <"$tmp/out")" $'\nshell\n'
 
 # What is typed before a reset is lost with the guest's memory: the second line has to wait for the second shell.
 (echo reboot; for _ in $(seq "$BOOT_SECONDS"); do [ "$(grep -c '^BusyBox' "$tmp/out")" = 2 ] && break; sleep 1; done; echo poweroff) |
-    timeout -k 10 "$BOOT_SECONDS" "$DOPPEL" "${run[@]}" >"$tmp/out" 2>"$tmp/err"
+    timeout -k 10 "$BOOT_SECONDS" "$DOPPEL" "${run[@]}" --stats=json,file="$tmp/twice" >"$tmp/out" 2>"$tmp/err"
 is "reset: boots again, and then powers off" $? 0
 is "reset: two boots" "$(grep -c '^BusyBox' "$tmp/out")" 2
+cached() { sed -n -E 's/.*"cache":\{[^}]*"kib":([0-9]+).*/\1/p' "$1"; }    # KiB of translations, if the engine makes any
+if [ -n "$(cached "$tmp/once")" ]; then
+    is "reset: translations of the first boot are gone ($(cached "$tmp/once") and $(cached "$tmp/twice") KiB)" \
+        "$(($(cached "$tmp/twice") * 10 < $(cached "$tmp/once") * 17))" 1
+else
+    skip "reset: translations of the first boot are gone" "the engine makes none"
+fi
 
 # --- signals ---
 timeout -k 10 "$BOOT_SECONDS" "$DOPPEL" "${run[@]}" --console "$tmp/console" </dev/null 2>"$tmp/err" &

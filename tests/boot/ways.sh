@@ -11,7 +11,7 @@ memory=${SOAK_LONG:+1G}; memory=${memory:-256M}           # cp puts so much into
 user=()
 chmod 755 "$tmp"
 mkdir -m 700 "$tmp/rt" "$tmp/home"
-cp "$DOPPEL" "$tmp/doppel"; cp "$stream" "$tmp/stream"; cp -r "$guest" "$tmp/guest"; chmod -R a+rX "$tmp/guest"
+cp "$DOPPEL" "$tmp/doppel"; cp "$stream" "${stream%stream}kexec" "$tmp/"; cp -r "$guest" "$tmp/guest"; chmod -R a+rX "$tmp/guest"
 export DOPPEL_GUEST=$tmp/guest XDG_RUNTIME_DIR=$tmp/rt HOME=$tmp/home
 if [ "$(id -u)" = 0 ]; then
     chown 65534:65534 "$tmp/rt" "$tmp/home"
@@ -201,6 +201,12 @@ d exec a -- reboot </dev/null >/dev/null 2>&1
 wait $job; is "the guest reboots while exec runs" $? 1
 like "the guest reboots: told" "$(cat "$tmp/err")" 'broke before the command had ended'
 d exec a --wait "$BOOT_SECONDS" -- true; is "exec works again after it" $? 0
+# Another kernel without a reset of the machine: devices are as the old one left them.
+for f in "$tmp/kexec" "$tmp/guest/vmlinuz" "$tmp/guest/initrd"; do d cp "$f" a:/tmp/; done
+run exec a -- /tmp/kexec /tmp/vmlinuz /tmp/initrd again=1 </dev/null
+like "kexec while exec runs: told" "$status $err" '^1 .*broke before the command had ended'
+run exec a --wait "$BOOT_SECONDS" -- cat /proc/cmdline
+like "kexec: exec works in the new kernel" "$status $out" '^0 .* again=1$'
 run kill a; is "kill: shuts down" "$status" 0
 is "kill: nothing is left" "$(ls -A "$R" | paste -sd ' ')" ".cid-4 b"
 pid=$(d ps | awk '$1=="b"{print $2}')
@@ -227,5 +233,9 @@ if [ ${#user[@]} -gt 0 ]; then
     mkdir -m 777 "$R"; run ps; is "somebody else's directory: refused" "$status" 1; rmdir "$R"
     is "somebody else's directory: nothing in it" "$(ls -A "$tmp/home" | grep -c lock)" 0
 fi
+tar c -C "$tmp" kexec -C "$tmp/guest" vmlinuz initrd |
+    XDG_RUNTIME_DIR=$tmp/home d run --engine "$ENGINE" --quiet -- sh -c 'cd /tmp && tar x && ./kexec vmlinuz initrd again=1' >"$tmp/out" 2>"$tmp/err"
+is "kexec by a command: ends the run" "${PIPESTATUS[1]}" 1
+like "kexec by a command: told" "$(cat "$tmp/err")" 'started another kernel before the command had ended'
 like "a command runs without a name, too" "$(XDG_RUNTIME_DIR=$tmp/home d run --engine "$ENGINE" --quiet -- echo works </dev/null 2>&1)" works
 done_testing

@@ -192,7 +192,7 @@ static inline int listen_at(const char *where)
     struct sockaddr_un a = { .sun_family = AF_UNIX };
     int fd = socket(AF_UNIX, socket_type() | SOCK_NONBLOCK, 0);
 
-    snprintf(a.sun_path, sizeof(a.sun_path), "%s", where);
+    snprintf(a.sun_path, sizeof(a.sun_path), "%.107s", where);
     assert_int_equal(bind(fd, (struct sockaddr *)&a, sizeof(a)), 0);
     assert_int_equal(listen(fd, 8), 0);
     return fd;
