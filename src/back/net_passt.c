@@ -1,6 +1,6 @@
 /*
  * The stream protocol of passt (see net_passt.h; also that of QEMU's `-netdev stream`). It has no offloads, but frames of up to 64 KiB, so large segments go to passt whole, with
- * their checksums done.
+ * their checksums done, and come from it, since it heeds the guest's MSS (net_large.h).
  *
  * What the socket takes only in part is kept and goes first when there is room; until then nothing more is sent.
  *
@@ -19,9 +19,11 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "back/net_large.h"
+
 #define LENGTH 4
 #define FRAME_MAX 65535u                                           /* passt drops longer ones */
-#define PIECES_MAX 62
+#define LARGE_MSS (44 * 1448)                                      /* with its headers not longer than FRAME_MAX */
 #define READ_SIZE (256 * KiB)
 #define RETRY_FIRST_MS 100
 #define RETRY_MAX_MS 5000
@@ -35,7 +37,8 @@ struct net_passt {
     unsigned poll;                                                 /* index of the round; 0: not asked for */
     size_t unsent, sent;                                           /* out[sent, unsent) is to go first */
     size_t have;                                                   /* in[0, have) is read, and no whole frame yet */
-    u8 out[LENGTH + FRAME_MAX], in[READ_SIZE];
+    u32 fragment_id;
+    u8 out[LENGTH + FRAME_MAX], in[READ_SIZE], part[NET_FRAME_MAX];
 };
 
 static struct net_passt *passt_of(struct net *n)
@@ -126,6 +129,7 @@ static bool passt_send(struct net *n, const struct net_frame *f)
     len = htonl((u32)f->len);
     memcpy(p->out, &len, LENGTH);
     net_copy(f, 0, p->out + LENGTH, f->len);
+    net_raise_mss(n, p->out + LENGTH, f->len, LARGE_MSS);
     p->unsent = LENGTH + f->len;
     send_rest(p);
     return true;
@@ -149,7 +153,10 @@ static void take_frames(struct net_passt *p)
         if (p->have - at - LENGTH < len)
             break;
         iov = (struct iovec){ p->in + at + LENGTH, len };
-        net_deliver(&p->net, &(struct net_frame){ .iov = &iov, .iovs = 1, .len = len, .queue = NET_ANY_QUEUE });
+        if (net_is_large(&p->net, len))
+            net_deliver_large(&p->net, iov.iov_base, len, p->fragment_id++, p->part);
+        else
+            net_deliver(&p->net, &(struct net_frame){ .iov = &iov, .iovs = 1, .len = len, .queue = NET_ANY_QUEUE });
         at += LENGTH + len;
     }
     memmove(p->in, p->in + at, p->have - at);

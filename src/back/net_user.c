@@ -4,10 +4,8 @@
  * All of slirp runs on the card's thread. Its descriptors are waited for only while the guest takes what comes: so a guest that does not read
  * makes the host's senders wait.
  *
- * Large segments. To slirp: a TCP segment of up to 64 KiB is an IP packet like any other to it. To the guest: slirp believes in an MTU of 64 KiB. Where it heeds the MSS option of the
- * guest's SYN (connections that come from outside), that is raised, if its driver takes large segments and its MSS is that of its MTU (no tunnel lies behind it). What is then
- * larger than the MTU is passed on with the size of the segments that the guest would have had, as a card does that joins segments (virtio 1.2, 5.1.6.4), or is cut into them
- * here, for a driver that does not take that. Packets that are not TCP and too large are cut into fragments.
+ * Large segments. To slirp: a TCP segment of up to 64 KiB is an IP packet like any other to it. To the guest: slirp believes in an MTU of 64 KiB, and heeds the MSS option of the guest's
+ * SYN where connections come from outside: see net_large.h.
  *
  * Fragments of the guest's are put together here (net_fragments.h): slirp sees whole packets only.
  *
@@ -24,15 +22,12 @@
 #include <unistd.h>
 
 #include "back/net_fragments.h"
+#include "back/net_large.h"
 #include "back/net_offload.h"
 
 #define LARGE_MSS (16 * 1448)                                      /* several of them fit the 128 KiB and the window that slirp has for a connection */
-#define HEADERS_MAX 256
-#define ETH_IPV6 0x86dd
 #define TCP 6
 #define UDP 17
-#define TCP_SYN 0x02
-#define TCP_OPT_MSS 2
 
 struct timer_of_slirp {
     struct timer_of_slirp *next;
@@ -68,91 +63,24 @@ static u16 get16(const u8 *p)
 
 /* --- to the guest --- */
 
-/* head is a copy of the frame's beginning; the rest stays where it is. */
-static void deliver(struct net_user *u, u8 *head, size_t heads, const u8 *frame, size_t len, const struct virtio_net_hdr *hdr)
-{
-    struct iovec iov[2] = { { head, heads }, { (u8 *)frame + heads, len - heads } };
-
-    net_deliver(&u->net, &(struct net_frame){ .hdr = *hdr, .iov = iov, .iovs = len > heads ? 2 : 1, .len = len, .queue = NET_ANY_QUEUE });
-}
-
-static void deliver_part(void *arg, const u8 *frame, size_t len)
-{
-    struct iovec iov = { (u8 *)frame, len };
-
-    net_deliver(arg, &(struct net_frame){ .iov = &iov, .iovs = 1, .len = len, .queue = NET_ANY_QUEUE });
-}
-
-/* A segment that is larger than the guest's MTU; false: it is none. */
-static bool deliver_segment(struct net_user *u, u8 *head, size_t heads, const u8 *frame, size_t len, const struct net_packet *p)
-{
-    unsigned guest = atomic_load(&u->net.guest);
-    struct virtio_net_hdr h = { .flags = VIRTIO_NET_HDR_F_NEEDS_CSUM, .csum_offset = 16, .csum_start = (u16)p->l4 };
-    size_t tcp = p->protocol == TCP ? (size_t)(head[p->l4 + 12] >> 4) * 4 : 0, all = p->l4 - p->ip + tcp;
-    u16 c;
-
-    if (p->protocol != TCP || p->l4 + tcp > heads || all >= u->net.mtu)
-        return false;
-    if (!(guest & (p->v6 ? NET_TSO6 : NET_TSO4)))
-        return net_segment(frame, len, u->net.mtu - (unsigned)all, u->part, deliver_part, &u->net);
-    h.gso_type = p->v6 ? VIRTIO_NET_HDR_GSO_TCPV6 : VIRTIO_NET_HDR_GSO_TCPV4;
-    h.gso_size = (u16)(u->net.mtu - all);
-    h.hdr_len = (u16)(p->l4 + tcp);
-    c = net_pseudo_checksum(head, p);
-    memcpy(head + p->l4 + 16, &c, 2);
-    deliver(u, head, heads, frame, len, &h);
-    return true;
-}
-
 static ssize_t from_slirp(const void *buf, size_t len, void *arg)
 {
     struct net_user *u = arg;
-    const u8 *frame = buf;
-    u8 head[HEADERS_MAX];
-    size_t heads = MIN(len, sizeof(head));
-    struct virtio_net_hdr h = { 0 };
+    struct iovec iov = { (void *)buf, len };
+    struct net_frame f = { .iov = &iov, .iovs = 1, .len = len, .queue = NET_ANY_QUEUE };
     struct net_packet p;
-    bool ip = net_parse(frame, len, &p);
 
-    memcpy(head, frame, heads);
-    if (len > (size_t)u->net.mtu + NET_HEADER) {
-        if (ip && !deliver_segment(u, head, heads, frame, len, &p))
-            net_fragment(frame, len, u->net.mtu, u->fragment_id++, u->part, deliver_part, &u->net);
+    if (net_is_large(&u->net, len)) {
+        net_deliver_large(&u->net, buf, len, u->fragment_id++, u->part);
         return (ssize_t)len;
     }
-    if (ip && (atomic_load(&u->net.guest) & NET_CSUM) && (p.protocol == TCP || p.protocol == UDP))
-        h.flags = VIRTIO_NET_HDR_F_DATA_VALID;                     /* slirp has just made it */
-    deliver(u, head, heads, frame, len, &h);
+    if (net_parse(buf, len, &p) && (atomic_load(&u->net.guest) & NET_CSUM) && (p.protocol == TCP || p.protocol == UDP))
+        f.hdr.flags = VIRTIO_NET_HDR_F_DATA_VALID;                 /* slirp has just made it */
+    net_deliver(&u->net, &f);
     return (ssize_t)len;
 }
 
 /* --- from the guest --- */
-
-static void raise_mss(struct net_user *u, u8 *frame, size_t len)
-{
-    unsigned guest = atomic_load(&u->net.guest);
-    struct net_packet p;
-    size_t at, end;
-    u16 c;
-
-    if (!net_parse(frame, len, &p) || p.protocol != TCP || !(frame[p.l4 + 13] & TCP_SYN) || !(guest & (p.v6 ? NET_TSO6 : NET_TSO4)))
-        return;
-    end = MIN(p.end, p.l4 + (size_t)(frame[p.l4 + 12] >> 4) * 4);
-    for (at = p.l4 + 20; at + 4 <= end && frame[at] && frame[at] != TCP_OPT_MSS;) {
-        if (frame[at] == 1)
-            at++;
-        else if (frame[at + 1] >= 2)
-            at += frame[at + 1];
-        else
-            return;
-    }
-    if (at + 4 > end || frame[at] != TCP_OPT_MSS || get16(frame + at + 2) != u->net.mtu - (p.v6 ? 60 : 40))
-        return;
-    frame[at + 2] = (u8)(LARGE_MSS >> 8);
-    frame[at + 3] = (u8)LARGE_MSS;
-    c = net_l4_checksum(frame, &p);
-    memcpy(frame + p.l4 + 16, &c, 2);
-}
 
 static s64 now_ns(void *arg UNUSED)
 {
@@ -181,7 +109,7 @@ static bool user_send(struct net *n, const struct net_frame *f)
         if (!len)
             return true;
     }
-    raise_mss(u, frame, len);
+    net_raise_mss(n, frame, len, LARGE_MSS);
     slirp_input(u->slirp, frame, (int)len);
     return true;
 }

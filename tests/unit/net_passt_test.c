@@ -1,6 +1,6 @@
 /*
  * The back end for passt against a passt of the test's: frames both ways, whole and in pieces; one that goes away, says nonsense, is not there for a while: the card has no link
- * then, and gets it back.
+ * then, and gets it back. Segments beyond the MTU, in both directions.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -18,6 +18,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include "back/net_offload.h"
 #include "back/net_passt.h"
 
 #define PATIENCE 60000                                             /* ms: machines are busy */
@@ -32,6 +33,7 @@ static struct {
     unsigned frames, losses, finds;
     size_t len;
     u8 last[NET_FRAME_MAX];
+    struct virtio_net_hdr hdr;                                     /* of the last */
     size_t to_send;
     u8 out[NET_FRAME_MAX];
 } card = { .lock = PTHREAD_MUTEX_INITIALIZER };
@@ -51,6 +53,7 @@ static bool receive(void *front UNUSED, const struct net_frame *f)
 {
     pthread_mutex_lock(&card.lock);
     card.len = net_copy(f, 0, card.last, sizeof(card.last));
+    card.hdr = f->hdr;
     card.frames++;
     pthread_mutex_unlock(&card.lock);
     return true;
@@ -143,16 +146,24 @@ static void say(const void *bytes, size_t len)
 }
 
 /* A frame from passt, cut into two writes at that place. */
-static void say_frame(size_t len, size_t cut, u8 fill)
+static void say_bytes(const u8 *frame, size_t len, size_t cut)
 {
     static u8 buf[4 + NET_FRAME_MAX];
     u32 head = htonl((u32)len);
 
     memcpy(buf, &head, 4);
-    memset(buf + 4, fill, len);
+    memcpy(buf + 4, frame, len);
     say(buf, cut);
     usleep(1000);
     say(buf + cut, 4 + len - cut);
+}
+
+static void say_frame(size_t len, size_t cut, u8 fill)
+{
+    static u8 frame[NET_FRAME_MAX];
+
+    memset(frame, fill, len);
+    say_bytes(frame, len, cut);
 }
 
 /* One frame each way. */
@@ -181,10 +192,105 @@ static void test_frames(void **state UNUSED)
         assert_int_equal(card.len, 500 + i);
         assert_int_equal(card.last[499], i);
     }
-    say_frame(65535, 30000, 7);
-    assert_true(reaches(&card.frames, 111));
-    assert_int_equal(card.len, 65535);
     assert_int_equal(card.losses, 0);
+}
+
+enum { TCP = 6, UDP = 17, SYN = 2, TCP_DATA = NET_HEADER + 40, UDP_DATA = NET_HEADER + 28 };
+
+/* An IPv4 packet in a frame of that length (with a VLAN's tag: tag 4), its data all 0x5a. */
+static u8 *packet(u8 protocol, size_t len, unsigned tag)
+{
+    static u8 frame[NET_FRAME_MAX];
+    u8 *ip = frame + NET_HEADER + tag;
+    u16 total = htons((u16)(len - NET_HEADER - tag));
+
+    memset(frame, 0x5a, sizeof(frame));
+    if (tag)
+        memcpy(frame + 12, (u8[]){ 0x81, 0, 0, 5 }, 4);
+    memcpy(ip - 2, (u8[]){ 8, 0, 0x45, 0, 0, 0, 0, 1, 0, 0, 64, protocol, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2, 0x90, 0, 0, 80 }, 26);
+    memcpy(ip + 2, &total, 2);
+    if (protocol == TCP)
+        memcpy(ip + 24, (u8[]){ 0, 0, 0, 1, 0, 0, 0, 2, 0x50, 0x10, 1, 0, 0, 0, 0, 0 }, 16);
+    return frame;
+}
+
+/* What passt has for the guest beyond its MTU: a segment goes whole to a driver that takes such, and in its pieces to one that does not. */
+static void test_large(void **state UNUSED)
+{
+    struct net_packet p;
+    u16 sum;
+
+    net_guest_takes(net, NET_CSUM | NET_TSO4);
+    say_bytes(packet(TCP, 65535, 0), 65535, 30000);
+    assert_true(reaches(&card.frames, 1));
+    assert_int_equal(card.len, 65535);
+    assert_int_equal(card.hdr.gso_type, VIRTIO_NET_HDR_GSO_TCPV4);
+    assert_int_equal(card.hdr.gso_size, 1460);
+    assert_int_equal(card.hdr.hdr_len, TCP_DATA);
+    assert_int_equal(card.hdr.flags, VIRTIO_NET_HDR_F_NEEDS_CSUM);
+    assert_true(card.hdr.csum_start == NET_HEADER + 20 && card.hdr.csum_offset == 16);
+    assert_true(net_parse(card.last, card.len, &p));
+    sum = net_pseudo_checksum(card.last, &p);
+    assert_memory_equal(card.last + NET_HEADER + 36, &sum, 2);
+    assert_memory_equal(card.last + TCP_DATA, packet(TCP, 65535, 0) + TCP_DATA, 65535 - TCP_DATA);
+    net_guest_takes(net, NET_CSUM);
+    say_bytes(packet(TCP, TCP_DATA + 3 * 1460 + 1, 0), TCP_DATA + 3 * 1460 + 1, 1000);
+    assert_true(reaches(&card.frames, 1 + 4));
+    assert_int_equal(card.len, TCP_DATA + 1);
+    assert_int_equal(card.hdr.gso_type, VIRTIO_NET_HDR_GSO_NONE);
+}
+
+/* Other packets become fragments; what is no packet is dropped; a tag makes a frame longer, but no packet. */
+static void test_large_others(void **state UNUSED)
+{
+    u8 *f;
+
+    say_bytes(packet(UDP, UDP_DATA + 4000, 0), UDP_DATA + 4000, 4);
+    assert_true(reaches(&card.frames, 3));
+    assert_int_equal(card.len, NET_HEADER + 20 + 4008 - 2 * 1480);
+    say_frame(5000, 4, 1);
+    f = packet(UDP, NET_HEADER + NET_VLAN + 1500, NET_VLAN);
+    f[NET_HEADER + NET_VLAN + 6] = 0x40;                           /* not to be cut */
+    say_bytes(f, NET_HEADER + NET_VLAN + 1500, 4);
+    assert_true(reaches(&card.frames, 4));
+    assert_int_equal(card.len, NET_HEADER + NET_VLAN + 1500);
+    assert_memory_equal(card.last, f, card.len);
+}
+
+/* The MSS that passt sees in a SYN with that one. */
+static unsigned mss_seen(unsigned mss)
+{
+    static u8 got[4 + TCP_DATA + 4];
+    u8 *f = packet(TCP, TCP_DATA + 4, 0);
+    struct net_packet p;
+    u16 sum;
+
+    f[NET_HEADER + 32] = 0x60;
+    f[NET_HEADER + 33] = SYN;
+    memcpy(f + TCP_DATA, (u8[]){ 2, 4, (u8)(mss >> 8), (u8)mss }, 4);
+    assert_true(net_parse(f, TCP_DATA + 4, &p));
+    sum = net_l4_checksum(f, &p);
+    memcpy(f + p.l4 + 16, &sum, 2);
+    pthread_mutex_lock(&card.lock);
+    memcpy(card.out, f, TCP_DATA + 4);
+    card.to_send = TCP_DATA + 4;
+    pthread_mutex_unlock(&card.lock);
+    net_kick(net);
+    assert_int_equal(recv(peer, got, sizeof(got), MSG_WAITALL), sizeof(got));
+    f = got + 4;
+    sum = net_l4_checksum(f, &p);
+    assert_memory_equal(f + p.l4 + 16, &sum, 2);
+    return (unsigned)(f[TCP_DATA + 2] << 8 | f[TCP_DATA + 3]);
+}
+
+/* It is raised for a driver that takes large segments, if it is that of the MTU. */
+static void test_mss(void **state UNUSED)
+{
+    net_guest_takes(net, NET_CSUM | NET_TSO6);
+    assert_int_equal(mss_seen(1460), 1460);
+    net_guest_takes(net, NET_CSUM | NET_TSO4);
+    assert_in_range(mss_seen(1460), 60000, 65535 - TCP_DATA - 40);
+    assert_int_equal(mss_seen(1400), 1400);
 }
 
 /* It hangs up, and takes the next call: as before, though a frame was half there. */
@@ -249,7 +355,7 @@ static void test_mute(void **state UNUSED)
 int main(void)
 {
 #define T(test) cmocka_unit_test_setup_teardown(test, setup, teardown)
-    static const struct CMUnitTest tests[] = { T(test_frames), T(test_hangs_up), T(test_dies), T(test_nonsense), T(test_mute) };
+    static const struct CMUnitTest tests[] = { T(test_frames), T(test_large), T(test_large_others), T(test_mss), T(test_hangs_up), T(test_dies), T(test_nonsense), T(test_mute) };
 
     return cmocka_run_group_tests_name("net_passt", tests, NULL, NULL);
 }
