@@ -67,6 +67,7 @@ struct virtio_fs {
     u64 taking;                                                    /* by requests that it has */
     struct request *parked, **parked_last;                         /* of queue 1, in their order */
     bool exhausted;                                                /* nothing is given back: no use in parking */
+    u64 returned;                                                  /* requests since then, or before, that give back */
     struct timer timer;                                            /* of the guest's clock: it stands still while the guest does */
     struct vhost_part part[VHOST_USER_RING];
 };
@@ -297,16 +298,21 @@ static void send_parked(struct virtio_fs *f)
         vhost_user_kick(f->vhost, 1);
 }
 
-/* Something was closed. An eighth has to be there before parking is worth while again. */
-static void given_back(struct virtio_fs *f)
+/*
+ * So many requests have given back what they could. Where Linux is older than 6.2, counting takes as long as there are descriptors: not without need. An eighth has to
+ * be there before parking is worth while again.
+ */
+static void given_back(struct virtio_fs *f, unsigned n)
 {
-    f->spare = 0;
-    if (f->exhausted) {
+    f->returned += n;
+    if (f->exhausted && f->returned >= f->limit / 16) {
+        f->returned = 0;
         count_descriptors(f);
         f->exhausted = f->spare < f->limit / 8;
     }
     if (!f->parked)
         return;
+    f->spare = 0;
     timer_arm(&f->timer, clock_ns(f->timer.clock) + PARKED_NS);
     send_parked(f);
 }
@@ -382,12 +388,12 @@ static void take_answers(struct virtio_fs *f, unsigned n)
 {
     struct virtq *q = &f->virtio.queue[n];
     struct request *r;
-    bool given = false;
+    unsigned given = 0;
     u32 len;
 
     while (f->vhost && (r = vhost_user_take(f->vhost, n, &len))) {
         look_at_answer(f, &r->chain);
-        given |= gives_back(&r->chain);
+        given += gives_back(&r->chain);
         f->taking -= r->takes;
         if (f->virtio.resetting || q->broken) {
             virtq_drop(q, &r->chain);
@@ -399,7 +405,7 @@ static void take_answers(struct virtio_fs *f, unsigned n)
         f->in_flight[n]--;
     }
     if (given)
-        given_back(f);
+        given_back(f, given);
 }
 
 static void on_used(void *arg, unsigned n)
