@@ -8,6 +8,7 @@
 #include "back/net_large.h"
 #include "back/net_offload.h"
 #include "dev/virtio_net.h"
+#include "state.h"
 
 #define PAIRS 2
 #define QUEUES (2 * PAIRS + 1)
@@ -89,23 +90,9 @@ static void inject(unsigned n, u32 val)
 static void save_and_load(u32 val)
 {
     struct device *dev = (struct device *)nic;
-    struct stream s, l;
 
     dev->ops->quiesce(dev);
-    pthread_mutex_lock(&dev->lock);
-    stream_save_init(&s);
-    dev->ops->state(dev, &s);
-    pthread_mutex_unlock(&dev->lock);
-    dev->ops->reset(dev);
-    if (s.len && (val & 1))
-        s.buf[(val >> 1) % s.len] ^= (u8)(val >> 24);              /* a damaged or malicious file */
-    pthread_mutex_lock(&dev->lock);
-    stream_load_init(&l, s.buf, s.len);
-    dev->ops->state(dev, &l);
-    pthread_mutex_unlock(&dev->lock);
-    if (l.error)
-        dev->ops->reset(dev);
-    stream_free(&s);
+    state_save_and_load(dev, val, true);
 }
 
 static void stop(void *arg)

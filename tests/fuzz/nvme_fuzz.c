@@ -6,6 +6,7 @@
  */
 #include "../dev/virtio_guest.h"
 #include "dev/nvme.h"
+#include "state.h"
 
 #include <fcntl.h>
 
@@ -82,27 +83,6 @@ static void start(void)
     }
 }
 
-static void save_and_load(u32 val)
-{
-    struct device *d = (struct device *)nvme;
-    struct stream s, l;
-
-    pthread_mutex_lock(&d->lock);
-    stream_save_init(&s);
-    d->ops->state(d, &s);
-    pthread_mutex_unlock(&d->lock);
-    d->ops->reset(d);
-    if (s.len && (val & 1))
-        s.buf[val % s.len] ^= (u8)(val >> 24);
-    pthread_mutex_lock(&d->lock);
-    stream_load_init(&l, s.buf, s.len);
-    d->ops->state(d, &l);
-    pthread_mutex_unlock(&d->lock);
-    if (l.error)
-        d->ops->reset(d);
-    stream_free(&s);
-}
-
 static void step(const u8 *a)
 {
     struct cmd c = { 0 };
@@ -141,7 +121,7 @@ static void step(const u8 *a)
         memcpy((u8 *)&c + 40, a, 12);
         submit(n % 3, &c);
         break;
-    case 8: save_and_load(v); break;
+    case 8: state_save_and_load((struct device *)nvme, v, true); break;
     case 9:                                                        /* a list of pages for what comes */
         for (unsigned i = 0; i < 16; i++) {
             val = DATA + (u64)((v >> i & 15) << 12);

@@ -9,6 +9,7 @@
 #include "dev/virtio_blk.h"
 #include "dev/virtio_console.h"
 #include "dev/virtio_rng.h"
+#include "state.h"
 
 #include <fcntl.h>
 #include <linux/virtio_blk.h>
@@ -155,26 +156,6 @@ static void control_message(struct vdev *d, unsigned n, u32 val)
     vdev_kick(d, 3);
 }
 
-static void save_and_load(struct device *d, u32 val)
-{
-    struct stream s, l;
-
-    pthread_mutex_lock(&d->lock);
-    stream_save_init(&s);
-    d->ops->state(d, &s);
-    pthread_mutex_unlock(&d->lock);
-    d->ops->reset(d);
-    if (s.len && (val & 1))
-        s.buf[val % s.len] ^= (u8)(val >> 24);                     /* a damaged or malicious file */
-    pthread_mutex_lock(&d->lock);
-    stream_load_init(&l, s.buf, s.len);
-    d->ops->state(d, &l);
-    pthread_mutex_unlock(&d->lock);
-    if (l.error)
-        d->ops->reset(d);                                          /* as whoever loads does */
-    stream_free(&s);
-}
-
 static void step(const u8 *a)
 {
     unsigned device = a[1] % DEVICES, n = a[2] | a[3] << 8;
@@ -200,7 +181,7 @@ static void step(const u8 *a)
     case 8: vport_send(port, dev, v % sizeof(dev)); break;
     case 9: vport_resume(port); break;
     case 10: n & 2 ? vport_set_open(port, v & 1) : vport_resize(port, (u16)v, (u16)n); break;
-    case 11: save_and_load(dev[device], v); break;
+    case 11: state_save_and_load(dev[device], v, true); break;
     case 12: disk_request(&drv[0], n, v); break;
     case 14: bus_access(g.pio, ports(device) + n % 64, 1u << (a[0] >> 6), a[0] & 32, &val); break;
     case 15: legacy_start(d, device, v); break;

@@ -22,6 +22,7 @@
 #include "../turns.h"
 #include "back/tree.h"
 #include "dev/virtio_vsock.h"
+#include "state.h"
 
 static jmp_buf out_of_session;
 
@@ -162,26 +163,6 @@ static void host_program(unsigned n, u32 val)
     }
 }
 
-static void save_and_load(u32 val)
-{
-    struct device *d = (struct device *)vsock;
-    struct stream s, l;
-
-    pthread_mutex_lock(&d->lock);
-    stream_save_init(&s);
-    d->ops->state(d, &s);
-    pthread_mutex_unlock(&d->lock);
-    if (s.len && (val & 1))
-        s.buf[val % s.len] ^= (u8)(val >> 24);
-    pthread_mutex_lock(&d->lock);
-    stream_load_init(&l, s.buf, s.len);
-    d->ops->state(d, &l);
-    pthread_mutex_unlock(&d->lock);
-    if (l.error)
-        d->ops->reset(d);
-    stream_free(&s);
-}
-
 static void step(const u8 *a)
 {
     unsigned n = a[2] | a[3] << 8;
@@ -200,7 +181,7 @@ static void step(const u8 *a)
         break;
     case 7: case 8: turn(); break;
     case 9: start_driver(v); break;
-    case 10: n & 1 ? save_and_load(v) : put(&g, n * 4, &v, 4); break;
+    case 10: n & 1 ? state_save_and_load((struct device *)vsock, v, false) : put(&g, n * 4, &v, 4); break;
     case 11: bus_write(g.mmio, bar_address(&g, DEV, 4) + n % 0x4000, v, 1u << (a[1] & 1)); break;
     }
 }
