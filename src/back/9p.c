@@ -411,6 +411,8 @@ int p9_fid_new(struct p9 *s, u32 id, int path, const struct p9_fid *like, struct
         f->uid = like->uid;
     }
     pthread_rwlock_init(&f->lock, NULL);
+    if (out)
+        pthread_rwlock_wrlock(&f->lock);                           /* before it can be found: s->lock is taken with a fid's held, never the other way round */
     pthread_mutex_lock(&s->lock);
     place = fid_place(s, id);
     if (*place || id == P9_NO_FID)
@@ -424,10 +426,11 @@ int p9_fid_new(struct p9 *s, u32 id, int path, const struct p9_fid *like, struct
         if (out) {
             *out = f;
             f->refs++;
-            pthread_rwlock_wrlock(&f->lock);                       /* nobody else can have it yet */
         }
     }
     pthread_mutex_unlock(&s->lock);
+    if (r < 0 && out)
+        pthread_rwlock_unlock(&f->lock);
     if (r < 0)
         fid_free(f);
     else

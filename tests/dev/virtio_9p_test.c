@@ -47,10 +47,13 @@ static int teardown(void **state UNUSED)
     return 0;
 }
 
-static void offer(const void *message, u32 len, u32 room)
+/* i: which pages; several are under way at once. */
+static void offer(unsigned i, const void *message, u32 len, u32 room)
 {
-    put(&g, OUT, message, len);
-    gq_add(&d.q[0], (struct buf[]){ { OUT, 3, false }, { OUT + 3, len - 3, false }, { IN, room, true } }, room ? 3 : 2);
+    u64 out = OUT + i * PAGE_SIZE, in = IN + i * PAGE_SIZE;
+
+    put(&g, out, message, len);
+    gq_add(&d.q[0], (struct buf[]){ { out, 3, false }, { out + 3, len - 3, false }, { in, room, true } }, room ? 3 : 2);
     vdev_kick(&d, 0);
 }
 
@@ -61,7 +64,7 @@ static u8 ask(const void *message, u32 len)
     u8 answer[8];
     bool came = false;
 
-    offer(message, len, 4096);
+    offer(0, message, len, 4096);
     for (unsigned i = 0; i < 30 && !came; i++)                     /* a minute: machines are busy */
         came = vdev_wait(&d, 0, &id, &used);
     assert_true(came);
@@ -103,7 +106,7 @@ static void test_reset(void **state UNUSED)
     assert_true(vdev_start(&d, &g, DEV, BASE | packed, QUEUE));
     session();
     for (unsigned i = 0; i < 10; i++)
-        offer(attach, sizeof(attach) - 1, 4096);
+        offer(i, attach, sizeof(attach) - 1, 4096);
     vdev_set_status(&d, 0);
     for (unsigned i = 0; vdev_status(&d) && i < 60000; i++)
         usleep(1000);
@@ -124,14 +127,14 @@ static void broken(void)
 static void test_no_room(void **state UNUSED)
 {
     assert_true(vdev_start(&d, &g, DEV, BASE | packed, QUEUE));
-    offer(version, sizeof(version) - 1, 0);
+    offer(0, version, sizeof(version) - 1, 0);
     broken();
 }
 
 static void test_no_head(void **state UNUSED)
 {
     assert_true(vdev_start(&d, &g, DEV, BASE | packed, QUEUE));
-    offer(version, 5, 4096);
+    offer(0, version, 5, 4096);
     broken();
 }
 

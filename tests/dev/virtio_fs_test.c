@@ -97,7 +97,7 @@ static void offer(unsigned i, u32 opcode, const void *body, u32 len)
 static struct answer answered(unsigned *i)
 {
     struct answer a;
-    u32 id, len;
+    u32 id = 0, len;
     bool come = false;
 
     for (unsigned tries = 0; tries < 30 && !come; tries++)

@@ -287,7 +287,7 @@ static inline bool gq_wants_kick(struct gq *q, u16 old)
 
 static inline void gq_set_used_event(struct gq *q, u16 event)
 {
-    put(q->g, q->avail + 4 + 2ull * q->size, &event, 2);
+    __atomic_store_n((u16 *)(void *)ram_hva(&q->g->ram, q->avail + 4 + 2ull * q->size), event, __ATOMIC_RELAXED);
 }
 
 /* --- a virtio device behind its BARs --- */
@@ -451,12 +451,14 @@ static inline bool vdev_start(struct vdev *d, struct guest *g, unsigned device, 
     return true;
 }
 
-/* Waits for the next used element of queue n, which a worker thread may bring; false after two seconds. */
+/* Waits for the next used element of queue n, which a worker thread may bring, and for the interrupt that goes with it; false after two seconds. */
 static inline bool vdev_wait(struct vdev *d, unsigned n, u32 *id, u32 *len)
 {
     for (unsigned i = 0; i < 20000; i++) {
-        if (gq_used(&d->q[n], id, len))
+        if (gq_used(&d->q[n], id, len)) {
+            vdev_status(d);                                        /* under the device's lock, which whoever interrupts holds until then */
             return true;
+        }
         usleep(100);
     }
     return false;

@@ -72,15 +72,21 @@ static void present(void *front UNUSED, bool there)
 
 static const struct net_front_ops front_ops = { .transmit = transmit, .receive = receive, .received = received, .present = present };
 
+static unsigned count(const unsigned *counter)
+{
+    pthread_mutex_lock(&card.lock);
+    unsigned have = *counter;
+    pthread_mutex_unlock(&card.lock);
+    return have;
+}
+
 /* Waits until the counter has that value. */
 static bool reaches(const unsigned *counter, unsigned n)
 {
     unsigned have = 0;
 
     for (unsigned i = 0; i < PATIENCE && have < n; i++) {
-        pthread_mutex_lock(&card.lock);
-        have = *counter;
-        pthread_mutex_unlock(&card.lock);
+        have = count(counter);
         usleep(1000);
     }
     return have == n;
@@ -192,7 +198,7 @@ static void test_frames(void **state UNUSED)
         assert_int_equal(card.len, 500 + i);
         assert_int_equal(card.last[499], i);
     }
-    assert_int_equal(card.losses, 0);
+    assert_int_equal(count(&card.losses), 0);
 }
 
 enum { TCP = 6, UDP = 17, SYN = 2, TCP_DATA = NET_HEADER + 40, UDP_DATA = NET_HEADER + 28 };
@@ -314,12 +320,12 @@ static void test_dies(void **state UNUSED)
     usleep(300000);
     unlink(path);
     usleep(300000);
-    assert_int_equal(card.finds, 0);
+    assert_int_equal(count(&card.finds), 0);
     listen_there();
     take_call();
     assert_true(reaches(&card.finds, 1));
     passes(1);
-    assert_int_equal(card.losses, 1);
+    assert_int_equal(count(&card.losses), 1);
 }
 
 static void test_nonsense(void **state UNUSED)
