@@ -17,6 +17,7 @@
 #include <unistd.h>
 
 #include "back/block_host.h"
+#include "base/spin.h"
 #include "base/thread.h"
 
 #define ENTRIES 256
@@ -33,7 +34,9 @@ struct block_ring {
     struct block_req *first, **last;                               /* new requests */
     bool woken;                                                    /* the event is on its way already */
     bool closing;
+    _Atomic bool news;                                             /* new requests, or closing: to look at without the lock */
     /* the thread's own */
+    struct spin spin;
     struct block_req *ready, **ready_last;                         /* for which there was no room in the ring, in order */
     unsigned in_flight;
     bool armed;
@@ -98,6 +101,7 @@ static bool take_new(struct block_ring *g)
 
     pthread_mutex_lock(&g->lock);
     g->woken = false;
+    g->news = false;
     closing = g->closing;
     if (g->first) {
         *g->ready_last = g->first;
@@ -148,6 +152,45 @@ static void reap(struct block_ring *g)
     }
 }
 
+static bool come(void *arg)
+{
+    struct block_ring *g = arg;
+
+    return atomic_load_explicit(&g->news, memory_order_acquire) || io_uring_cq_ready(&g->ring); /* the event was read */
+}
+
+/* Nobody needs to wake the thread up while it looks out by itself. It does not while the kernel has requests: its workers need a processor. */
+static bool look(struct block_ring *g)
+{
+    bool found;
+
+    if (g->in_flight || !spin_pays(&g->spin) || io_uring_submit(&g->ring) < 0)
+        return false;
+    pthread_mutex_lock(&g->lock);
+    g->woken = true;
+    pthread_mutex_unlock(&g->lock);
+    found = spin_look(&g->spin, come, g);
+    pthread_mutex_lock(&g->lock);
+    g->woken = false;
+    found |= g->news;
+    pthread_mutex_unlock(&g->lock);
+    return found;
+}
+
+static void wait_more(struct block_ring *g)
+{
+    bool nothing = !g->ready || g->in_flight >= ENTRIES, in_flight = g->in_flight;
+    u64 since;
+
+    if (nothing && look(g))
+        return;
+    since = spin_clock();
+    if (io_uring_submit_and_wait(&g->ring, nothing) < 0)
+        usleep(1000);                                              /* the kernel is short of memory: what is in flight will end */
+    if (nothing && !in_flight)
+        spin_slept(&g->spin, spin_clock() - since);
+}
+
 static void *serve(void *arg)
 {
     struct block_ring *g = arg;
@@ -156,8 +199,7 @@ static void *serve(void *arg)
         arm(g);
         if (!take_new(g))
             break;
-        if (io_uring_submit_and_wait(&g->ring, g->ready && g->in_flight < ENTRIES ? 0 : 1) < 0)
-            usleep(1000);                                          /* the kernel is short of memory: what is in flight will end */
+        wait_more(g);
         reap(g);
     }
     io_uring_queue_exit(&g->ring);
@@ -184,6 +226,7 @@ void block_ring_submit(struct block_ring *g, struct block_req *r)
     g->last = &r->next;
     woken = g->woken;
     g->woken = true;
+    g->news = true;
     pthread_mutex_unlock(&g->lock);
     if (!woken)
         wake(g);
@@ -247,6 +290,7 @@ bool block_ring_close(struct block_ring *g)
         return true;
     pthread_mutex_lock(&g->lock);
     g->closing = true;
+    g->news = true;
     pthread_mutex_unlock(&g->lock);
     wake(g);
     ended = block_end_wait(&g->end);

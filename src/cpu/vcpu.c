@@ -14,6 +14,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "base/spin.h"
 #include "cpu/engine.h"
 #include "cpu/pv.h"
 
@@ -27,6 +28,7 @@ struct vcpu_thread {
     bool hold, held, quit;
     bool dead;                     /* shut down: stands still until it is given a new state */
     _Atomic bool asleep;
+    struct spin spin;
     struct vcpu_hooks hooks;
 };
 
@@ -67,17 +69,34 @@ struct cpu_port vcpu_port(struct vcpu *v)
     return (struct cpu_port){ .signal = vcpu_signal, .vcpu = v, .eoi_offer = pv_eoi_offer, .eoi_done = pv_eoi_done };
 }
 
-/* Sleeps until one of the events in mask is set. */
+struct awaited {
+    struct vcpu *v;
+    u32 mask;
+};
+
+static bool come(void *arg)
+{
+    const struct awaited *a = arg;
+
+    return atomic_load_explicit(&a->v->events, memory_order_acquire) & a->mask;
+}
+
+/* Sleeps until one of the events in mask is set. While it looks for them before, it is asleep to others: nobody is to kick it. */
 static void wait_events(struct vcpu *v, u32 mask)
 {
     struct vcpu_thread *t = thread_of(v);
+    struct awaited a = { v, mask };
     u32 seen;
 
     enum vcpu_where was = vcpu_where(v, WHERE_HALTED);
 
     atomic_store(&t->asleep, true);
-    while (!((seen = atomic_load(&v->events)) & mask))
-        syscall(SYS_futex, &v->events, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
+    if (!come(&a) && !(spin_pays(&t->spin) && spin_look(&t->spin, come, &a))) {
+        u64 since = spin_clock();
+        while (!((seen = atomic_load(&v->events)) & mask))
+            syscall(SYS_futex, &v->events, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
+        spin_slept(&t->spin, spin_clock() - since);
+    }
     atomic_store(&t->asleep, false);
     vcpu_where(v, was);
 }
