@@ -34,6 +34,7 @@ struct block_file {
     const void *zero;                                              /* ZERO_SIZE bytes; the kernel's page of zeroes, again and again */
     atomic_bool no_punch, no_zero_range, no_nowait;                /* what the file system turned out not to have */
     atomic_bool unsynced;                                          /* an fdatasync(2) failed */
+    pthread_mutex_t syncing;                                       /* threads make one at a time, as the ring does: of two only one is told of an error */
     bool through;                                                  /* O_DSYNC: a write waits for the storage */
     struct block_direct direct;
     struct block_ring *ring;                                       /* NULL: the threads do it */
@@ -169,6 +170,18 @@ static bool file_result(struct block *b, struct block_req *r, int res)
     return done;
 }
 
+static int sync_alone(struct block_file *f)
+{
+    int r;
+
+    pthread_mutex_lock(&f->syncing);
+    r = fdatasync(f->fd) < 0 ? -errno : 0;
+    if (r < 0)
+        f->unsynced = true;
+    pthread_mutex_unlock(&f->syncing);
+    return r;
+}
+
 static int do_step(struct block_file *f, const struct block_step *s)
 {
     ssize_t n = 0;
@@ -178,7 +191,7 @@ static int do_step(struct block_file *f, const struct block_step *s)
     case STEP_WRITEV: n = pwritev(f->fd, s->iov, (int)s->iovs, (off_t)s->offset); break;
     case STEP_WRITE: n = pwrite(f->fd, s->buf, s->len, (off_t)s->offset); break;
     case STEP_FALLOCATE: n = fallocate(f->fd, s->mode, (off_t)s->offset, (off_t)s->len); break;
-    case STEP_FDATASYNC: n = fdatasync(f->fd); break;
+    case STEP_FDATASYNC: return sync_alone(f);
     case STEP_NOP: break;
     }
     return n < 0 ? -errno : (int)n;
@@ -358,6 +371,7 @@ static void file_free(struct block_file *f)
     if (f->fd >= 0)
         close(f->fd);
     block_direct_destroy(&f->direct);
+    pthread_mutex_destroy(&f->syncing);
     if (f->zero)
         munmap((void *)f->zero, ZERO_SIZE);
     block_destroy(&f->b);
@@ -401,6 +415,7 @@ int block_file_open(const struct block_config *c, struct block **out)
     if (!f)
         return err(-ENOMEM, "disk %s: out of memory", c->path);
     f->fd = -1;
+    pthread_mutex_init(&f->syncing, NULL);
     f->through = c->cache == BLOCK_CACHE_THROUGH;
     r = block_init(&f->b, &file_ops, direct ? "raw, direct, threads" : f->through ? "raw, written through, threads" : "raw, threads", c->path, c->readonly);
     if (r == 0) {

@@ -7,6 +7,9 @@
  * hardly ever wait: up to the longest that guests usually make, the ring's thread makes them itself. That spares two changes of threads, and nothing runs in turn that did
  * not before: writes to a file exclude each other in the kernel.
  *
+ * Flushes: one fdatasync(2) at a time, for all that have asked when it begins. (Of two at the same time only one is told of an error, and the other might be answered
+ * first.) The thread makes it itself if the last ones were short and nothing else is going on.
+ *
  * Locking: a mutex around the list of new requests, a leaf.
  */
 #define _GNU_SOURCE
@@ -22,6 +25,8 @@
 
 #define ENTRIES 256
 #define DIRECT_MAX (1 * MiB)
+#define QUICK_NS 500000u                                           /* a flush that took less, */
+#define QUICK_SYNCS 8u                                             /* and after how many of them the thread makes them itself */
 
 struct block_ring {
     struct block *b;
@@ -38,6 +43,10 @@ struct block_ring {
     /* the thread's own */
     struct spin spin;
     struct block_req *ready, **ready_last;                         /* for which there was no room in the ring, in order */
+    struct block_req *syncing;                                     /* whom the fdatasync(2) in the ring answers */
+    struct block_req *syncs, **syncs_last;                         /* whom the next one will */
+    u64 sync_since;
+    unsigned quick_syncs;                                          /* that were so, one after the other */
     unsigned in_flight;
     bool armed;
     u64 events;
@@ -50,16 +59,16 @@ static void prepare(struct block_ring *g, struct io_uring_sqe *q, const struct b
     case STEP_WRITEV: io_uring_prep_writev(q, g->fd, s->iov, s->iovs, s->offset); break;
     case STEP_WRITE: io_uring_prep_write(q, g->fd, s->buf, (unsigned)s->len, s->offset); break;
     case STEP_FALLOCATE: io_uring_prep_fallocate(q, g->fd, s->mode, (off_t)s->offset, (off_t)s->len); break;
-    case STEP_FDATASYNC: io_uring_prep_fsync(q, g->fd, IORING_FSYNC_DATASYNC); break;
+    case STEP_FDATASYNC: break;                                    /* flush() */
     case STEP_NOP: io_uring_prep_nop(q); break;
     }
 }
 
-static void add_ready(struct block_ring *g, struct block_req *r)
+static void add(struct block_req ***last, struct block_req *r)
 {
     r->next = NULL;
-    *g->ready_last = r;
-    g->ready_last = &r->next;
+    **last = r;
+    *last = &r->next;
 }
 
 /* After a step: the next one, if there is one, has to wait for its turn. */
@@ -68,7 +77,22 @@ static void stepped(struct block_ring *g, struct block_req *r, int res)
     if (g->ops->result(g->b, r, res))
         block_done(g->b, r);
     else
-        add_ready(g, r);
+        add(&g->ready_last, r);
+}
+
+static void all_stepped(struct block_ring *g, struct block_req *r, int res)
+{
+    struct block_req *next;
+
+    for (; r; r = next) {
+        next = r->next;
+        stepped(g, r, res);
+    }
+}
+
+static struct io_uring_sqe *room(struct block_ring *g)
+{
+    return g->in_flight < ENTRIES ? io_uring_get_sqe(&g->ring) : NULL;
 }
 
 /* False: the ring is full. */
@@ -84,13 +108,54 @@ static bool push(struct block_ring *g, struct block_req *r)
         stepped(g, r, n < 0 ? -errno : (int)n);
         return true;
     }
-    q = g->in_flight < ENTRIES ? io_uring_get_sqe(&g->ring) : NULL;
+    if (s.call == STEP_FDATASYNC) {
+        add(&g->syncs_last, r);
+        return true;
+    }
+    q = room(g);
     if (!q)
         return false;
     prepare(g, q, &s);
     io_uring_sqe_set_data(q, r);
     g->in_flight++;
     return true;
+}
+
+static void synced(struct block_ring *g)
+{
+    g->quick_syncs = spin_clock() - g->sync_since < QUICK_NS ? MIN(g->quick_syncs + 1, QUICK_SYNCS) : 0;
+}
+
+/* While the thread waits for the storage, so does all that is new: hence only if flushes are short. */
+static int sync_here(struct block_ring *g)
+{
+    int res;
+
+    g->sync_since = spin_clock();
+    res = fdatasync(g->fd) < 0 ? -errno : 0;
+    synced(g);
+    return res;
+}
+
+static void flush(struct block_ring *g)
+{
+    bool here = !g->in_flight && g->quick_syncs >= QUICK_SYNCS;
+    struct block_req *all = g->syncs;
+    struct io_uring_sqe *q = here || !all || g->syncing ? NULL : room(g);
+
+    if (!all || g->syncing || !(here || q))
+        return;
+    g->syncs = NULL;
+    g->syncs_last = &g->syncs;
+    if (here) {
+        all_stepped(g, all, sync_here(g));
+        return;
+    }
+    io_uring_prep_fsync(q, g->fd, IORING_FSYNC_DATASYNC);
+    io_uring_sqe_set_data(q, all);
+    g->syncing = all;
+    g->sync_since = spin_clock();
+    g->in_flight++;
 }
 
 /* False when there is nothing to wait for any more. */
@@ -117,10 +182,11 @@ static bool take_new(struct block_ring *g)
         next = r->next;
         if (full || !push(g, r)) {
             full = true;
-            add_ready(g, r);
+            add(&g->ready_last, r);
         }
     }
-    return !closing || g->ready || g->in_flight;
+    flush(g);
+    return !closing || g->ready || g->syncs || g->in_flight;
 }
 
 static void arm(struct block_ring *g)
@@ -148,7 +214,13 @@ static void reap(struct block_ring *g)
             continue;
         }
         g->in_flight--;
-        stepped(g, r, res);
+        if (r == g->syncing) {
+            g->syncing = NULL;
+            synced(g);
+            all_stepped(g, r, res);
+        } else {
+            stepped(g, r, res);
+        }
     }
 }
 
@@ -179,7 +251,7 @@ static bool look(struct block_ring *g)
 
 static void wait_more(struct block_ring *g)
 {
-    bool nothing = !g->ready || g->in_flight >= ENTRIES, in_flight = g->in_flight;
+    bool nothing = !(g->ready || (g->syncs && !g->syncing)) || g->in_flight >= ENTRIES, in_flight = g->in_flight;
     u64 since;
 
     if (nothing && look(g))
@@ -261,7 +333,7 @@ int block_ring_open(struct block *b, int fd, const struct block_ring_ops *ops, s
 
     if (!g)
         return -ENOMEM;
-    *g = (struct block_ring){ .b = b, .fd = fd, .ops = ops, .last = &g->first, .ready_last = &g->ready };
+    *g = (struct block_ring){ .b = b, .fd = fd, .ops = ops, .last = &g->first, .ready_last = &g->ready, .syncs_last = &g->syncs };
     pthread_mutex_init(&g->lock, NULL);
     block_end_init(&g->end);
     g->event = eventfd(0, EFD_CLOEXEC);

@@ -65,11 +65,8 @@ static void test_looking_in_vain(void **state)
     waits(&s, 100, SPIN_NS / 2);
     for (unsigned i = 0; i < 400; i++) {
         if (spin_pays(&s)) {
-            u64 since = spin_clock();
-
             looked++;
             assert_false(spin_look(&s, never, NULL));
-            assert_true(spin_clock() - since >= SPIN_NS);
         }
         spin_slept(&s, SPIN_NS / 2);
     }
