@@ -2,6 +2,8 @@
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
+#include <time.h>
+
 #include <cmocka.h>
 
 #include "base/spin.h"
@@ -73,10 +75,34 @@ static void test_looking_in_vain(void **state)
     assert_in_range(looked, 1, 400 / 8 + 5);
 }
 
+static bool others_run(void *arg)
+{
+    (void)arg;
+    nanosleep(&(struct timespec){ .tv_nsec = 2000000 }, NULL);
+    return false;
+}
+
+/* Who loses the processor does not look for a while, whatever its waits are; then it does again. */
+static void test_lost_processor(void **state)
+{
+    struct spin s = { 0 };
+    u64 since = spin_clock();
+
+    (void)state;
+    waits(&s, 100, SPIN_NS / 2);
+    assert_true(spin_pays(&s));
+    assert_false(spin_look(&s, others_run, NULL));
+    waits(&s, 100, SPIN_NS / 2);
+    while (!spin_pays(&s))
+        nanosleep(&(struct timespec){ .tv_nsec = 1000000 }, NULL);
+    assert_true(spin_clock() - since > 64 * 2000000u);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_long_waits_never_look), cmocka_unit_test(test_short_waits_look), cmocka_unit_test(test_looking_in_vain),
+        cmocka_unit_test(test_lost_processor),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
