@@ -6,7 +6,7 @@
 
 #include "base/types.h"
 
-#define STACK (256 * KiB)
+#define STACK (1 * MiB)               /* of address space: libslirp has 64 KiB on it for each packet that it sends, and may send one while it sends another */
 
 int thread_start(pthread_t *t, void *(*fn)(void *arg), void *arg)
 {
