@@ -149,7 +149,7 @@ fuzz: $(B)/setup-test
 # What several threads do to the same words. (gcc warns of fences, which its sanitizer does not know: none is needed where this looks.)
 TSAN := -fsanitize=thread $(if $(findstring clang,$(CC)),,-Wno-tsan)
 TSAN_TESTS := $(addprefix tests/unit/,block_test bus_test chardev_test clock_test codepage_test direct_test loop_test net_passt_test net_user_test \
-	overlay_test p9_test vhost_user_test) $(addprefix tests/dev/,nvme_test virtio_9p_test virtio_blk_test virtio_console_test virtio_legacy_test \
+	overlay_test p9_test spin_test vhost_user_test) $(addprefix tests/dev/,nvme_test virtio_9p_test virtio_blk_test virtio_console_test virtio_legacy_test \
 	virtio_net_test virtio_pci_test virtio_vsock_messages_test virtio_vsock_state_test virtio_vsock_test)
 SOAK ?= 1
 soak: $(B)/setup-test
