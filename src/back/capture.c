@@ -4,10 +4,12 @@
  * Frames go through a buffer of our own that is written when it is full and when FLUSH_NS have passed since the last time (looked at when a frame comes), and at the
  * end. What write(2) takes only in part is cut off again where the file can be cut, so that a reader finds whole blocks only.
  */
+#define _GNU_SOURCE
 #include "back/capture.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <pthread.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -17,6 +19,8 @@
 #define BUFFER (256 * KiB)
 #define FRAME_MAX (128 * KiB)
 #define FLUSH_NS 200000000ull
+#define READER_MS 1000
+#define PIPE_BYTES (1024 * 1024)
 
 #define BLOCK_SECTION 0x0a0d0d0au
 #define BLOCK_INTERFACE 1u
@@ -33,6 +37,8 @@ struct capture {
     const struct log *log;
     pthread_mutex_t lock;
     unsigned interfaces;
+    bool begun;                                                    /* with frames */
+    int error;                                                     /* why it has ended */
     u64 flushed_ns;
     u64 written;                                                   /* bytes of whole blocks in the file */
     size_t len, begin;                                             /* of buf; begin: where the block being made begins */
@@ -49,11 +55,25 @@ static u64 host_ns(clockid_t id)
 
 static void fail(struct capture *c, int e)
 {
-    log_msg(c->log, LOG_ERROR, "capture %s: %s; it ends here, the network goes on", c->path, strerror(e));
+    c->error = e;
+    if (c->begun)                                                  /* else it is the error of who opens it */
+        log_msg(c->log, LOG_ERROR, "capture %s: %s; it ends here, the network goes on", c->path, e == EAGAIN ? "who reads the pipe is too slow" : strerror(e));
     if (ftruncate(c->fd, (off_t)c->written) < 0)
         log_msg(c->log, LOG_DEBUG, "capture %s: its last packet may be cut off", c->path);
     close(c->fd);
     c->fd = -1;
+}
+
+/* A pipe's reader may be behind; the network waits for it, but not for long. */
+static bool wait_reader(struct capture *c)
+{
+    struct pollfd p = { .fd = c->fd, .events = POLLOUT };
+    int r;
+
+    do
+        r = poll(&p, 1, READER_MS);
+    while (r < 0 && errno == EINTR);
+    return r > 0;
 }
 
 static void flush(struct capture *c)
@@ -63,7 +83,7 @@ static void flush(struct capture *c)
     while (c->fd >= 0 && done < c->len) {
         ssize_t n = write(c->fd, c->buf + done, c->len - done);
 
-        if (n < 0 && errno == EINTR)
+        if (n < 0 && (errno == EINTR || (errno == EAGAIN && wait_reader(c))))
             continue;
         if (n <= 0) {
             fail(c, n < 0 ? errno : ENOSPC);
@@ -162,7 +182,7 @@ int capture_interface(struct capture *c, const char *name, const u8 mac[6], unsi
     block_end(c);
     flush(c);
     *id = c->interfaces++;
-    r = c->fd < 0 ? err(-EIO, "--capture %s: cannot write it; free some space or name another file", c->path) : 0;
+    r = c->fd < 0 ? err(-EIO, "--capture %s: cannot write it: %s; free some space or name another file", c->path, strerror(c->error)) : 0;
     pthread_mutex_unlock(&c->lock);
     return r;
 }
@@ -178,6 +198,7 @@ void capture_frame(struct capture *c, unsigned id, enum capture_direction d, con
         pthread_mutex_unlock(&c->lock);
         return;
     }
+    c->begun = true;
     block_begin(c, BLOCK_PACKET, left + 64);
     put32(c, id);
     put32(c, (u32)(now >> 32));
@@ -208,6 +229,7 @@ static int open_file(struct capture *c)
         return err(-errno, "--capture %s: nobody reads this pipe; start its reader first", c->path);
     if (c->fd < 0)
         return err(-errno, "--capture %s: cannot open it: %s; name a file that can be written", c->path, strerror(errno));
+    fcntl(c->fd, F_SETPIPE_SZ, PIPE_BYTES);                        /* as large as it may be; no pipe: nothing */
     return 0;
 }
 

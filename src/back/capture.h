@@ -5,7 +5,7 @@
  * nanoseconds and the direction. Frames are recorded as they stand between card and back end: with checksums and segments that somebody else is to finish,
  * as a capture on a host's own interface shows them.
  *
- * When the file cannot be written any more (a full disk), the capture ends with a message, at the end of a whole block as far as that can be had; the network goes on.
+ * When the file cannot be written any more (a full disk; a pipe whose reader takes nothing for a second, which the network waits for), the capture ends with a message, at the end of a whole block as far as that can be had; the network goes on.
  *
  * Threads: each card's own; the lock in here is a leaf.
  */
