@@ -13,6 +13,7 @@
 #include "back/tree.h"
 #include "back/vsock_host.h"
 #include "base/err.h"
+#include "ctl/vms.h"
 
 #define HELLO_SECONDS 10                                           /* for an agent that is there */
 #define RETRY_MS 50
@@ -85,6 +86,12 @@ static u64 now_ms(void)
     return (u64)t.tv_sec * 1000 + (u64)t.tv_nsec / 1000000;
 }
 
+static bool paused(const struct instance *i)
+{
+    char answer[1024];
+    return vms_ask(i, "status\n", answer, sizeof(answer), 1000, NULL) == 0 && strstr(answer, "\nstate=paused\n");
+}
+
 int agent_connect(const struct instance *i, unsigned wait_ms)
 {
     u64 until = now_ms() + wait_ms;
@@ -94,6 +101,8 @@ int agent_connect(const struct instance *i, unsigned wait_ms)
             return fd;
         if (!instance_lives(i))
             return err(-ENOENT, "%s: the VM has ended", i->name);
+        if (now_ms() >= until && paused(i))
+            return err(-ETIMEDOUT, "%s: it is paused; doppel resume %s lets it go on", i->name, i->name);
         if (now_ms() >= until)
             return err(-ETIMEDOUT, "%s: no agent answers in the guest; does it still boot, or has its system no doppel-agent?", i->name);
         poll(NULL, 0, RETRY_MS);

@@ -54,8 +54,13 @@ static const char *const cp_text[] = {
     NULL,
 };
 static const char *const ps_text[] = {
-    "Lists your VMs that run: name, process, engine, processors, memory, state, how long they have run, vsock address, ports. A \"?\" stands for "
-    "what a VM did not tell in time. What VMs left behind that were killed is removed.",
+    "Lists your VMs that run: name, process, engine, processors, memory, state, how long they have run, vsock address, ports. \"no-room\" is a VM that is "
+    "paused as the host has no room for what its guest writes (doppel help resume). A \"?\" stands for what a VM did not tell in time. What VMs left behind that were killed is removed.",
+    NULL,
+};
+static const char *const resume_text[] = {
+    "Lets a VM go on that is paused: by \"pause\" at its monitor prompt, or because the host had no room for what its guest wrote to a disk (\"no-room\" in doppel ps). "
+    "What waited is written then; if there still is no room, it is paused again.",
     NULL,
 };
 static const char *const kill_text[] = {
@@ -91,6 +96,7 @@ const struct command_row cli_commands[] = {
      exec_main},
     {"cp", "[-r] SRC DST", "copy files to NAME:PATH in a VM, or from there", cp_text, cp_option_table, &cp_option_rows, cp_main},
     {"ps", "", "list the VMs that run", ps_text, NULL, NULL, ps_main},
+    {"resume", "NAME", "let a VM go on that is paused, or has waited for room on the host's disk", resume_text, NULL, NULL, resume_main},
     {"kill", "[--force] NAME", "shut a VM down", kill_text, kill_option_table, &kill_option_rows, kill_main},
     {"rm", "NAME", "end a VM, and remove what it left", rm_text, NULL, NULL, rm_main},
     {"image", "build|import|list|info|rm [options] [WORD...]", "images of disks, for doppel run", image_text,

@@ -147,6 +147,8 @@ static bool cmd_status(struct monitor *m, char *args UNUSED, FILE *out)
     if (m->status)
         m->status(m->arg, out);
     fprintf(out, "state=%s\n", vm_state_name(vm_state(m->vm)));
+    if (vm_waits_for_room(m->vm))
+        fprintf(out, "waits=room\n");
     return true;
 }
 

@@ -563,6 +563,15 @@ static void say_profile(struct run *run)
         message_error("%s", err_last());
 }
 
+/* A full disk shows when a file is closed, at the latest. */
+static void close_output(FILE *f, const char *option, const char *path)
+{
+    bool bad = ferror(f);
+    errno = 0;
+    if (fclose(f) != 0 || bad)
+        message_error("%s %s: it could not be written whole: %s", option, path, strerror(errno ? errno : EIO));
+}
+
 static void release(struct run *run)
 {
     gdb_free(run->gdb);
@@ -578,11 +587,11 @@ static void release(struct run *run)
         loop_free(run->loop);
     }
     if (run->trace_file)
-        fclose(run->trace_file);
+        close_output(run->trace_file, "--trace", run->options.trace_file);
     if (run->stats_file)
-        fclose(run->stats_file);
+        close_output(run->stats_file, "--stats", run->options.stats_file);
     if (run->profile_file)
-        fclose(run->profile_file);
+        close_output(run->profile_file, "--profile", run->options.profile_file);
     if (run->stderr_stream)
         fclose(run->stderr_stream);
     run_image_close(run);

@@ -509,7 +509,7 @@ const struct option run_option_table[] = {
      "controller with /dev/nvme0n1 and so on, whose driver many kernels have built in; overlay: what the guest "
      "writes goes to a temporary file (in TMPDIR, else /var/tmp) and is gone afterwards, FILE is only read; overlay=FILE2: it goes to FILE2, which is made if it "
      "is not there, and is there the next time; on-full=pause|error, what happens when the host has "
-     "no room for what the guest writes: the guest is paused until \"resume\" at the monitor prompt (the default), or "
+     "no room for what the guest writes: the guest is paused until \"resume\" at the monitor prompt or doppel resume (the default), or "
      "sees an I/O error; io=uring|threads, how the host's file is accessed (the default is io_uring where the host permits it); cache=writeback|writethrough|none, of files and block "
      "devices: the host's page cache is used, and what the guest flushes is brought to the storage (the default); or every write is; or the page cache is not used (O_DIRECT), "
      "which spares the host memory for disks that are large and read once, and costs where it would have had the answer; serial=TEXT, by which the guest "

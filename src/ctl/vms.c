@@ -139,8 +139,9 @@ static void show(const char *name)
     field(answer, "ports", v[7], sizeof(v[7]));
     field(answer, "memory", v[2], sizeof(v[2]));
     field(answer, "uptime", v[4], sizeof(v[4]));
+    field(answer, strstr(answer, "\nwaits=room") ? "waits" : "state", v[5], sizeof(v[5]));
     printf("%-16s %7s %-7s %4s %8s %-8s %9s %5s  %s\n", name, own, field(answer, "engine", v[0], sizeof(v[0])),
-           field(answer, "cpus", v[1], sizeof(v[1])), memory(v[2], v[3], sizeof(v[3])), field(answer, "state", v[5], sizeof(v[5])),
+           field(answer, "cpus", v[1], sizeof(v[1])), memory(v[2], v[3], sizeof(v[3])), !strcmp(v[5], "room") ? "no-room" : v[5],
            duration(v[4], v[6], sizeof(v[6])), field(answer, "cid", v[8], sizeof(v[8])), strcmp(v[7], "?") ? v[7] : "-");
 }
 
@@ -166,7 +167,7 @@ int ps_main(int argc, char **argv UNUSED)
     return EXIT_HOST_ERROR;
 }
 
-/* --- kill, rm --- */
+/* --- resume, kill, rm --- */
 
 /* Whether the process ended within the time. */
 static bool gone(int pidfd, int ms)
@@ -237,6 +238,28 @@ static int done(int r)
     if (instance_list(&names) == 0)                                /* removes what is left of it */
         instance_list_free(names);
     return r < 0 ? EXIT_HOST_ERROR : 0;
+}
+
+int resume_main(int argc, char **argv)
+{
+    char answer[ANSWER_BYTES];
+    struct instance i;
+    int r;
+
+    if (argc != 1) {
+        err(-EINVAL, argc ? "resume: more than one word" : "resume: the VM's name is missing");
+        return usage("resume");
+    }
+    r = instance_open(&i, argv[0]);
+    if (r == 0) {
+        r = vms_ask(&i, "resume\n", answer, sizeof(answer), ANSWER_MS, NULL);
+        if (r < 0)
+            err(r, "%s: does not answer (%s)", i.name, strerror(-r));
+        else if (strncmp(answer, "running", strlen("running")))
+            r = err(-EBUSY, "%s: does not go on: it is %.*s", i.name, (int)strcspn(answer, "\n"), answer);
+    }
+    instance_close(&i);
+    return done(r);
 }
 
 int kill_main(int argc, char **argv)

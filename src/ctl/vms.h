@@ -1,4 +1,4 @@
-/* Commands for VMs that run: doppel ps, kill, rm. Each is given the words behind its name and returns the exit status. */
+/* Commands for VMs that run: doppel ps, resume, kill, rm. Each is given the words behind its name and returns the exit status. */
 #pragma once
 
 #include "ctl/instance.h"
@@ -8,6 +8,7 @@ extern const struct option kill_option_table[];
 extern const unsigned kill_option_rows;
 
 int ps_main(int argc, char **argv);
+int resume_main(int argc, char **argv);
 int kill_main(int argc, char **argv);
 int rm_main(int argc, char **argv);
 

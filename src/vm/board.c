@@ -577,6 +577,14 @@ void board_retry_disks(struct board *b)
         block_retry(b->disk[i].block);
 }
 
+unsigned board_waiting(struct board *b)
+{
+    unsigned n = 0;
+    for (unsigned i = 0; i < b->config->disks; i++)
+        n += block_held(b->disk[i].block);
+    return n;
+}
+
 int board_resize_disk(struct board *b, unsigned n, u64 size)
 {
     if (n >= b->config->disks)

@@ -30,6 +30,7 @@ void board_quiesce(struct board *b);                               /* I/O in fli
 void board_state(struct board *b, struct stream *s);               /* all devices' state, in the order of the table */
 int board_tables(struct board *b, u64 *rsdp_gpa);                  /* ACPI and MP tables, where there is no firmware */
 void board_retry_disks(struct board *b);                           /* what the host had no room for */
+unsigned board_waiting(struct board *b);                           /* requests of disks that wait for room on the host */
 int board_resize_disk(struct board *b, unsigned n, u64 size);      /* 0: as large as the host has it; err() */
 const struct e820 *board_map(const struct board *b);
 void board_power_button(struct board *b);

@@ -230,7 +230,7 @@ static void vm_service_pause(void *arg)
         return;
     vm_pause(vm);
     log_msg(vm->config.log, LOG_ERROR, "the host has no room for what the guest writes to a disk: it is paused and nothing is lost; make room, then say "
-                                       "resume at the monitor prompt (--disk FILE,on-full=error lets the guest see an error instead)");
+                                       "resume at the monitor prompt, or doppel resume NAME (--disk FILE,on-full=error lets the guest see an error instead)");
 }
 
 static int vm_machine_open(struct vm *vm)
@@ -547,6 +547,11 @@ const char *vm_state_name(enum vm_state s)
     static const char *const name[] = { [VM_BUILT] = "built", [VM_RUNNING] = "running", [VM_PAUSED] = "paused", [VM_ENDED] = "ended" };
 
     return name[s];
+}
+
+bool vm_waits_for_room(const struct vm *vm)
+{
+    return vm->state == VM_PAUSED && board_waiting(vm->board) > 0;
 }
 
 struct trace *vm_trace(struct vm *vm)

@@ -160,6 +160,7 @@ int vm_switch_engine(struct vm *vm, const struct engine *engine);
 
 enum vm_state vm_state(const struct vm *vm);
 const char *vm_state_name(enum vm_state s);
+bool vm_waits_for_room(const struct vm *vm);                       /* paused, as the host had no room for what the guest wrote */
 struct trace *vm_trace(struct vm *vm);                             /* the monitor prompt changes its mask and file */
 struct vport *vm_port(struct vm *vm, unsigned n);                  /* config.port[n]'s device end */
 struct clock *vm_clock(struct vm *vm);

@@ -235,7 +235,7 @@ if [ -n "$have_nbd" ]; then
     # The host is full: the guest is paused; with room again it goes on, and nothing is lost.
     serve full --filter=error memory 16M error-pwrite=ENOSPC error-pwrite-rate=100% error-pwrite-file="$tmp/full"
     touch "$tmp/full"
-    "$DOPPEL" "${run[@]}" --disk "$(uri full)" <"$tmp/in" >"$tmp/out" 2>"$tmp/err" &
+    "$DOPPEL" "${run[@]}" --name "full$$" --disk "$(uri full)" <"$tmp/in" >"$tmp/out" 2>"$tmp/err" &
     job=$!
     exec 9>"$tmp/in"
     wait_for "$tmp/out" '~# ' "$BOOT_SECONDS"
@@ -246,6 +246,7 @@ if [ -n "$have_nbd" ]; then
     until [ "$(grep -c 'no room' "$tmp/err")" -ge 2 ] || [ $SECONDS -ge $end ]; do sleep 0.1; done
     printf 'info\n' >&9
     like "full host: still no room, still paused" "$(wait_for "$tmp/out" 'state: paused' 60 && wait_for "$tmp/out" 'requests wait for room' 60 && echo yes)" yes
+    like "full host: doppel ps tells" "$("$DOPPEL" ps)" "full$$ .* no-room "
     rm "$tmp/full"
     printf 'resume\n\n' >&9
     like "full host: with room it goes on where it was" "$(wait_for "$tmp/out" '^filled' 60 && echo yes)" yes

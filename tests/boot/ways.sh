@@ -207,6 +207,13 @@ run exec a -- /tmp/kexec /tmp/vmlinuz /tmp/initrd again=1 </dev/null
 like "kexec while exec runs: told" "$status $err" '^1 .*broke before the command had ended'
 run exec a --wait "$BOOT_SECONDS" -- cat /proc/cmdline
 like "kexec: exec works in the new kernel" "$status $out" '^0 .* again=1$'
+printf 'pause\n' | "${user[@]}" timeout 20 "$tmp/stream" unix "$R/a/control" >"$tmp/out"
+like "pause: ps tells" "$(d ps)" $'\na +.* paused '
+run exec a --wait 0 -- true; is "exec in a VM that is paused" "$status" 1; like "exec in a VM that is paused: told" "$err" 'is paused; doppel resume a'
+run resume a; is "resume" "$status $err" "0 "
+run exec a --wait "$BOOT_SECONDS" -- true; is "resume: it goes on" "$status" 0
+run resume a b; is "resume: two words" "$status" 64
+run resume nobody; is "resume: what is not there" "$status" 1; like "resume: told" "$err" 'no VM of that name'
 run kill a; is "kill: shuts down" "$status" 0
 is "kill: nothing is left" "$(ls -A "$R" | paste -sd ' ')" ".cid-4 b"
 pid=$(d ps | awk '$1=="b"{print $2}')

@@ -553,6 +553,11 @@ const char *vm_state_name(enum vm_state s)
     return (const char *[]){"built", "running", "paused", "ended"}[s];
 }
 
+bool vm_waits_for_room(const struct vm *vm UNUSED)
+{
+    return false;
+}
+
 struct trace *vm_trace(struct vm *vm)
 {
     return &vm->trace;

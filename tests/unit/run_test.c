@@ -288,6 +288,8 @@ static void statistics(void **state UNUSED)
     fclose(f);
     unlink(line);
     assert_string_equal(text, "profile by map\n");
+    assert_int_equal(run("run --quiet --stats=json,file=/dev/full --kernel poweroff"), 0);
+    has(child.text[1], "--stats /dev/full: it could not be written whole: No space left");
     assert_int_equal(run("run --kernel poweroff --profile /nonexistent/x"), 1);
     has(child.text[1], "--profile: cannot write /nonexistent/x");
     assert_int_equal(run("run --quiet --check --kernel poweroff"), 0);
