@@ -491,7 +491,7 @@ static void test_control_malformed(void **state UNUSED)
 /* A TCP segment of the guest's from port 0x9000 + i on a pair, and what is answered. */
 static void send_on(unsigned pair, unsigned i, u8 in[60])
 {
-    unsigned sent = fake->sents;
+    unsigned sent = fake_sents(fake);
     u8 out[60];
 
     frame_to(out, mac, 60);
