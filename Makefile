@@ -160,7 +160,9 @@ soak: $(B)/setup-test
 		SOAK_LONG=1 tests/run --build $(B) --fuzz-seconds $(SECONDS) --result $(B)/soak-result.txt $(T) || exit 1; \
 	done
 
-bench: $(B)/setup-bench $(B)/doppel $(B)/bench/rows $(B)/tests/latency/latency_test $(B)/boot/netpeer $(B)/boot/disk_work $(B)/boot/stream guest
+bench-programs: $(B)/doppel $(B)/bench/rows $(B)/tests/latency/latency_test $(B)/boot/netpeer $(B)/boot/disk_work $(B)/boot/stream guest
+bench: $(B)/setup-bench
+	$(Q)$(MAKE) --no-print-directory bench-programs
 	$(Q)bench/run $(BENCH) $(B)/doppel
 	$(if $(filter-out --quick,$(BENCH)),,$(Q)bench/net $(BENCH) $(B)/doppel)
 	$(if $(filter-out --quick,$(BENCH)),,$(Q)bench/disk $(BENCH) $(B)/doppel)
@@ -184,5 +186,5 @@ install: all $(B)/init $(B)/agent
 clean:
 	rm -rf $(B)
 
-.PHONY: all help light-objects guest guest-standard run asan-programs fuzz-programs test-programs test fuzz soak bench install clean
+.PHONY: all help light-objects guest guest-standard run asan-programs fuzz-programs test-programs test fuzz soak bench-programs bench install clean
 .DELETE_ON_ERROR:
