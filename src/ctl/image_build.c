@@ -23,6 +23,7 @@
 
 #define GRACE_MS 5000                                              /* from SIGTERM to SIGKILL */
 #define ARGS_MAX 16
+#define LOCK_FD 64                                                 /* where the script has the lock */
 
 struct build {
     pid_t pid;
@@ -43,8 +44,22 @@ static int find_script(char out[PATH_MAX])
                         "install doppel whole");
 }
 
+/*
+ * Of all that is open only the lock goes on, out of the way: apt passes descriptors to a shell (dash) that knows numbers of one digit only, and whoever starts doppel
+ * (make, flock, an editor) may have left us some.
+ */
+static void keep_only(int lock)
+{
+    int kept = fcntl(lock, F_DUPFD, LOCK_FD);
+    if (kept < 0)
+        kept = lock;
+    if (kept > STDERR_FILENO + 1)
+        close_range(STDERR_FILENO + 1, (unsigned)kept - 1, 0);
+    close_range((unsigned)kept + 1, ~0u, 0);
+}
+
 /* In the child. */
-static _Noreturn void run_script(char **argv, int out, pid_t parent)
+static _Noreturn void run_script(char **argv, int out, int lock, pid_t parent)
 {
     sigset_t none;
     int null = open("/dev/null", O_RDONLY);
@@ -57,11 +72,12 @@ static _Noreturn void run_script(char **argv, int out, pid_t parent)
     dup2(null, STDIN_FILENO);
     dup2(out, STDOUT_FILENO);
     dup2(out, STDERR_FILENO);
+    keep_only(lock);
     execv(argv[0], argv);
     _exit(127);
 }
 
-static int start(struct build *b, char **argv)
+static int start(struct build *b, char **argv, int lock)
 {
     int out[2];
     sigset_t set;
@@ -76,7 +92,7 @@ static int start(struct build *b, char **argv)
         return err(-errno, "cannot watch the build: %s", strerror(errno));
     b->pid = fork();
     if (b->pid == 0)
-        run_script(argv, out[1], self);
+        run_script(argv, out[1], lock, self);
     int error = errno;
     close(out[1]);
     b->out = out[0];
@@ -198,7 +214,7 @@ static int make(struct image *i, const char *suite, const struct image_options *
         }
     argv[n++] = i->dir;
     progress_begin(&b.progress);
-    r = start(&b, argv);
+    r = start(&b, argv, i->fd);
     if (r == 0)
         r = watch(&b);
     if (r == 0)

@@ -219,13 +219,13 @@ run image rm small; is "a damaged image can be removed" "$status $(ls -A "$tmp/s
 
 # --- builds that fail: with an mmdebstrap of our own that is quick to do so ---
 mkdir "$tmp/fake" "$tmp/none"
-printf '#!/bin/sh\nmkdir -p "%s/r"; echo "I: working"; echo $$ >"%s/pid"; exec sleep 600\n' "$tmp/home" "$tmp/home" >"$tmp/fake/mmdebstrap"
+printf '#!/bin/sh\nmkdir -p "%s/r"; echo "I: working"; ls /proc/$$/fd >"%s/fds"; echo $$ >"%s/pid"; exec sleep 600\n' "$tmp/home" "$tmp/home" "$tmp/home" >"$tmp/fake/mmdebstrap"
 chmod 755 "$tmp/fake/mmdebstrap"
 for tool in bash readlink dirname realpath cat tr sed mkdir grep; do ln -s "$(command -v $tool)" "$tmp/none/$tool"; done
 "${user[@]}" env PATH="$tmp/none" "$D" image build debian x >"$tmp/out" 2>"$tmp/err"; is "no mmdebstrap: status" "$?" 1
 like "no mmdebstrap: told, with the package" "$(cat "$tmp/err")" 'mmdebstrap is missing: install the package mmdebstrap'
 is "no mmdebstrap: nothing is left" "$(ls -A "$tmp/store")" ""
-slow() { timeout -k 10 300 "${user[@]}" env PATH="$tmp/fake:$PATH" "$D" image build debian:bookworm --mirror http://127.0.0.1:9/debian slow >"$tmp/slow" 2>&1; }
+slow() { timeout -k 10 300 "${user[@]}" env PATH="$tmp/fake:$PATH" "$D" image build debian:bookworm --mirror http://127.0.0.1:9/debian slow >"$tmp/slow" 2>&1 7</dev/null 8</dev/null; }
 builder()                                           # the doppel that builds: its process
 {
     local p
@@ -236,6 +236,7 @@ builder()                                           # the doppel that builds: it
 fake_ends() { ! kill -0 "$(cat "$tmp/home/pid")" 2>/dev/null; }
 slow & started=$!
 until_true test -s "$tmp/home/pid"
+is "a build's programs get no descriptors but its streams and a high one" "$(grep -c '^[3-9]$' "$tmp/home/fds")" 0 # dash, for apt: "cat >&11" is an error
 run image build debian slow; is "two builds of one name: the second is refused" "$status" 1
 like "two builds of one name: told" "$err" 'another doppel makes it just now'
 run image list; is "a build under way is no image, and stays" "$out $(left)" " 1"
