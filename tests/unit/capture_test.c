@@ -92,16 +92,24 @@ static void slow(void **state UNUSED)
     close(fd);
 }
 
-/* A reader that takes nothing costs a second, once. */
-static void stopped(void **state UNUSED)
+/* Into the pipe, which the descriptor given back is the reader of. */
+static int open_with_reader(struct capture **c)
 {
-    struct capture *c;
     unsigned id;
     int fd = open(path, O_RDONLY | O_NONBLOCK);
 
     assert_true(fd >= 0);
-    assert_int_equal(capture_open(path, &log_said, &c), 0);
-    assert_int_equal(capture_interface(c, "net0", mac, &id), 0);
+    assert_int_equal(capture_open(path, &log_said, c), 0);
+    assert_int_equal(capture_interface(*c, "net0", mac, &id), 0);
+    return fd;
+}
+
+/* A reader that takes nothing costs a second, once. */
+static void stopped(void **state UNUSED)
+{
+    struct capture *c;
+    int fd = open_with_reader(&c);
+
     send_frames(c, FRAMES);
     assert_non_null(strstr(said, "who reads the pipe is too slow; it ends here, the network goes on"));
     said[0] = '\0';
@@ -114,12 +122,8 @@ static void stopped(void **state UNUSED)
 static void left(void **state UNUSED)
 {
     struct capture *c;
-    unsigned id;
-    int fd = open(path, O_RDONLY | O_NONBLOCK);
+    int fd = open_with_reader(&c);
 
-    assert_true(fd >= 0);
-    assert_int_equal(capture_open(path, &log_said, &c), 0);
-    assert_int_equal(capture_interface(c, "net0", mac, &id), 0);
     close(fd);
     send_frames(c, FRAMES);
     assert_non_null(strstr(said, "Broken pipe; it ends here"));
