@@ -41,7 +41,7 @@ struct block_ring {
     bool closing;
     _Atomic bool news;                                             /* new requests, or closing: to look at without the lock */
     /* the thread's own */
-    struct spin spin;
+    struct spin spin[2];                                           /* waiting for requests; for the kernel */
     struct block_req *ready, **ready_last;                         /* for which there was no room in the ring, in order */
     struct block_req *syncing;                                     /* whom the fdatasync(2) in the ring answers */
     struct block_req *syncs, **syncs_last;                         /* whom the next one will */
@@ -224,24 +224,30 @@ static void reap(struct block_ring *g)
     }
 }
 
+/*
+ * In user mode it would not learn of a completion sooner than asleep: the kernel posts it in this thread's context, for which it interrupts the thread. It does so at once
+ * in a system call.
+ */
 static bool come(void *arg)
 {
     struct block_ring *g = arg;
 
-    return atomic_load_explicit(&g->news, memory_order_acquire) || io_uring_cq_ready(&g->ring); /* the event was read */
+    if (g->in_flight)
+        io_uring_get_events(&g->ring);
+    return atomic_load_explicit(&g->news, memory_order_acquire) || io_uring_cq_ready(&g->ring);
 }
 
-/* Nobody needs to wake the thread up while it looks out by itself. It does not while the kernel has requests: its workers need a processor. */
-static bool look(struct block_ring *g)
+/* Nobody needs to wake the thread up while it looks out by itself. */
+static bool look(struct block_ring *g, struct spin *s)
 {
     bool found;
 
-    if (g->in_flight || !spin_pays(&g->spin) || io_uring_submit(&g->ring) < 0)
+    if (!spin_pays(s) || io_uring_submit(&g->ring) < 0)
         return false;
     pthread_mutex_lock(&g->lock);
     g->woken = true;
     pthread_mutex_unlock(&g->lock);
-    found = spin_look(&g->spin, come, g);
+    found = spin_look(s, come, g);
     pthread_mutex_lock(&g->lock);
     g->woken = false;
     found |= g->news;
@@ -251,16 +257,17 @@ static bool look(struct block_ring *g)
 
 static void wait_more(struct block_ring *g)
 {
-    bool nothing = !(g->ready || (g->syncs && !g->syncing)) || g->in_flight >= ENTRIES, in_flight = g->in_flight;
+    bool nothing = !(g->ready || (g->syncs && !g->syncing)) || g->in_flight >= ENTRIES;
+    struct spin *s = &g->spin[g->in_flight > 0];
     u64 since;
 
-    if (nothing && look(g))
+    if (nothing && look(g, s))
         return;
     since = spin_clock();
     if (io_uring_submit_and_wait(&g->ring, nothing) < 0)
         usleep(1000);                                              /* the kernel is short of memory: what is in flight will end */
-    if (nothing && !in_flight)
-        spin_slept(&g->spin, spin_clock() - since);
+    if (nothing)
+        spin_slept(s, spin_clock() - since);
 }
 
 static void *serve(void *arg)
