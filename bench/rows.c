@@ -109,20 +109,21 @@ static int compare(const void *a, const void *b)
 
 /*
  * Finds a count that takes long enough, and tells the median of several runs of it: on a busy machine some of them are
- * interrupted. The first run of all warms caches up and counts only if it was so long that a second one would reach the
- * limit; what takes longer than all the runs were to take is not repeated.
+ * interrupted. What runs before, twice as long as they are to take, warms caches up, and lets a system that learns, learn
+ * (an engine chooses by what it sees). The first run of all counts only if it was so long that a second one would reach
+ * the limit; what takes longer than all the runs were to take is not repeated.
  */
 static double measure(const struct row *row, const struct config *config, void *state)
 {
     uint64_t count = row->at_least ? row->at_least : 1, enough = config->min_ns / RUNS, sum, took[RUNS];
-    uint64_t ns = timed_run(row, state, count);
+    uint64_t ns = timed_run(row, state, count), before = ns;
     bool warm = ns > config->limit * 1000000000ull / 8;
     unsigned n;
 
-    while (ns < enough || !warm) {
+    while (ns < enough || before < 2 * config->min_ns || !warm) {
         double grow = 1.2 * enough / ns;
         count *= grow > 16 ? 16 : grow > 1 ? grow + 0.5 : 1;
-        ns = timed_run(row, state, count);
+        before += ns = timed_run(row, state, count);
         warm = true;
     }
     took[0] = sum = ns;
