@@ -960,6 +960,8 @@ static int open_named(struct overlay *o, const char *path)
             return r;
     }
     o->fd = r = block_file_fd(path, o->b.readonly, 0);
+    if (r == -EBUSY)
+        return err(r, "overlay %s: it is in use by another virtual machine or program; stop that, or take another overlay (of an image: another --keep)", path);
     if (r < 0)
         return r;
     return o->b.readonly || !blank(o) ? load(o, path) : create(o, path);

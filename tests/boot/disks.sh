@@ -384,6 +384,8 @@ for d in a d; do
 done
 "$DOPPEL" run --engine "$ENGINE" --disk "$tmp/a.img,overlay=$tmp/d.over" -- true </dev/null >/dev/null 2>"$tmp/second.err"
 is "in use: and with its overlay" "$? $(grep -c 'in use by another' "$tmp/second.err")" "1 1"
+"$DOPPEL" run --engine "$ENGINE" --disk "$tmp/d.img,overlay=$tmp/d.over" -- true </dev/null >/dev/null 2>"$tmp/second.err"
+is "in use: the overlay alone" "$? $(grep -c 'overlay .* in use by another .* take another overlay' "$tmp/second.err")" "1 1"
 echo 'modprobe nvme; until [ -b /dev/nvme0n1 ]; do sleep 0.1; done; dd if=/dev/zero of=/dev/vdc bs=64k seek=16 count=1 conv=fsync 2>/dev/null; echo over "written"' >&9
 wait_for "$tmp/out" 'over written' 60
 for i in a b c d; do truncate -s 1M "$tmp/$i.img"; done
