@@ -132,7 +132,7 @@ fuzz-programs: $(FUZZERS)
 include $(wildcard tests/*/build.mk) bench/build.mk
 
 # One after the other: each of them keeps all processors busy.
-test-programs: $(B)/doppel guest $(INSN_TESTS) $(if $(wildcard tests/sys/build.mk),sys) $(B)/kvm/switch $(B)/kvm/engine_test | $(B)/setup-test
+test-programs: $(B)/doppel guest $(INSN_TESTS) $(if $(wildcard tests/sys/build.mk),sys) $(B)/kvm/switch $(B)/kvm/engine_test $(B)/kvm/hold | $(B)/setup-test
 	$(Q)$(MAKE) --no-print-directory B=$(B)/asan SANITIZE='$(ASAN) $(ASAN_WARN)' asan-programs
 	$(Q)$(MAKE) --no-print-directory B=$(B)/fuzz CC=clang SANITIZE='-fsanitize=fuzzer-no-link $(ASAN)' fuzz-programs
 

@@ -28,7 +28,7 @@ if [ -w /dev/kvm ]; then
 elif . "$top/tests/lib/nested.sh" && nested_build "$tmp/nested" 2>"$tmp/err"; then
     nested_add "$tmp/nested" "$build/hostile/kvm_refuse.so" /bin/kvm_refuse.so
     cp "$build/hostile/once.elf" "$top/tests/kvm/refuse.sh" "$tmp/nested/root/"
-    nested_run "$tmp/nested" 400 'REFUSE=/bin/kvm_refuse.so KERNEL=/once.elf DOPPEL=/bin/doppel sh /refuse.sh' >"$tmp/result"
+    nested_steps "$tmp/nested" 400 'REFUSE=/bin/kvm_refuse.so KERNEL=/once.elf DOPPEL=/bin/doppel sh /refuse.sh' >"$tmp/result"
 else
     echo "not ok a machine of QEMU's can be made: $(tail -n 1 "$tmp/err")" >"$tmp/result"
 fi
