@@ -7,7 +7,7 @@
 
 #define ENOUGH 8u                                                  /* short waits before it looks, */
 #define MOST 32u                                                   /* and how many are remembered */
-#define LOST_NS 20000u                                             /* nothing that it does itself takes so long; */
+#define LOST_NS 100000u                                            /* nothing that it does itself takes so long, nor do the kernel's workers for a request; */
 #define LOST_TIMES 64u                                             /* after it has lost the processor, so many times as long it does not look */
 #define VAIN 8u                                                    /* what looking in vain takes away: one in so many waits at most, then */
 
