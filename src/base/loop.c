@@ -1,6 +1,8 @@
 /*
  * The event loop: epoll for file descriptors, an eventfd for posted work and for stopping.
  *
+ * It looks before it sleeps (spin.h).
+ *
  * Locking: `lock` guards the list of posted work and is never held around a callback. Watches belong to the loop's thread.
  */
 #include "base/loop.h"
@@ -14,6 +16,7 @@
 #include <unistd.h>
 
 #include "base/err.h"
+#include "base/spin.h"
 
 #define BATCH 32
 
@@ -35,7 +38,30 @@ struct loop {
     struct posts running;                                          /* the loop's thread: what it took from `posted` */
     struct epoll_event batch[BATCH];                               /* what epoll_wait() gave; a deleted watch's entries are cleared */
     int batch_n;
+    struct spin spin;                                              /* the loop's thread */
 };
+
+static bool come(void *arg)
+{
+    struct loop *l = arg;
+
+    l->batch_n = epoll_wait(l->epoll, l->batch, BATCH, 0);
+    return l->batch_n != 0;
+}
+
+/* As epoll_wait(2). Frames, and what virtiofsd and programs of the host answer, mostly follow soon on what went before: it looks for them before it sleeps. */
+static int next_batch(struct loop *l)
+{
+    u64 since;
+    int n;
+
+    if (spin_pays(&l->spin) && spin_look(&l->spin, come, l))
+        return l->batch_n;
+    since = spin_clock();
+    n = epoll_wait(l->epoll, l->batch, BATCH, -1);
+    spin_slept(&l->spin, spin_clock() - since);
+    return n;
+}
 
 int loop_new(struct loop **out)
 {
@@ -141,7 +167,7 @@ void loop_unpost(struct loop *l, void (*fn)(void *arg), void *arg)
 int loop_run(struct loop *l)
 {
     while (!atomic_load(&l->stop)) {
-        int n = epoll_wait(l->epoll, l->batch, BATCH, -1);
+        int n = next_batch(l);
 
         if (n < 0) {
             if (errno == EINTR)
