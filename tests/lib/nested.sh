@@ -64,6 +64,7 @@ nested_run()                                        # folder, seconds, command
     local qemu
     printf '%s\n' "$3" >"$1/root/command"
     (cd "$1/root" && find . | "$1/debs/bin/busybox" cpio -o -H newc -R 0:0 2>/dev/null) >"$1/initrd"
+    : >"$1/log"                                     # of now: the last machine's may be old, or there may be none
     timeout -k 10 "$2" qemu-system-x86_64 -accel tcg,thread=multi -machine q35 -cpu "${NESTED_CPU:-EPYC-v1,+svm}" -smp 2 \
         -m 3072 -nodefaults -display none -no-reboot -serial stdio -kernel "$1/vmlinuz" -initrd "$1/initrd" \
         -append "console=ttyS0 quiet loglevel=1 panic=-1 cryptomgr.notests=1" ${NESTED_ARGS:-} </dev/null >"$1/log" 2>&1 &
